@@ -341,7 +341,7 @@ def load(path: Path | None, environment: Mapping[str, str], overrides: Mapping[s
     for key, value in (overrides or {}).items():
         if value is not None:
             tree[key] = value
-    _read_secret_files(tree, path.parent if path else Path())
+    _read_secret_files(tree)
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
@@ -394,7 +394,7 @@ def _put(tree: dict[str, Any], keys: list[str], value: str) -> None:
     tree[keys[-1]] = value
 
 
-def _read_secret_files(tree: dict[str, Any], base: Path) -> None:
+def _read_secret_files(tree: dict[str, Any]) -> None:
     """Replace each `*_file` of a secret by what the file holds; giving both is a mistake."""
     pull = tree.get("pull")
     places = [(tree, "admin_key"), (tree, "database_url"), (pull if isinstance(pull, dict) else {}, "hub_token")]
@@ -404,7 +404,7 @@ def _read_secret_files(tree: dict[str, Any], base: Path) -> None:
             continue
         if table.get(name) is not None:
             raise SetupError(f"Both `{name}` and `{name}_file` are set. Remove one.")
-        table[name] = read_secret(base / str(given))
+        table[name] = read_secret(Path(str(given)))
 
 
 def read_secret(path: Path) -> str:
