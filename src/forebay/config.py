@@ -229,6 +229,8 @@ class ModelSettings(_Section):
 
 
 class LlamaCppModel(ModelSettings):
+    """A model in a llama.cpp process of ours."""
+
     engine: Literal["llama.cpp"]
     options: LlamaCppOptions = LlamaCppOptions()
 
@@ -240,11 +242,15 @@ class LlamaCppModel(ModelSettings):
 
 
 class CommandModel(ModelSettings):
+    """A model behind a command line that starts an OpenAI-compatible server."""
+
     engine: Literal["command"]
     options: CommandOptions
 
 
 class VllmModel(ModelSettings):
+    """A model in a `vllm serve` process of ours."""
+
     engine: Literal["vllm"]
     options: VllmOptions = VllmOptions()
 
@@ -256,11 +262,15 @@ class VllmModel(ModelSettings):
 
 
 class UpstreamModel(ModelSettings):
+    """A model on a server that somebody else runs."""
+
     engine: Literal["upstream"]
     options: UpstreamOptions
 
 
 class FakeModel(ModelSettings):
+    """A stand-in for a model, for tests and benchmarks."""
+
     engine: Literal["fake"]
     options: FakeOptions = FakeOptions()
 

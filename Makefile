@@ -1,0 +1,72 @@
+# Everything that is done with this project, by name. It needs Python 3.11 or newer (with venv and pip) and make.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help serve chat test gates check bench prove lock clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(STAMP) ## Set up, pull the default model and start the server (ARGS='--port 9000')
+	@$(BIN)/forebay models pull
+	@exec $(BIN)/forebay serve $(ARGS)
+
+chat: $(STAMP) ## Talk to a running server (ARGS='MODEL')
+	@exec $(BIN)/forebay chat $(ARGS)
+
+test: gates ## Every gate and every test
+	@echo "== pytest"
+	@$(BIN)/pytest -q $(ARGS)
+
+check: gates ## Format, lint, types, contracts, dependencies, house rules and unit tests
+	@echo "== pytest tests/house tests/unit"
+	@$(BIN)/pytest -q tests/house tests/unit
+
+gates: $(STAMP)
+	@echo "== ruff format"; $(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
+	@echo "== ruff check"; $(BIN)/ruff check --quiet .
+	@echo "== mypy --strict"; $(BIN)/mypy --no-error-summary
+	@echo "== import contracts"; $(BIN)/lint-imports --no-cache > $(VENV)/.contracts 2>&1 || { cat $(VENV)/.contracts; exit 1; }
+	@echo "== dependencies"; $(BIN)/deptry src > $(VENV)/.deptry 2>&1 || { cat $(VENV)/.deptry; exit 1; }
+
+bench: $(STAMP) ## Measure (ARGS='overhead' or 'chat')
+	@$(BIN)/forebay bench $(or $(ARGS),overhead)
+
+prove: $(STAMP) ## The long versions of the tests: hundreds of kills, thousands of mutations
+	@$(BIN)/pytest -q --prove --timeout 3600 $(ARGS)
+
+lock: $(STAMP) ## Pin every dependency with its hashes in requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --group dev \
+		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --output-file requirements.lock
+
+clean: ## Remove the environment and every cache; data and models stay
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made again only when the lock or the project file has changed.
+$(STAMP): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || { \
+		for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+			if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \
+				found="$$python"; break; \
+			fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "Python 3.11 or newer with venv and pip is needed (on Debian: apt install python3 python3-venv). Install it, or name it: make serve PYTHON=/path/to/python3." >&2; \
+			exit 1; \
+		fi; \
+		echo "== creating $(VENV) with $$("$$found" --version)"; \
+		"$$found" -m venv $(VENV); \
+	}
+	@echo "== installing the pinned dependencies (a minute or two the first time)"
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+		--require-hashes -r requirements.lock \
+		| awk '/^Collecting/ {n++; printf "\r   %d packages", n; fflush()} END {print (n ? "" : "   already there")}'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
