@@ -1,0 +1,688 @@
+"""An engine without a model: deterministic answers, and every misbehaviour that a real engine is feared for, on request.
+
+It speaks the dialect of the real engines over HTTP/1.1 on loopback. It refuses to guess: a directive that it cannot read is
+ignored, and nothing but the request body decides what an answer says.
+
+The last user message (or the prompt) may hold one directive, `[[fake k=v k=v]]`:
+
+    tokens=N delay_ms=N token_ms=N rate=N     how much, and how fast
+    echo=1 tool=NAME                          what: the words of the prompt; a call of the tool
+    status=NNN context_error=1                an error instead of an answer
+    crash_at=N crash=segv|kill|exit oom_at=N  the process dies before token N
+    hang_at=N freeze_at=N                     the answer stops; the whole process stops
+    garbage_at=N truncate_at=N refuse_stop=1  not SSE; a cut stream; computing goes on after a cancel
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, cast
+
+import uvloop
+
+_OUT_OF_MEMORY = 86
+_CANNOT_START = 78
+_MAX_HEAD_BYTES = 64 * 1024
+_MAX_BODY_BYTES = 256 * 1024 * 1024
+_MAX_TOKENS = 1_000_000
+_MAX_WAITING = 4096
+_BURST_TOKENS = 64
+_DEFAULT_TOKENS = 16
+_MARK = "<token>"
+_DIRECTIVE = re.compile(r"\[\[fake([^\]]*)\]\]")
+_UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
+_REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
+_STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """How this engine is set up, from FOREBAY_ENGINE_SPEC."""
+
+    name: str = "fake"
+    slots: int = 1
+    context: int = 2048
+    start_delay_seconds: float = 0.0
+    fail_start: str = "no"
+    memory_slots_max: int = 0
+    tools: bool = False
+    quiet: bool = False
+
+
+@dataclass(slots=True)
+class Directive:
+    """What one request asks of the engine. Counts below zero mean never."""
+
+    tokens: int = -1
+    delay_ms: float = 0.0
+    token_ms: float = 0.0
+    rate: float = 0.0
+    echo: int = 0
+    tool: str = ""
+    status: int = 0
+    context_error: int = 0
+    crash_at: int = -1
+    crash: str = "kill"
+    oom_at: int = -1
+    hang_at: int = -1
+    freeze_at: int = -1
+    garbage_at: int = -1
+    truncate_at: int = -1
+    refuse_stop: int = 0
+
+    @property
+    def interval_seconds(self) -> float:
+        """Seconds from one token to the next."""
+        return 1.0 / self.rate if self.rate > 0 else max(self.token_ms, 0.0) / 1000
+
+    @property
+    def troubled(self) -> bool:
+        """Whether something goes wrong in the middle of the answer."""
+        points = (self.crash_at, self.oom_at, self.hang_at, self.freeze_at, self.garbage_at, self.truncate_at)
+        return max(points) >= 0
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    field.name: {"int": int, "float": float, "str": str, int: int, float: float, str: str}[field.type]
+    for field in fields(Directive)
+}
+
+
+class Refused(Exception):
+    """The request gets an error answer instead of tokens."""
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **more: object) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"code": status, "message": message, "type": kind, **more}}
+
+
+class CutStream(Exception):
+    """The connection is to be closed in the middle of the answer."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One completion request, read."""
+
+    id: str
+    chat: bool
+    stream: bool
+    include_usage: bool
+    model: str
+    choices: int
+    prompt_tokens: int
+    words: list[str]
+    finish: str
+    directive: Directive
+    created: int
+
+    def usage(self) -> dict[str, Any]:
+        """The token counts, as OpenAI names them."""
+        done = len(self.words) * self.choices
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": done,
+            "total_tokens": self.prompt_tokens + done,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+
+
+def read_directive(text: str) -> Directive:
+    """The directive inside `text`, or the default one."""
+    directive = Directive()
+    found = _DIRECTIVE.search(text)
+    for pair in found[1].split() if found else ():
+        name, _, value = pair.partition("=")
+        if name in _READERS:
+            try:
+                setattr(directive, name, _READERS[name](value))
+            except ValueError:
+                continue
+    return directive
+
+
+def read_job(body: bytes, chat: bool, spec: Spec) -> Job:
+    """Check the request and decide its whole answer, or raise Refused."""
+    try:
+        wanted = json.loads(body)
+        texts = _message_texts(wanted["messages"]) if chat else _prompt_texts(wanted["prompt"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise Refused(400, "The body is not a completion request.") from None
+    last = texts[-1] if texts else ""
+    directive = read_directive(last)
+    prompt_tokens = sum(len(text.split()) for text in texts)
+    if directive.status:
+        raise Refused(directive.status, f"Asked to answer {directive.status}.", "server_error")
+    if directive.context_error or prompt_tokens > spec.context:
+        message = f"request ({prompt_tokens} tokens) exceeds the available context size ({spec.context} tokens)"
+        kind = "exceed_context_size_error"
+        raise Refused(400, message, kind, n_prompt_tokens=prompt_tokens, n_ctx=spec.context)
+    choices = _positive(wanted.get("n"), 1) * (1 if chat else len(_prompts(wanted["prompt"])))
+    if choices > spec.slots:
+        raise Refused(400, f"{choices} choices need {choices} slots, and there are {spec.slots}.")
+    words, finish = _answer(last, directive, wanted)
+    return Job(
+        id=("chatcmpl-" if chat else "cmpl-") + hashlib.sha256(body).hexdigest()[:24],
+        chat=chat,
+        stream=wanted.get("stream") is True,
+        include_usage=bool((wanted.get("stream_options") or {}).get("include_usage")),
+        model=spec.name,
+        choices=choices,
+        prompt_tokens=prompt_tokens,
+        words=words,
+        finish=finish,
+        directive=directive,
+        created=int(time.time()),
+    )
+
+
+def _answer(prompt: str, directive: Directive, wanted: dict[str, Any]) -> tuple[list[str], str]:
+    """The answer's tokens and why it ends."""
+    if directive.tool:
+        return ["{", "}"], "tool_calls"
+    source = _DIRECTIVE.sub("", prompt).split() if directive.echo else None
+    count = directive.tokens
+    if count < 0:
+        count = len(source) if source is not None else _DEFAULT_TOKENS
+    if source is not None:
+        count = min(count, len(source))
+    limit = _positive(wanted.get("max_completion_tokens") or wanted.get("max_tokens"), _MAX_TOKENS)
+    ended = min(count, limit, _MAX_TOKENS)
+    words = [f"{word} " for word in source[:ended]] if source is not None else [f"tok{i} " for i in range(ended)]
+    return words, "length" if limit < count else "stop"
+
+
+def _positive(value: object, default: int) -> int:
+    return value if isinstance(value, int) and value > 0 else default
+
+
+def _message_texts(messages: list[dict[str, Any]]) -> list[str]:
+    """The text of every message; the last one is the last user message's."""
+    texts, last = [], 0
+    for message in messages:
+        content = message.get("content") or ""
+        parts = content if isinstance(content, list) else [{"text": content}]
+        texts.append(" ".join(str(part.get("text", "")) for part in parts))
+        if message.get("role") == "user":
+            last = len(texts) - 1
+    texts.append(texts.pop(last))
+    return texts
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    return prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+
+
+def _prompt_texts(prompt: Any) -> list[str]:
+    return [each if isinstance(each, str) else " ".join(str(token) for token in each) for each in _prompts(prompt)]
+
+
+class Chunks:
+    """The SSE events of one answer. The parts that every event shares are written once."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        kind = "chat.completion.chunk" if job.chat else "text_completion"
+        shared = {"id": job.id, "object": kind, "created": job.created, "model": job.model}
+        self._open = b"data: " + json.dumps(shared)[:-1].encode() + b', "choices": ['
+        sample = self._choice(0, None, content=_MARK)
+        if job.directive.tool:
+            sample = self._choice(0, None, tool_calls=[{"index": 0, "function": {"arguments": _MARK}}])
+        before, _, self._after = sample.partition(json.dumps(_MARK).encode())
+        zero = b'"choices": [{"index": 0'
+        self._before = [before.replace(zero, zero[:-1] + str(i).encode()) for i in range(job.choices)]
+
+    def _choice(self, index: int, finish: str | None, **delta: Any) -> bytes:
+        inner = {"delta": delta} if self._job.chat else {"text": delta.get("content", "")}
+        choice = {"index": index, **inner, "finish_reason": finish}
+        return self._open + json.dumps(choice).encode() + b"]}\n\n"
+
+    def begin(self) -> bytes:
+        """The first event of every choice: who speaks, and for a tool call which tool."""
+        job, out = self._job, b""
+        if not job.chat:
+            return out
+        for index in range(job.choices):
+            out += self._choice(index, None, role="assistant", content=None)
+            if job.directive.tool:
+                function = {"name": job.directive.tool, "arguments": ""}
+                call = {"index": 0, "id": f"call_{job.id[-24:]}", "type": "function", "function": function}
+                out += self._choice(index, None, tool_calls=[call])
+        return out
+
+    def token(self, word: str) -> bytes:
+        """One token, for every choice."""
+        text = json.dumps(word).encode()
+        return b"".join([before + text + self._after for before in self._before])
+
+    def end(self) -> bytes:
+        """Why each choice ended, the usage if asked for, and the end mark."""
+        out = b"".join(self._choice(index, self._job.finish) for index in range(self._job.choices))
+        if self._job.include_usage:
+            out += self._open + b'], "usage": ' + json.dumps(self._job.usage()).encode() + b"}\n\n"
+        return out + b"data: [DONE]\n\n"
+
+
+def whole_answer(job: Job) -> bytes:
+    """The answer as one JSON body."""
+    text = "".join(job.words)
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if job.directive.tool:
+        function = {"name": job.directive.tool, "arguments": text}
+        call = {"id": f"call_{job.id[-24:]}", "type": "function", "function": function}
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    inner = {"message": message} if job.chat else {"text": text}
+    choices = [{"index": index, **inner, "finish_reason": job.finish} for index in range(job.choices)]
+    kind = "chat.completion" if job.chat else "text_completion"
+    answer = {"id": job.id, "object": kind, "created": job.created, "model": job.model}
+    return json.dumps({**answer, "choices": choices, "usage": job.usage()}).encode()
+
+
+class Slots:
+    """The places that compute. Who finds none free waits in line, as in a real engine."""
+
+    def __init__(self, count: int) -> None:
+        self.busy = [False] * count
+        self._waiting: deque[tuple[int, asyncio.Future[list[int]]]] = deque()
+
+    async def take(self, count: int) -> list[int]:
+        """Wait for `count` free slots and occupy them all at once."""
+        if len(self._waiting) >= _MAX_WAITING:
+            raise Refused(503, "The line is full.", "unavailable_error")
+        place: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((count, place))
+        self._grant()
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self.free(place.result())
+            else:
+                self._waiting.remove((count, place))
+                self._grant()
+            raise
+
+    def free(self, taken: list[int]) -> None:
+        """Give slots back, and let in whoever is next."""
+        for slot in taken:
+            self.busy[slot] = False
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self.busy.count(False):
+            count, place = self._waiting.popleft()
+            taken = [slot for slot, busy in enumerate(self.busy) if not busy][:count]
+            for slot in taken:
+                self.busy[slot] = True
+            place.set_result(taken)
+
+
+class Engine:
+    """What all connections share."""
+
+    def __init__(self, spec: Spec, key: str) -> None:
+        self.spec = spec
+        self.ready = False
+        self.slots = Slots(spec.slots)
+        self.stats = {"started": 0, "finished": 0, "cancelled": 0, "running": 0, "tokens": 0}
+        self.authorization = f"Bearer {key}".encode()
+
+    def look_up(self, path: str) -> Any:
+        """The answer to a GET."""
+        match path:
+            case "/slots":
+                return [{"id": slot, "is_processing": busy} for slot, busy in enumerate(self.slots.busy)]
+            case "/props":
+                caps = {"supports_tools": self.spec.tools, "supports_tool_calls": self.spec.tools}
+                return {"model_alias": self.spec.name, "total_slots": self.spec.slots, "chat_template_caps": caps}
+            case "/v1/models":
+                return {"object": "list", "data": [{"id": self.spec.name, "object": "model"}]}
+            case "/fake/stats":
+                return self.stats
+            case _:
+                raise Refused(404, "There is nothing here by that name.", "not_found_error")
+
+    def log(self, request_id: str, event: str) -> None:
+        """One line about one request."""
+        if not self.spec.quiet:
+            sys.stderr.write(f"fake: event={event} request_id={request_id}\n")
+
+    async def run(self, job: Job, request_id: str, out: "Writer") -> None:
+        """Compute the answer in slots of its own; they are free again when this returns or raises."""
+        taken = await self.slots.take(job.choices)
+        self._check_memory()
+        self.stats["started"] += 1
+        self.stats["running"] += 1
+        self.log(request_id, "started")
+        ended = "cancelled"
+        try:
+            await self._produce(job, out)
+            ended = "finished"
+        finally:
+            self.stats["running"] -= 1
+            self.stats[ended] += 1
+            self.slots.free(taken)
+            self.log(request_id, ended)
+
+    def _check_memory(self) -> None:
+        limit = self.spec.memory_slots_max
+        if limit and self.slots.busy.count(True) > limit:
+            run_out_of_memory()
+
+    async def _produce(self, job: Job, out: "Writer") -> None:
+        directive, chunks = job.directive, Chunks(job)
+        if directive.delay_ms > 0:
+            await asyncio.sleep(directive.delay_ms / 1000)
+        clock, interval = asyncio.get_running_loop().time, directive.interval_seconds
+        due, ready = clock(), [chunks.begin()]
+        for index, word in enumerate(job.words):
+            if directive.troubled:
+                await meet_trouble(directive, index, out, ready)
+            ready.append(chunks.token(word))
+            self.stats["tokens"] += job.choices
+            due += interval
+            wait = due - clock() if interval else 0.0
+            if wait > 0 or index % _BURST_TOKENS == _BURST_TOKENS - 1:
+                await out.send(ready)
+                await asyncio.sleep(max(wait, 0.0))
+        if directive.troubled:
+            await meet_trouble(directive, len(job.words), out, ready)
+        out.finish(b"".join(ready) + chunks.end() if job.stream else whole_answer(job))
+
+
+async def meet_trouble(directive: Directive, index: int, out: "Writer", ready: list[bytes]) -> None:
+    """Misbehave as asked, if this is the token for it. What came before has reached the caller by then."""
+    if index == directive.garbage_at:
+        ready.append(b"\x00\xff\xfe<garbage>{]\n\n")
+    if index not in (
+        directive.crash_at,
+        directive.oom_at,
+        directive.hang_at,
+        directive.freeze_at,
+        directive.truncate_at,
+    ):
+        return
+    if any(ready) and index:
+        await out.send(ready)
+        await out.flush()
+    if index == directive.truncate_at:
+        raise CutStream
+    if index == directive.hang_at:
+        await asyncio.get_running_loop().create_future()
+    if index == directive.freeze_at:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if index == directive.oom_at:
+        run_out_of_memory()
+    if index == directive.crash_at:
+        crash(directive.crash)
+
+
+def crash(how: str) -> None:
+    """Die without a word."""
+    if how == "exit":
+        os._exit(1)
+    os.kill(os.getpid(), signal.SIGSEGV if how == "segv" else signal.SIGKILL)
+
+
+def run_out_of_memory() -> None:
+    """Die as an engine dies when the device has no memory left."""
+    sys.stderr.write("fake: out of memory: the cache does not fit\n")
+    os._exit(_OUT_OF_MEMORY)
+
+
+class Writer:
+    """One answer on its way out: SSE in HTTP chunks, or one JSON body."""
+
+    def __init__(self, transport: asyncio.Transport, writable: asyncio.Event, stream: bool) -> None:
+        self._transport = transport
+        self._writable = writable
+        self._stream = stream
+        self._begun = False
+
+    async def send(self, ready: list[bytes]) -> None:
+        """Write and empty `ready`; waits for a slow reader."""
+        data = b"".join(ready)
+        ready.clear()
+        if self._stream and data:
+            self._write(data)
+            await self._writable.wait()
+
+    async def flush(self) -> None:
+        """Wait, but not for ever, until the kernel has what was written."""
+        for _ in range(1000):
+            await asyncio.sleep(0)
+            if not self._transport.get_write_buffer_size():
+                return
+
+    def finish(self, data: bytes) -> None:
+        """Write the last part."""
+        if not self._stream:
+            write_whole(self._transport, 200, data)
+        else:
+            self._write(data)
+            self._send(b"0\r\n\r\n")
+
+    def _write(self, data: bytes) -> None:
+        head = b"" if self._begun else _STREAM_HEAD
+        self._begun = True
+        self._send(b"%b%x\r\n%b\r\n" % (head, len(data), data))
+
+    def _send(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+
+def write_whole(transport: asyncio.Transport, status: int, body: bytes) -> None:
+    """One JSON answer with its length."""
+    if not transport.is_closing():
+        reason = _REASONS.get(status, "Error")
+        head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        transport.write(head.encode() + body)
+
+
+@dataclass(slots=True)
+class Head:
+    """The first lines of one HTTP request."""
+
+    method: str
+    path: str
+    headers: dict[bytes, bytes]
+    length: int
+
+    @property
+    def request_id(self) -> str:
+        """The caller's name for the request, safe to log."""
+        return _UNPRINTABLE.sub("", self.headers.get(b"x-request-id", b"-").decode("latin-1"))[:128]
+
+
+def read_head(block: bytes) -> Head:
+    """Parse request line and headers, or raise Refused."""
+    request_line, *lines = block.split(b"\r\n")
+    parts = request_line.split(b" ")
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
+    length = headers.get(b"content-length", b"0")
+    if len(parts) != 3 or not length.isdigit() or b"transfer-encoding" in headers:
+        raise Refused(400, "Send HTTP/1.1 with a Content-Length.")
+    if len(length) > 12 or int(length) > _MAX_BODY_BYTES:
+        raise Refused(413, "The body is too large.")
+    return Head(parts[0].decode("latin-1"), parts[1].decode("latin-1").partition("?")[0], headers, int(length))
+
+
+class Connection(asyncio.Protocol):
+    """One client: one request at a time. When it goes away or half-closes, its work stops, then the connection closes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._transport: asyncio.Transport
+        self._received = bytearray()
+        self._head: Head | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._stoppable = True
+        self._gone = False
+        self._writable = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self._writable.set()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def eof_received(self) -> bool:
+        self._leave()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._writable.set()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._gone = True
+        if self._running is None:
+            self._transport.close()
+        elif self._stoppable:
+            self._running.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if len(self._received) > _MAX_BODY_BYTES + _MAX_HEAD_BYTES:
+            return self._transport.abort()
+        try:
+            self._advance()
+        except Refused as refused:
+            self._refuse(refused)
+            self._transport.close()
+
+    def _advance(self) -> None:
+        """Serve every request that has arrived in full, until one has to be waited for."""
+        while self._running is None and not self._transport.is_closing():
+            if self._head is None:
+                end = self._received.find(b"\r\n\r\n", 0, _MAX_HEAD_BYTES)
+                if end < 0:
+                    if len(self._received) > _MAX_HEAD_BYTES:
+                        raise Refused(431, "The headers are too large.")
+                    return
+                self._head = read_head(bytes(self._received[:end]))
+                del self._received[: end + 4]
+            head = self._head
+            if len(self._received) < head.length:
+                return
+            body = bytes(self._received[: head.length])
+            del self._received[: head.length]
+            self._head = None
+            self._serve(head, body)
+
+    def _serve(self, head: Head, body: bytes) -> None:
+        try:
+            answer = self._route(head, body)
+        except Refused as refused:
+            self._refuse(refused)
+            return
+        if answer is not None:
+            write_whole(self._transport, 200, json.dumps(answer).encode())
+
+    def _route(self, head: Head, body: bytes) -> Any:
+        """The answer, or None when it is being computed."""
+        if head.path != "/health" and not hmac.compare_digest(
+            head.headers.get(b"authorization", b""), self._engine.authorization
+        ):
+            raise Refused(401, "Invalid API key", "authentication_error")
+        if not self._engine.ready:
+            raise Refused(503, "Loading model", "unavailable_error")
+        if head.path == "/health":
+            return {"status": "ok"}
+        if head.method == "POST" and head.path in ("/v1/chat/completions", "/v1/completions"):
+            job = read_job(body, head.path == "/v1/chat/completions", self._engine.spec)
+            self._start(job, head.request_id)
+            return None
+        return self._engine.look_up(head.path)
+
+    def _start(self, job: Job, request_id: str) -> None:
+        self._stoppable = not job.directive.refuse_stop
+        out = Writer(self._transport, self._writable, job.stream)
+        self._running = asyncio.ensure_future(self._engine.run(job, request_id, out))
+        self._running.add_done_callback(self._ended)
+
+    def _ended(self, running: "asyncio.Task[None]") -> None:
+        self._running = None
+        error = None if running.cancelled() else running.exception()
+        if isinstance(error, Refused):
+            self._refuse(error)
+        if self._gone or running.cancelled() or isinstance(error, CutStream):
+            self._transport.close()
+        elif error is None or isinstance(error, Refused):
+            self.data_received(b"")
+        else:
+            raise error
+
+    def _refuse(self, refused: Refused) -> None:
+        write_whole(self._transport, refused.status, json.dumps(refused.body).encode())
+
+
+def read_spec() -> tuple[Spec, str]:
+    """The spec and the key, taken out of the environment so that nothing else can read them."""
+    text, key = os.environ.pop("FOREBAY_ENGINE_SPEC", "{}"), os.environ.pop("FOREBAY_ENGINE_KEY", "")
+    try:
+        spec = Spec(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        refuse_to_start(f"The fake engine's settings cannot be read: {error}.")
+    if not key:
+        refuse_to_start("The fake engine needs a key in FOREBAY_ENGINE_KEY.")
+    if spec.slots < 1:
+        refuse_to_start("The fake engine needs at least one slot.")
+    return spec, key
+
+
+def refuse_to_start(reason: str) -> NoReturn:
+    """Say why this can never start as configured."""
+    sys.stderr.write(f"{reason}\n")
+    os._exit(_CANNOT_START)
+
+
+def fail_to_start(spec: Spec) -> None:
+    """Fail in the way the spec asks for, if it asks."""
+    match spec.fail_start:
+        case "exit":
+            sys.stderr.write("fake: asked to fail at the start\n")
+            os._exit(1)
+        case "oom":
+            run_out_of_memory()
+        case "refuse":
+            refuse_to_start("The fake engine was asked never to start.")
+
+
+async def serve(spec: Spec, key: str) -> None:
+    """Listen, load for as long as asked, then answer until SIGTERM."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, os._exit, 0)
+    engine = Engine(spec, key)
+    server = await loop.create_server(lambda: Connection(engine), "127.0.0.1", 0, backlog=4096)
+    address = server.sockets[0].getsockname()
+    print(f"FOREBAY_ENGINE_LISTENING http://127.0.0.1:{address[1]}", flush=True)
+    await asyncio.sleep(spec.start_delay_seconds)
+    fail_to_start(spec)
+    engine.ready = spec.fail_start != "never_ready"
+    await server.serve_forever()
+
+
+def main() -> None:
+    """Run the engine until it is told to stop."""
+    spec, key = read_spec()
+    uvloop.run(serve(spec, key))
+
+
+if __name__ == "__main__":
+    main()

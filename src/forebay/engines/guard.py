@@ -1,0 +1,192 @@
+"""Keep one child process group alive only as long as the server that asked for it.
+
+A plain script on the standard library alone: `python -I -S guard.py -- program arguments…`. It never restarts the child,
+reads nothing it is sent and decides nothing about the child's health.
+
+The server holds the other end of standard input. When that closes, also by `kill -9` of the server, the child's group gets
+SIGTERM and, half a second later, everything the child ever started gets SIGKILL. SIGTERM to the guard is passed on.
+The guard ends as the child ended: with its exit code, or by the same signal.
+"""
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import sys
+import time
+
+_GRACE_SECONDS = 0.5
+_SWEEP_SECONDS = 1.0
+_CANNOT_START = 78
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_CHILD_SUBREAPER = 36
+_WATCHED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def main() -> None:
+    """Start the child, watch it and the server, and end as the child ends."""
+    command = sys.argv[2:] if sys.argv[1:2] == ["--"] else []
+    if not command:
+        sys.stderr.write("guard: nothing to start; give the command after `--`.\n")
+        sys.exit(_CANNOT_START)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an engine's memory holds prompts
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    wakeup = _watch_signals()
+    child = _start(command)
+    status = _wait(child, wakeup)
+    _sweep(child)
+    _end_like(status)
+
+
+def _prctl(option: int, value: int) -> None:
+    """Ask the Linux kernel; elsewhere the process group alone has to do."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _watch_signals() -> int:
+    """The descriptor on which each watched signal arrives as one byte.
+
+    Handlers, not SIG_IGN: a child would inherit that. SIGINT and SIGHUP reach the server too, and it decides.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in _WATCHED:
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
+def _start(command: list[str]) -> int:
+    guard = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # none may be lost between fork and exec
+    child = os.fork()
+    if child == 0:
+        try:
+            _become(command, guard)
+        finally:
+            os._exit(_CANNOT_START)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+    return child
+
+
+def _become(command: list[str], guard: int) -> None:
+    """Turn the forked child into the program. Returns only when it cannot."""
+    os.setsid()
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != guard:  # it died before the line above
+        return
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number in (*_WATCHED, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        name = os.path.basename(command[0])
+        os.write(2, f"The program {name!r} cannot be started: {error.strerror}.\n".encode())
+
+
+def _wait(child: int, wakeup: int) -> int:
+    """Block until the child has ended; its wait status."""
+    poll = select.poll()
+    poll.register(wakeup, select.POLLIN)
+    poll.register(0, select.POLLIN)
+    deadline = None
+    while True:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        ready = {descriptor for descriptor, _ in poll.poll(left)}
+        if wakeup in ready and signal.SIGTERM in os.read(wakeup, 4096):
+            _kill_group(child, signal.SIGTERM)
+        if 0 in ready and not _server_is_there():
+            poll.unregister(0)
+            _kill_group(child, signal.SIGTERM)
+            deadline = time.monotonic() + _GRACE_SECONDS
+        if (status := _reap(child)) is not None:
+            return status
+        if deadline is not None and time.monotonic() >= deadline:
+            _kill_group(child, signal.SIGKILL)
+            deadline = time.monotonic() + _GRACE_SECONDS
+
+
+def _server_is_there() -> bool:
+    try:
+        return bool(os.read(0, 4096))
+    except OSError:
+        return False
+
+
+def _reap(child: int) -> int | None:
+    """Bury what has died, strays included; the child's wait status once it is among them."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if pid == child:
+            return status
+        if pid == 0:
+            return None
+
+
+def _kill_group(child: int, number: int) -> None:
+    """Signal the group, or the child alone while it has not made its group yet."""
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(child, number)
+        except (ProcessLookupError, PermissionError):  # macOS says EPERM for a group of zombies
+            continue
+        return
+
+
+def _sweep(child: int) -> None:
+    """Kill what the child left behind: its group, then whatever has become our own child by its death."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+    deadline = time.monotonic() + _SWEEP_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+        except ChildProcessError:
+            return
+        for stray in _own_children():
+            try:
+                os.kill(stray, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                continue
+        time.sleep(0.001)
+
+
+def _own_children() -> list[int]:
+    found = []
+    for name in os.listdir("/proc") if sys.platform == "linux" else ():
+        try:
+            with open(f"/proc/{name}/stat", "rb") as stat:
+                fields = stat.read().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        if name.isdigit() and int(fields[1]) == os.getpid():
+            found.append(int(name))
+    return found
+
+
+def _end_like(status: int) -> None:
+    """Exit with the child's code, or die by the signal it died by."""
+    if os.WIFEXITED(status):
+        os._exit(os.WEXITSTATUS(status))
+    number = os.WTERMSIG(status)
+    _prctl(_PR_SET_DUMPABLE, 0)
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()
