@@ -17,6 +17,7 @@ ForebayError
 │   ├── EngineUnavailable       503  no engine for the model is up, and none could be started
 │   ├── ModelNotReady           503  the model is still being pulled
 │   ├── ShuttingDown            503  the server is stopping
+│   ├── StoreUnavailable        503  the database cannot be reached
 │   └── EngineTimeout           504  the engine did not answer in time
 ├── RequestCancelled            499  somebody cancelled it, or its caller has gone
 └── SetupError                  ---  the server cannot start or a command cannot go on; the message says what to do
@@ -157,6 +158,13 @@ class ShuttingDown(ServerError):
 
     status = 503
     code = "shutting_down"
+
+
+class StoreUnavailable(ServerError):
+    """The database cannot be reached right now. Try again later."""
+
+    status = 503
+    code = "store_unavailable"
 
 
 class EngineTimeout(ServerError):
