@@ -1,0 +1,260 @@
+"""One model behind llama.cpp's own HTTP server, in a process of its own.
+
+xllamacpp brings the server; this program turns our settings into llama.cpp's, loads the model and says where it listens. It
+answers no request itself, and it keeps llama.cpp's file, adapter, tool and page doors shut.
+
+The native loader holds the interpreter until the model is in memory, so nothing in Python runs meanwhile: SIGTERM then ends
+the process by its default action, and what the loader says is watched by a small process of ours (`_Watch`).
+"""
+
+import json
+import os
+import re
+import select
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+_OUT_OF_MEMORY = 86
+_CANNOT_START = 78
+_TAIL_BYTES = 8 * 1024
+_MIB = 1024 * 1024
+_MICRO_BATCH = 512
+_WARNINGS = 2  # llama.cpp's next level logs every request, the one after that prompts
+_MEMORY_WORDS = re.compile(
+    r"bad_alloc|out of memory|insufficient memory|(failed|unable|cannot) to allocate|cannot allocate|OutOfDeviceMemory",
+    re.IGNORECASE,
+)
+_REASONS = (
+    (r"chat template parsing error", "The chat template of {name} is not valid Jinja. Correct it or leave it out."),
+    (r"unknown model architecture", "This version of llama.cpp does not know the architecture of {file}. Upgrade xllamacpp."),
+    (r"invalid magic|gguf_init|failed to read|tensor .* (missing|out of bounds)|wrong (type|shape)",
+     "{file} is not a whole GGUF model. Remove it and pull the model again."),
+    (r"failed to create(_| )context", "{name} cannot run with these settings. Check context, kv_type and flash_attention."),
+    (r"couldn't bind|bind HTTP server", "The engine of {name} cannot listen on 127.0.0.1."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """How this engine is set up, from FOREBAY_ENGINE_SPEC."""
+
+    name: str
+    model_path: str
+    slots: int = 1
+    context: int = 2048
+    threads: int = 0
+    gpu_layers: int = -1
+    tensor_split: tuple[float, ...] = ()
+    main_gpu: int = 0
+    kv_type: str = "f16"
+    flash_attention: str | bool = "auto"
+    batch: int = 2048
+    cache_ram_bytes: int = 0
+    chat_template: str | None = None
+    embeddings: bool = False
+
+    @property
+    def file(self) -> str:
+        """The model file's name, without the folder that holds it."""
+        return os.path.basename(self.model_path)
+
+
+def main() -> None:
+    """Load the model, say where it listens, and serve until SIGTERM."""
+    spec, key = _read_spec()
+    out = _keep_stdout()
+    # An abort in llama.cpp would otherwise start a debugger on this process, which takes seconds and prints its memory.
+    os.environ["GGML_NO_BACKTRACE"] = "1"
+    import xllamacpp
+
+    params = _parameters(spec, key, xllamacpp)
+    watch = _Watch(spec)
+    server = _load(spec, watch, lambda: xllamacpp.Server(params))
+    watch.end()
+    stop = _signal_descriptor()
+    sys.stderr.write(f"llama_cpp: event=ready model={spec.name} slots={spec.slots} context={spec.context}\n")
+    os.write(out, f"FOREBAY_ENGINE_LISTENING {server.listening_address}\n".encode())
+    select.select([stop], [], [])
+    os._exit(0)  # llama.cpp's destructors wait for its threads; nothing here is worth that
+
+
+def _read_spec() -> tuple[Spec, str]:
+    """The spec and the key, taken out of the environment so that nothing else can read them."""
+    text, key = os.environ.pop("FOREBAY_ENGINE_SPEC", ""), os.environ.pop("FOREBAY_ENGINE_KEY", "")
+    try:
+        spec = Spec(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        _refuse(f"The llama.cpp engine's settings cannot be read: {error}.")
+    if not key:
+        _refuse("The llama.cpp engine needs a key in FOREBAY_ENGINE_KEY.")
+    if min(spec.slots, spec.context, spec.batch) < 1:
+        _refuse(f"{spec.name} needs at least 1 for slots, context and batch.")
+    if not os.path.isfile(spec.model_path):
+        _refuse(f"The model file {spec.file} of {spec.name} does not exist. Pull the model again.")
+    return spec, key
+
+
+def _refuse(reason: str) -> NoReturn:
+    sys.stderr.write(f"{reason}\n")
+    sys.stderr.flush()
+    os._exit(_CANNOT_START)
+
+
+def _keep_stdout() -> int:
+    """Our one line goes to the descriptor returned; whatever a library prints goes to standard error."""
+    out = os.dup(1)
+    os.dup2(2, 1)
+    return out
+
+
+class _Watch:
+    """A child process that passes the loader's lines on and remembers the last ones.
+
+    It is not a thread, which could not run while the loader holds the interpreter, and not a file, which nobody would read
+    out after a crash. It ends by itself when the last writer has gone.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self._stderr = os.dup(2)
+        lines_in, lines_out = os.pipe()
+        self._tail, tail_out = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.setpgid(0, 0)  # it may finish its line when the group is killed
+            os.close(lines_out)
+            os.dup2(self._stderr, 1)
+            os.dup2(self._stderr, 2)
+            try:
+                _pass_on(lines_in, tail_out, spec)
+            finally:
+                os._exit(0)
+        for descriptor in (lines_in, tail_out):
+            os.close(descriptor)
+        for standard in (1, 2):
+            os.dup2(lines_out, standard)
+        os.close(lines_out)
+
+    def end(self) -> str:
+        """Stop watching; what was said last."""
+        for standard in (1, 2):
+            os.dup2(self._stderr, standard)
+        with os.fdopen(self._tail, "rb") as tail:
+            said = tail.read(_TAIL_BYTES)
+        os.waitpid(self._pid, 0)
+        return said.decode(errors="replace")
+
+
+def _pass_on(lines_in: int, tail_out: int, spec: Spec) -> None:
+    """Copy every line to standard error, without the folder of the model, and the last ones to `tail_out` at the end."""
+    tail = b""
+    with os.fdopen(lines_in, "rb") as lines:
+        while line := lines.readline(_TAIL_BYTES):
+            shown = line.replace(os.fsencode(spec.model_path), os.fsencode(spec.file))
+            os.write(2, shown)
+            tail = (tail + shown)[-_TAIL_BYTES:]
+    os.write(tail_out, tail)
+
+
+def _load(spec: Spec, watch: _Watch, start: Callable[[], Any]) -> Any:
+    """The running server; ends the process with the fitting code when there is none."""
+    try:
+        return start()
+    except MemoryError:
+        said = f"{watch.end()} out of memory"
+    except (RuntimeError, ValueError, AssertionError) as error:
+        said = f"{watch.end()}\n{error}"
+    if _MEMORY_WORDS.search(said):
+        sys.stderr.write(f"{spec.name} needs more memory than there is. Lower its context or its slots.\n")
+        os._exit(_OUT_OF_MEMORY)
+    for pattern, reason in _REASONS:
+        if re.search(pattern, said):
+            _refuse(reason.format(name=spec.name, file=spec.file))
+    _refuse(f"llama.cpp cannot load {spec.file} for {spec.name}; the lines above say why.")
+
+
+def _parameters(spec: Spec, key: str, xllamacpp: Any) -> Any:
+    """Our settings in llama.cpp's words."""
+    params = xllamacpp.CommonParams()
+    params.model.path = spec.model_path
+    params.model_alias = {spec.name}
+    params.n_parallel = spec.slots
+    params.n_ctx = spec.slots * spec.context
+    params.n_batch = spec.batch
+    params.n_ubatch = min(spec.batch, _MICRO_BATCH)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads or _cores()
+    params.n_gpu_layers = spec.gpu_layers
+    params.main_gpu = spec.main_gpu
+    if spec.tensor_split:
+        room = len(params.tensor_split)
+        params.tensor_split = [*map(float, spec.tensor_split), *[0.0] * room][:room]
+    params.cache_type_k = params.cache_type_v = _kv_type(spec, xllamacpp.ggml_type)
+    params.flash_attn_type = _flash_attention(spec, xllamacpp.llama_flash_attn_type)
+    params.cache_ram_mib = spec.cache_ram_bytes // _MIB
+    params.cache_idle_slots = params.cache_ram_mib > 0
+    params.use_jinja = True
+    if spec.chat_template is not None:
+        params.chat_template = spec.chat_template
+    params.embedding = spec.embeddings
+    params.warmup = True
+    params.verbosity = _WARNINGS
+    _close_doors(params, spec, key)
+    return params
+
+
+def _close_doors(params: Any, spec: Spec, key: str) -> None:
+    """Loopback, one key, and only the routes that answer requests and probes."""
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    params.api_keys = [key]
+    params.n_threads_http = (
+        2 * spec.slots + 8
+    )  # one for every stream, one for every stream that is just ending, and probes
+    params.endpoint_slots = True
+    params.endpoint_metrics = True
+    params.endpoint_props = False
+    params.ui = False
+    params.slot_save_path = ""
+    params.media_path = ""
+    params.lora_adapters = []
+    params.server_tools = []
+    params.cors_origins = "http://127.0.0.1"
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _kv_type(spec: Spec, types: Any) -> Any:
+    known = {kind.name.removeprefix("GGML_TYPE_").lower(): kind for kind in types}
+    if spec.kv_type.lower() not in known:
+        _refuse(
+            f"{spec.name} has the unknown kv_type {spec.kv_type!r}. Use f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or f32."
+        )
+    return known[spec.kv_type.lower()]
+
+
+def _flash_attention(spec: Spec, types: Any) -> Any:
+    name = {True: "ENABLED", False: "DISABLED", "on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}.get(
+        spec.flash_attention
+    )
+    if name is None:
+        _refuse(f"{spec.name} has the unknown flash_attention {spec.flash_attention!r}. Use auto, on or off.")
+    return types[f"LLAMA_FLASH_ATTN_TYPE_{name}"]
+
+
+def _signal_descriptor() -> int:
+    """A descriptor that becomes readable on SIGTERM, whichever of llama.cpp's threads the signal lands on."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    return reader
+
+
+if __name__ == "__main__":
+    main()
