@@ -1,0 +1,85 @@
+"""What is written about the project is true: links lead somewhere, versions agree, the lock covers what is declared."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import forebay
+from tests.house import source
+
+_LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
+_PIN = re.compile(r"^(?P<name>[\w.-]+)==(?P<version>\S+)(?: ; .*?)? \\\n    --hash=sha256:[0-9a-f]{64}", re.MULTILINE)
+
+
+def _pages() -> list[Path]:
+    return [path for path in source.project_files() if path.suffix == ".md"]
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", _pages(), ids=source.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for link in _LINK.findall(page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):
+            continue
+        address, _, anchor = link.partition("#")
+        target = (page.parent / address).resolve() if address else page
+        assert target.exists(), f"{source.name(page)} links to {link}"
+        if anchor:
+            assert anchor in _anchors(target), f"{source.name(page)} links to {link}"
+
+
+@pytest.mark.parametrize("page", _pages(), ids=source.name)
+def test_a_page_has_one_title(page: Path) -> None:
+    if ".github" in page.parts:
+        return  # templates are parts of another page
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
+
+
+def test_the_changelog_has_this_version() -> None:
+    text = (source.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(forebay.__version__)}\] - (?:Unreleased|\d{{4}}-\d\d-\d\d)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "paper", ["LICENSE", "NOTICE", "README.md", "ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md"]
+)
+def test_the_paper_is_there(paper: str) -> None:
+    assert len((source.ROOT / paper).read_text(encoding="utf-8")) > 80
+
+
+def test_the_lock_covers_what_is_declared() -> None:
+    declared = tomllib.loads((source.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wanted = [
+        *declared["project"]["dependencies"], *declared["dependency-groups"]["dev"], *declared["build-system"]["requires"]
+    ]  # fmt: skip
+    pins = {
+        canonicalize_name(match["name"]): match["version"]
+        for match in _PIN.finditer((source.ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    }
+    for requirement in map(Requirement, wanted):
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version, f"{requirement.name} is not in requirements.lock with a hash. Run `make lock`."
+        assert requirement.specifier.contains(version), f"{requirement} but the lock has {version}. Run `make lock`."
+
+
+def test_every_target_is_explained() -> None:
+    text = (source.ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("serve", "test", "check", "bench", "prove", "lock", "clean", "help"):
+        assert re.search(rf"^{target}:.*## \S", text, re.MULTILINE), f"make {target} needs its ## line"
+
+
+def test_the_python_versions_agree() -> None:
+    workflow = (source.ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    declared = tomllib.loads((source.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    oldest = declared["project"]["requires-python"].removeprefix(">=")
+    assert f'"{oldest}"' in workflow
+    assert declared["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
