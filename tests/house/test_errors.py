@@ -34,9 +34,7 @@ def _drawn() -> dict[str, tuple[str | None, str | None]]:
 
 
 def test_the_drawing_has_every_class_below_its_parent() -> None:
-    real = {
-        name: None if error is ForebayError else error.__bases__[0].__name__ for name, error in _classes().items()
-    }
+    real = {name: None if error is ForebayError else error.__bases__[0].__name__ for name, error in _classes().items()}
     assert {name: parent for name, (parent, _) in _drawn().items()} == real
 
 

@@ -46,11 +46,14 @@ def test_a_page_has_one_title(page: Path) -> None:
 
 def test_the_changelog_has_this_version() -> None:
     text = (source.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(rf"^## \[{re.escape(forebay.__version__)}\] - (?:Unreleased|\d{{4}}-\d\d-\d\d)$", text, re.MULTILINE)
+    assert re.search(
+        rf"^## \[{re.escape(forebay.__version__)}\] - (?:Unreleased|\d{{4}}-\d\d-\d\d)$", text, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize(
-    "paper", ["LICENSE", "NOTICE", "README.md", "ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md"]
+    "paper",
+    ["LICENSE", "NOTICE", "README.md", "ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md"],
 )
 def test_the_paper_is_there(paper: str) -> None:
     assert len((source.ROOT / paper).read_text(encoding="utf-8")) > 40

@@ -8,7 +8,20 @@ import pytest
 
 from tests.house import source
 
-DRAWERS = {"utils", "util", "common", "core", "base", "helpers", "helper", "manager", "handler", "misc", "task", "tasks"}
+DRAWERS = {
+    "utils",
+    "util",
+    "common",
+    "core",
+    "base",
+    "helpers",
+    "helper",
+    "manager",
+    "handler",
+    "misc",
+    "task",
+    "tasks",
+}
 
 # Where everything that can go wrong must be caught, because what runs there must not end: file -> how often.
 BROAD_EXCEPTS: dict[str, int] = {}
@@ -63,7 +76,10 @@ def _catches_everything(node: ast.AST) -> bool:
 
 def test_broad_excepts_are_only_where_they_are_named() -> None:
     found = Counter(
-        source.name(path) for path in source.modules() for node in ast.walk(source.tree(path)) if _catches_everything(node)
+        source.name(path)
+        for path in source.modules()
+        for node in ast.walk(source.tree(path))
+        if _catches_everything(node)
     )
     assert dict(found) == BROAD_EXCEPTS, "Catch what you expect. A place that must go on is listed in BROAD_EXCEPTS."
 
