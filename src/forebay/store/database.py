@@ -1,0 +1,230 @@
+"""The database: SQLite or PostgreSQL behind one engine, its schema brought up to date when it is opened.
+
+It refuses to know what is stored: tables and statements are kept beside their nouns. Only this file knows a driver.
+"""
+
+import asyncio
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import filelock
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from forebay.config import Settings
+from forebay.errors import SetupError, StoreUnavailable
+
+_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
+_CONNECT_SECONDS = 5
+_STATEMENT_SECONDS = 30
+_LOCK_SECONDS = 60  # the longest wait for another process that migrates
+_POOL_CONNECTIONS = 8
+_POOL_SECONDS = 10
+_ADVISORY_LOCK = 0x666F7265626179  # "forebay"
+_READ = {"forebay_read": True}
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+# Alembic keeps what it works on in module globals, so one process migrates one database at a time.
+_migrating = threading.Lock()
+
+
+class Database:
+    """An open database at the newest schema. `begin` writes, `read` only reads; both are one transaction."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Self:
+        """Create what is missing, migrate to the newest schema and connect.
+
+        Any number of processes may do this at once. Raises SetupError with the remedy; the message has no password.
+        """
+        url = _parse(settings.database_address)
+        _create_folder(settings.data_dir)
+        try:
+            await asyncio.to_thread(_migrate, url)
+        except filelock.Timeout:
+            raise SetupError(
+                f"Another process has been migrating {_shown(url)} for {_LOCK_SECONDS} s. Stop it and try again."
+            ) from None
+        except (SQLAlchemyError, CommandError, OSError, TimeoutError) as error:
+            raise SetupError(
+                f"The database {_shown(url)} cannot be opened: {_reason(url, error)}. "
+                "Check FOREBAY_DATABASE_URL and FOREBAY_DATA_DIR, and that the database is running."
+            ) from None
+        return cls(_connect(url, pool_size=_POOL_CONNECTIONS, max_overflow=0, pool_timeout=_POOL_SECONDS))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._engine.dispose()
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that may write: committed (and on disk) when the block ends, rolled back when it raises.
+
+        Raises StoreUnavailable when the database cannot be reached, is locked or is full.
+        """
+        async with self._connection() as connection, _available(), connection.begin():
+            yield connection
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that only reads; on SQLite it never waits for a writer."""
+        async with self._connection() as connection, _available():
+            await connection.execution_options(**_READ)
+            async with connection.begin():
+                yield connection
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncConnection]:
+        try:
+            async with _available():
+                connection = await self._engine.connect()
+        except OSError:  # only while connecting: inside the block it would be somebody else's
+            raise StoreUnavailable from None
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+
+@asynccontextmanager
+async def _available() -> AsyncIterator[None]:
+    """Turn what the driver says of a database that is away into StoreUnavailable."""
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout) as error:
+        raise StoreUnavailable from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise StoreUnavailable from error
+        raise
+
+
+def _parse(address: str) -> URL:
+    try:
+        url = make_url(address)
+    except ArgumentError:
+        raise SetupError("The database URL cannot be read. Write it as postgresql+asyncpg://user@host/name.") from None
+    family = url.drivername.partition("+")[0]
+    if family not in _DRIVERS or url.drivername not in (family, _DRIVERS[family]):
+        raise SetupError(f"There is no support for `{url.drivername}` databases. Use postgresql+asyncpg:// or SQLite.")
+    url = url.set(drivername=_DRIVERS[family])
+    if _is_sqlite(url) and url.database in (None, "", ":memory:"):
+        raise SetupError("A SQLite database has to be a file. Write it as sqlite+aiosqlite:///path/to/file.db.")
+    if not _is_sqlite(url) and importlib.util.find_spec("asyncpg") is None:
+        raise SetupError("PostgreSQL needs a driver that is not installed. Run `pip install 'forebay[postgres]'`.")
+    return url
+
+
+def _is_sqlite(url: URL) -> bool:
+    return url.get_backend_name() == "sqlite"
+
+
+def _shown(url: URL) -> str:
+    """The address without user, password and options."""
+    return URL.create(
+        url.drivername.partition("+")[0], host=url.host, port=url.port, database=url.database
+    ).render_as_string()
+
+
+def _reason(url: URL, error: BaseException) -> str:
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    text = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+    secrets = [str(url.password or ""), *(str(value) for value in url.query.values())]
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _create_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(
+            f"The data folder {folder} cannot be created: {error.strerror}. Choose another with FOREBAY_DATA_DIR."
+        ) from None
+
+
+def _connect(url: URL, **options: Any) -> AsyncEngine:
+    if _is_sqlite(url):
+        engine = create_async_engine(url, hide_parameters=True, connect_args={"timeout": _CONNECT_SECONDS}, **options)
+        sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+        sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        return engine
+    arguments = {"timeout": _CONNECT_SECONDS, "command_timeout": _STATEMENT_SECONDS}
+    return create_async_engine(url, hide_parameters=True, pool_pre_ping=True, connect_args=arguments, **options)
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # so that the driver begins no transaction behind our back
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_CONNECT_SECONDS * 1000}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")  # NORMAL may lose acknowledged commits in a power cut
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    # A writer takes the lock at once: a reader that turns into a writer half-way may be refused without waiting.
+    reads = connection.get_execution_options().get("forebay_read")
+    connection.exec_driver_sql("BEGIN DEFERRED" if reads else "BEGIN IMMEDIATE")
+
+
+def _migrate(url: URL) -> None:
+    """Bring the schema up to date. Blocks, so it has a thread and an event loop of its own."""
+    with _migrating, _file_lock(url):
+        asyncio.run(_migrate_alone(url))
+
+
+def _file_lock(url: URL) -> filelock.FileLock | nullcontext[None]:
+    """SQLite may refuse two processes that both switch a new file to WAL, whatever its busy timeout."""
+    if not _is_sqlite(url):
+        return nullcontext()
+    path = Path(str(url.database))
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    return filelock.FileLock(path.with_name(path.name + ".lock"), timeout=_LOCK_SECONDS, mode=0o600)
+
+
+async def _migrate_alone(url: URL) -> None:
+    engine = _connect(url, poolclass=NullPool)
+    try:
+        async with engine.begin() as connection:
+            if not _is_sqlite(url):
+                await connection.execute(sa.text(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS // 3}s'"))
+                await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
+            await connection.run_sync(_upgrade)
+    finally:
+        await engine.dispose()
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    """All missing steps in the caller's transaction: a crash half-way leaves the old schema whole."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    known = {step.revision for step in ScriptDirectory.from_config(config).walk_revisions()}
+    if unknown := set(MigrationContext.configure(connection).get_current_heads()) - known:
+        raise SetupError(
+            f"The database has schema {', '.join(sorted(unknown))}, which is newer than this program. "
+            "Upgrade forebay, or restore a backup of the database that this version made."
+        )
+    command.upgrade(config, "head")
