@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn, cast
 
 import uvloop
@@ -27,6 +27,7 @@ _MAX_HEAD_BYTES = 64 * 1024
 _MAX_BODY_BYTES = 256 * 1024 * 1024
 _MAX_WAITING = 4096
 _BURST_TOKENS = 64
+_ACCEPTED: dict[type, Any] = {int: int, float: (int, float), str: str, bool: bool}
 _UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -44,6 +45,11 @@ class Spec:
     memory_slots_max: int = 0
     tools: bool = False
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(field.type, type) and not isinstance(getattr(self, field.name), _ACCEPTED[field.type]):
+                raise TypeError(f"{field.name} has to be of type {field.type.__name__}")
 
 
 class CutStream(Exception):

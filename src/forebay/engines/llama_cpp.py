@@ -14,7 +14,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 _OUT_OF_MEMORY = 86
@@ -55,6 +55,11 @@ class Spec:
     cache_ram_bytes: int = 0
     chat_template: str | None = None
     embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(field.type, type) and not isinstance(getattr(self, field.name), field.type):
+                raise TypeError(f"{field.name} has to be of type {field.type.__name__}")
 
     @property
     def file(self) -> str:

@@ -1,0 +1,178 @@
+"""Start an engine program as the launcher does, and talk to it byte by byte."""
+
+import contextlib
+import http.client
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import forebay
+
+GUARD = Path(forebay.__file__).parent / "engines" / "guard.py"
+KEY = "engine-key-for-tests"
+LISTENING = "FOREBAY_ENGINE_LISTENING "
+
+
+def eventually(condition: Callable[[], Any], seconds: float) -> Any:
+    """Poll until `condition` gives something true; what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not true within {seconds} s: {condition}"
+        time.sleep(0.005)
+    return found
+
+
+def environment(spec: dict[str, Any]) -> dict[str, str]:
+    return {**os.environ, "FOREBAY_ENGINE_SPEC": json.dumps(spec), "FOREBAY_ENGINE_KEY": KEY}
+
+
+def guarded(*argv: str) -> list[str]:
+    return [sys.executable, "-I", "-S", str(GUARD), "--", *argv]
+
+
+class Engine:
+    """One running engine under its guard."""
+
+    def __init__(self, module: str, spec: dict[str, Any]) -> None:
+        self._log = tempfile.NamedTemporaryFile(mode="r", suffix=".log")  # noqa: SIM115  it lives as long as the engine
+        self.guard = subprocess.Popen(
+            guarded(sys.executable, "-m", f"forebay.engines.{module}"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(self._log.name, "a"),  # noqa: SIM115
+            env=environment(spec),
+        )
+        self.address = ("127.0.0.1", 0)
+
+    def wait_until_listening(self, seconds: float = 60) -> None:
+        """Read the one line that it prints; an empty one means that it has ended."""
+        assert self.guard.stdout
+        ready, _, _ = select.select([self.guard.stdout], [], [], seconds)
+        assert ready, "the engine says nothing"
+        line = self.guard.stdout.readline().decode()
+        assert line.startswith(LISTENING), self.log
+        url = urlsplit(line.removeprefix(LISTENING).strip())
+        assert url.hostname == "127.0.0.1"
+        self.address = ("127.0.0.1", url.port or 0)
+
+    def wait_until_ready(self, seconds: float = 60) -> None:
+        self.wait_until_listening(seconds)
+        eventually(lambda: self.get("/health")[0] == 200, seconds)
+
+    @property
+    def log(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        """The engine itself, not its guard."""
+        (child,) = children(self.guard.pid)
+        return child
+
+    def ask(self, method: str, path: str, body: Any = None, key: str | None = KEY) -> tuple[int, Any]:
+        """One whole exchange: status and JSON."""
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        with contextlib.closing(connection):
+            connection.request(method, path, body if body is None else json.dumps(body), headers)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self.ask("GET", path)
+
+    def busy(self) -> int:
+        return sum(slot["is_processing"] for slot in self.get("/slots")[1])
+
+    def open(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> "Stream":
+        return Stream(self.address, path, body)
+
+    def answer(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> list[Any]:
+        """Every event of a whole stream."""
+        with contextlib.closing(self.open(body, path)) as stream:
+            return list(stream.events())
+
+    def end(self) -> int:
+        """Let the guard end it, as it does when the server goes."""
+        assert self.guard.stdin
+        assert self.guard.stdout
+        self.guard.stdin.close()
+        code = self.guard.wait(10)
+        self.guard.stdout.close()
+        self._log.close()
+        return code
+
+
+class Stream:
+    """One streamed request on a connection of its own."""
+
+    def __init__(self, address: tuple[str, int], path: str, body: dict[str, Any]) -> None:
+        self.socket = socket.create_connection(address, timeout=60)
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: engine\r\nAuthorization: Bearer {KEY}\r\nX-Request-ID: req_test\r\n"
+        self.socket.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        self.received = b""
+
+    def read_until(self, mark: bytes) -> bytes:
+        """Everything received so far, once it contains `mark`."""
+        while mark not in self.received:
+            data = self.socket.recv(65536)
+            assert data, f"the stream ended without {mark!r}: {self.received[-500:]!r}"
+            self.received += data
+        return self.received
+
+    def read_to_end(self) -> bytes:
+        """Everything, once the engine has closed; a reset ends it as well."""
+        with contextlib.suppress(ConnectionResetError):
+            while data := self.socket.recv(65536):
+                self.received += data
+        return self.received
+
+    def events(self) -> Iterator[Any]:
+        """The JSON events up to the end mark, which has to come."""
+        for line in self.read_until(b"data: [DONE]").split(b"\n"):
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
+
+    def half_close(self) -> None:
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` has started and that still live."""
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children()]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process is there and not a zombie."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def chat(text: str, **more: Any) -> dict[str, Any]:
+    """A chat request as the server sends it."""
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    return {"messages": [{"role": "user", "content": text}], "temperature": 0, **stream, **more}
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    os.kill(pid, number)
