@@ -24,7 +24,9 @@ DRAWERS = {
 }
 
 # Where everything that can go wrong must be caught, because what runs there must not end: file -> how often.
-BROAD_EXCEPTS: dict[str, int] = {}
+BROAD_EXCEPTS: dict[str, int] = {
+    "src/forebay/gateway/envelope.py": 1,  # the outermost of the gateway: a bug is one 500 and not the end
+}
 
 # Tests that wait for wall-clock time on purpose: file -> why.
 SLEEPERS: dict[str, str] = {}
