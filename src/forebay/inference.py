@@ -29,7 +29,8 @@ class Request:
     """One piece of work for a model, checked and ready for an engine.
 
     `body` is the engine's JSON (UTF-8), built from allow-listed fields alone; it always asks for a stream.
-    `places` is how many of the replica's slots it fills at once (choices times prompts).
+    `places` is how many of the replica's slots it fills at once (choices times prompts); `tools` that it needs a chat
+    template with tools.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Request:
     body: bytes
     priority: Priority = Priority.DEFAULT
     places: int = 1
+    tools: bool = False
     traceparent: str | None = None
 
 

@@ -1,0 +1,23 @@
+"""The command line: reads settings, calls the rooms, prints.
+
+It refuses to hold logic of its own, and turns every SetupError into one sentence and exit status 1.
+"""
+
+import typer
+
+from forebay.cli import keys, models, serve
+
+app = typer.Typer(
+    name="forebay",
+    help="One self-hosted server in front of your own AI models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve.serve)
+app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
+
+
+def main() -> None:
+    """Entry point of the `forebay` command."""
+    app()

@@ -94,10 +94,9 @@ class Database:
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection]:
         try:
-            async with _available():
-                connection = await self._engine.connect()
-        except OSError:  # only while connecting: inside the block it would be somebody else's
-            raise StoreUnavailable from None
+            connection = await self._engine.connect()
+        except (SQLAlchemyError, OSError) as error:  # whatever it is: without a connection there is no database
+            raise StoreUnavailable from error
         try:
             yield connection
         finally:

@@ -1,0 +1,72 @@
+"""`forebay serve`: start the server, and tell a person where it is and how to try it.
+
+It refuses to print a key twice: the first start shows it, and only its hash is kept.
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from forebay import app as house
+from forebay import config, telemetry
+from forebay.config import Settings
+from forebay.errors import SetupError
+
+_EXIT_SETUP = 1
+
+
+def serve(
+    config_file: Annotated[Path | None, typer.Option("--config", help="Configuration file.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the database.")] = None,
+) -> None:
+    """Start the server; Ctrl-C or SIGTERM lets running requests finish and stops it."""
+    overrides: dict[str, Any] = {"host": host, "port": port, "data_dir": data_dir}
+    environment = config.environment()
+    try:
+        settings = config.load(config_file, environment, overrides)
+        telemetry.configure(settings.log.format, settings.log.level, _secrets(settings))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(house.serve(settings, environment, _greet, _say_ready))
+    except SetupError as error:
+        typer.echo(f"forebay: {error}", err=True)
+        raise typer.Exit(_EXIT_SETUP) from None
+
+
+def _greet(greeting: house.Greeting) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"Forebay listens on {greeting.address}")
+    if greeting.first_key:
+        console.print("Your first API key (administrator). It is shown this once:")
+        console.print(f"  {greeting.first_key}", markup=False)
+    if greeting.models:
+        console.print(f"Loading {', '.join(greeting.models)} ...")
+        body = f'{{"model":"{greeting.models[0]}","messages":[{{"role":"user","content":"Who wrote Hamlet?"}}]}}'
+        console.print("Try it:")
+        console.print(
+            f"  curl {greeting.address}/v1/chat/completions -H 'Authorization: Bearer "
+            f"{greeting.first_key or '$FOREBAY_KEY'}' -H 'Content-Type: application/json' -d '{body}'",
+            markup=False,
+        )
+
+
+def _say_ready() -> None:
+    Console(highlight=False).print("Ready.")
+
+
+def _secrets(settings: Settings) -> list[str]:
+    held = (settings.admin_key, settings.database_url, settings.pull.hub_token)
+    return [secret.get_secret_value() for secret in held if secret is not None]
+
+
+def _loop_factory() -> Any:
+    if sys.platform == "win32":
+        return None
+    import uvloop  # noqa: PLC0415  # there is no uvloop on Windows
+
+    return uvloop.new_event_loop

@@ -1,0 +1,169 @@
+"""What every generation endpoint shares on the wire: sampling fields with closed bounds, tiers, and the parsed call.
+
+It refuses unknown fields, as OpenAI does, and never passes on a field that is not listed here.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from forebay.errors import InvalidRequest
+from forebay.inference import Priority, Request
+
+CHOICES_MAX = 8
+STOPS_MAX = 4
+LOGPROBS_MAX = 20
+TOKENS_MAX = 4_194_304
+
+Tier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
+Stop = Annotated[str, Field(max_length=256)]
+_TIERS: dict[Tier, tuple[str, Priority]] = {
+    "auto": ("default", Priority.DEFAULT),
+    "default": ("default", Priority.DEFAULT),
+    "flex": ("flex", Priority.LOW),
+    "scale": ("scale", Priority.HIGH),
+    "priority": ("priority", Priority.HIGH),
+    "fast": ("priority", Priority.HIGH),
+}
+
+
+class Wire(BaseModel):
+    """A body or a part of one: strict types, no unknown fields, finite numbers."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        protected_namespaces=(),
+    )
+
+
+class StreamOptions(Wire):
+    """How a stream is to be sent. `include_obfuscation` changes nothing here: nothing is padded."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Sampling(Wire):
+    """The fields that chat and completions share."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop | Annotated[tuple[Stop, ...], Field(max_length=STOPS_MAX)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=TOKENS_MAX)] | None = None
+    service_tier: Tier | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    # Ours: what local engines offer beyond OpenAI.
+    top_k: Annotated[int, Field(ge=0, le=1000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repeat_penalty: Annotated[float, Field(ge=0, le=2)] | None = None
+
+
+PASSED_ON = (
+    *("seed", "stop", "temperature", "top_p", "frequency_penalty", "presence_penalty", "logit_bias"),
+    *("top_k", "min_p", "repeat_penalty"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A parsed request and how its answer is to be written.
+
+    `kind` is the endpoint's answer shape; `legacy_logprobs` that of /v1/completions.
+    """
+
+    request: Request
+    kind: Literal["chat", "completion"]
+    stream: bool
+    include_usage: bool
+    tier: str
+    legacy_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the front door knows beside the body. `remote_model` is the engine's own name for the model."""
+
+    request_id: str
+    project: str
+    traceparent: str | None
+    max_tokens: int
+    slots: int
+    remote_model: str | None = None
+
+
+WireT = TypeVar("WireT", bound=Wire)
+
+
+def parse(kind: type[WireT], raw: bytes) -> WireT:
+    """Parse `raw` as `kind`; raises InvalidRequest that names the field."""
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def tier_of(body: Sampling) -> tuple[str, Priority]:
+    """The tier that is used and echoed, and what it means in line."""
+    return _TIERS[body.service_tier or "auto"]
+
+
+def engine_fields(body: Sampling, context: Context) -> dict[str, Any]:
+    """The fields for the engine that all endpoints share; the engine is always asked for a stream."""
+    fields = body.model_dump(include=set(PASSED_ON), exclude_none=True)
+    if body.n is not None and body.n > 1:
+        fields["n"] = body.n
+    fields["model"] = context.remote_model or body.model
+    fields["max_tokens"] = body.max_tokens or context.max_tokens
+    fields["stream"] = True
+    fields["stream_options"] = {"include_usage": True}
+    return fields
+
+
+def check_places(places: int, context: Context, param: str) -> None:
+    """Refuse a request that needs more places at once than the model has."""
+    if places > context.slots:
+        raise InvalidRequest(
+            f"This request asks for {places} answers at once, and the model has {context.slots} slots.", param=param
+        )
+
+
+def _explain(error: ValidationError) -> InvalidRequest:
+    """The first mistake, in OpenAI's words where it has some."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = _param(first["loc"])
+    if first["type"] == "json_invalid":
+        return InvalidRequest("We could not parse the JSON body of your request.", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"Unrecognized request argument supplied: {param}", param=param)
+    if first["type"] == "missing":
+        return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    return InvalidRequest(f"Invalid value for '{param}': {first['msg']}.", param=param, code="invalid_value")
+
+
+def _param(location: tuple[int | str, ...]) -> str:
+    """`('messages', 0, 'user', 'content')` -> `messages[0].content`: tags of unions are ours, not the caller's."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part.isidentifier() and part not in _UNION_TAGS:
+            text += f".{part}" if text else part
+        elif not part.isidentifier() and "[" not in part:
+            text += f".{part[:64]}" if text else part[:64]
+    return text
+
+
+_UNION_TAGS = frozenset({"str", "tuple", "int", "float", "bool", "list"})

@@ -1,0 +1,74 @@
+"""Errors on the wire: ours to a body in OpenAI's shape, an engine's to one of ours.
+
+It refuses to pass on paths or addresses that an engine put into its message.
+"""
+
+import re
+from typing import Any
+
+from pydantic_core import from_json
+
+from forebay.errors import (
+    EngineGarbled,
+    EngineUnavailable,
+    ForebayError,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    ServerError,
+)
+
+_MESSAGE_CHARS_MAX = 500
+_PATHS = re.compile(r"(?:[A-Za-z]:)?(?:[/\\][\w.@+~-]+){2,}[/\\]?")
+_ADDRESSES = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b|0x[0-9a-fA-F]{6,}|\[[0-9a-fA-F:]+\](?::\d+)?")
+_TOO_LONG = ("exceed_context_size_error", "context_length_exceeded")
+
+
+def body_of(error: ForebayError) -> dict[str, Any]:
+    """The JSON body for `error`."""
+    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
+
+
+def from_engine(status: int, body: bytes) -> ForebayError:
+    """What an engine's HTTP error means for the caller."""
+    detail = _detail(body)
+    message = sanitise(str(detail.get("message") or ""))
+    words = f"{detail.get('type')} {detail.get('code')}"
+    if any(word in words for word in _TOO_LONG) or "maximum context length" in message:
+        return InvalidRequest(_context_message(detail), param="messages", code="context_length_exceeded")
+    if status == 413:
+        return PayloadTooLarge()
+    if status == 429:
+        return Overloaded("The engine's own line is full. Try again later.", retry_after_seconds=1.0)
+    if status in {400, 404, 422}:
+        return InvalidRequest(message or "The engine refused the request.")
+    if status == 503:
+        return EngineUnavailable(retry_after_seconds=1.0)
+    if status >= 500:
+        return ServerError(message or "The engine failed on this request.", code="engine_error")
+    return EngineGarbled()
+
+
+def sanitise(message: str) -> str:
+    """`message` without paths and addresses, on one line, cut at a bound."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in message).split())
+    return _ADDRESSES.sub("…", _PATHS.sub("…", line))[:_MESSAGE_CHARS_MAX]
+
+
+def _detail(body: bytes) -> dict[str, Any]:
+    try:
+        parsed = from_json(body)
+    except ValueError:
+        return {}
+    error = parsed.get("error", parsed) if isinstance(parsed, dict) else {}
+    return error if isinstance(error, dict) else {"message": error}
+
+
+def _context_message(detail: dict[str, Any]) -> str:
+    prompt, context = detail.get("n_prompt_tokens"), detail.get("n_ctx")
+    if isinstance(prompt, int) and isinstance(context, int):
+        return (
+            f"This model's context holds {context} tokens, and the prompt has {prompt}. Shorten the prompt, or serve "
+            "the model with a larger `context`."
+        )
+    return "The prompt is longer than the model's context. Shorten it."

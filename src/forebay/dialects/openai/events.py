@@ -1,0 +1,295 @@
+"""Server-sent events of a generation: relayed as bytes, or gathered into one body.
+
+Relaying looks at events only where it must: reads that are plainly well-formed pass whole, as they came. It refuses to
+pass on what is not an event, whatever an engine sends.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import from_json, to_json
+
+from forebay.dialects.openai.call import Call
+from forebay.dialects.openai.errors import body_of, from_engine
+from forebay.errors import EngineGarbled, ForebayError
+from forebay.inference import Usage
+
+EVENT_BYTES_MAX = 4 * 2**20
+DONE = b"data: [DONE]\n\n"
+_HEAD = b"data: {"
+_CONTENT_MARKS = (b'"content":"', b'"text":"', b'"tool_calls"', b'"reasoning_content"')
+
+
+class EventReader:
+    """Cuts bytes into events and parses them. Raises EngineGarbled, or what an error event means."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self._rest = b""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left over from the last bytes."""
+        return not self._rest
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """The events that `data` completes."""
+        *blocks, self._rest = (self._rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
+        if len(self._rest) > EVENT_BYTES_MAX:
+            raise EngineGarbled
+        events = [self._parse(block) for block in blocks]
+        return [event for event in events if event is not None]
+
+    def _parse(self, block: bytes) -> dict[str, Any] | None:
+        payload = b""
+        for line in block.split(b"\n"):
+            if line.startswith(b"data:"):
+                payload += line[5:].strip()
+            elif line.startswith(b"error:"):
+                payload = b'{"error":' + line[6:].strip() + b"}"
+            elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
+                raise EngineGarbled
+        if payload == b"[DONE]":
+            self.done = True
+            return None
+        if payload in {b"", b"null"}:
+            return None
+        try:
+            event = from_json(payload)
+        except ValueError:
+            raise EngineGarbled from None
+        return self._check(event, payload)
+
+    def _check(self, event: Any, payload: bytes) -> dict[str, Any]:
+        if not isinstance(event, dict):
+            raise EngineGarbled
+        if event.get("error"):
+            code = event["error"].get("code") if isinstance(event["error"], dict) else None
+            raise from_engine(code if isinstance(code, int) and 400 <= code < 600 else 500, payload)
+        choices = event.get("choices")
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            raise EngineGarbled
+        return event
+
+
+@dataclass(slots=True)
+class Progress:
+    """What is known of an answer while it comes."""
+
+    usage: Usage | None = None
+    events: int = 0
+    content_seen: bool = False
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens written; counted by events where the engine did not get to say."""
+        return self.usage.completion_tokens if self.usage else self.events
+
+    def note_usage(self, event: dict[str, Any]) -> None:
+        """Take the usage out of `event`, if it has one."""
+        usage = event.get("usage")
+        if isinstance(usage, dict):
+            details = usage.get("prompt_tokens_details")
+            cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+            self.usage = Usage(
+                _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(cached)
+            )
+
+
+class Relay:
+    """Turns an engine's stream into the client's."""
+
+    def __init__(self, call: Call, *, rename: bool) -> None:
+        self.progress = Progress()
+        self._call = call
+        self._reader = EventReader()
+        self._first = True
+        self._parses_all = rename or call.legacy_logprobs
+
+    @property
+    def done(self) -> bool:
+        """Whether the engine has said [DONE]."""
+        return self._reader.done
+
+    def feed(self, data: bytes) -> bytes:
+        """The bytes to send on for `data`; may be empty. Raises EngineGarbled, or what an error event means."""
+        if self._passes_whole(data):
+            self.progress.events += data.count(b"\n\n")
+            if not self.progress.content_seen:
+                self.progress.content_seen = any(mark in data for mark in _CONTENT_MARKS)
+            return data
+        out = b"".join(self._render(event) for event in self._reader.feed(data))
+        return out + DONE if self._reader.done else out
+
+    def _passes_whole(self, data: bytes) -> bool:
+        """Whether `data` is whole events that need no change: no usage, no error, no end, nothing left over."""
+        return (
+            not self._first
+            and not self._parses_all
+            and data.startswith(_HEAD)
+            and data.endswith(b"}\n\n")
+            and self._reader.empty
+            and b'"usage"' not in data
+            and b'"error"' not in data
+            and data.count(b"\n\n") == data.count(b"}\n\ndata: {") + 1
+        )
+
+    def _render(self, event: dict[str, Any]) -> bytes:
+        self.progress.events += 1
+        self.progress.note_usage(event)
+        self.progress.content_seen = self.progress.content_seen or _has_content(event)
+        if not event["choices"] and not self._call.include_usage:
+            return b""
+        event.pop("timings", None)
+        if self._first or not event["choices"]:
+            event["service_tier"] = self._call.tier
+        if event["choices"] and not self._call.include_usage:
+            event.pop("usage", None)
+        self._first = False
+        event["model"] = self._call.request.model
+        if self._call.legacy_logprobs:
+            for choice in event["choices"]:
+                choice["logprobs"] = legacy_logprobs(choice.get("logprobs"))
+        return b"data: " + to_json(event) + b"\n\n"
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One answer as it is put together."""
+
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    tool_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    logprobs: list[Any] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class Gatherer:
+    """Puts an engine's stream together into one body."""
+
+    def __init__(self, call: Call) -> None:
+        self.progress = Progress()
+        self._call = call
+        self._reader = EventReader()
+        self._head: dict[str, Any] = {}
+        self._choices: dict[int, _Choice] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether the engine has said [DONE]."""
+        return self._reader.done
+
+    def feed(self, data: bytes) -> None:
+        """Take in `data`. Raises EngineGarbled, or what an error event means."""
+        for event in self._reader.feed(data):
+            self.progress.events += 1
+            self.progress.note_usage(event)
+            self._head = self._head or event
+            for choice in event["choices"]:
+                self._add(choice)
+
+    def body(self) -> bytes:
+        """The whole answer as JSON. Raises EngineGarbled if there is none."""
+        if not self._choices or not self._reader.done:
+            raise EngineGarbled
+        usage = self.progress.usage or Usage(0, self.progress.events)
+        return to_json(
+            {
+                "id": self._head.get("id"),
+                "object": "chat.completion" if self._call.kind == "chat" else "text_completion",
+                "created": self._head.get("created"),
+                "model": self._call.request.model,
+                "choices": [self._render(index, self._choices[index]) for index in sorted(self._choices)],
+                "usage": {
+                    "prompt_tokens": usage.prompt_tokens,
+                    "completion_tokens": usage.completion_tokens,
+                    "total_tokens": usage.total_tokens,
+                    "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+                },
+                "service_tier": self._call.tier,
+                "system_fingerprint": self._head.get("system_fingerprint"),
+            }
+        )
+
+    def _add(self, wire: dict[str, Any]) -> None:
+        index = _count(wire.get("index"))
+        choice = self._choices.setdefault(index, _Choice())
+        delta = wire.get("delta")
+        if isinstance(delta, dict):
+            _append(choice.text, delta.get("content"))
+            _append(choice.reasoning, delta.get("reasoning_content"))
+            for call in delta.get("tool_calls") or ():
+                _add_tool_call(choice.tool_calls, call)
+        _append(choice.text, wire.get("text"))
+        logprobs = wire.get("logprobs")
+        if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
+            choice.logprobs += logprobs["content"]
+        choice.finish_reason = wire.get("finish_reason") or choice.finish_reason
+
+    def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
+        text = "".join(choice.text)
+        logprobs = {"content": choice.logprobs, "refusal": None} if choice.logprobs else None
+        head = {"index": index, "finish_reason": choice.finish_reason}
+        if self._call.kind == "completion":
+            return {**head, "text": text, "logprobs": legacy_logprobs(logprobs)}
+        message: dict[str, Any] = {"role": "assistant", "content": text or (None if choice.tool_calls else "")}
+        message["refusal"] = None
+        if choice.reasoning:
+            message["reasoning_content"] = "".join(choice.reasoning)
+        if choice.tool_calls:
+            message["tool_calls"] = [choice.tool_calls[key] for key in sorted(choice.tool_calls)]
+        return {**head, "message": message, "logprobs": logprobs}
+
+
+def error_event(error: ForebayError) -> bytes:
+    """The last event of a stream that went wrong, in the form that the official client raises."""
+    return b"data: " + to_json(body_of(error)) + b"\n\n"
+
+
+def legacy_logprobs(logprobs: Any) -> dict[str, Any] | None:
+    """The log probabilities of /v1/completions, from an engine's chat-shaped ones."""
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(content, list):
+        return logprobs if isinstance(logprobs, dict) else None
+    entries = [entry for entry in content if isinstance(entry, dict)]
+    offsets, position = [], 0
+    for entry in entries:
+        offsets.append(position)
+        position += len(str(entry.get("token", "")))
+    return {
+        "tokens": [entry.get("token") for entry in entries],
+        "token_logprobs": [entry.get("logprob") for entry in entries],
+        "top_logprobs": [
+            {top.get("token"): top.get("logprob") for top in entry.get("top_logprobs") or ()} for entry in entries
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _has_content(event: dict[str, Any]) -> bool:
+    for choice in event["choices"]:
+        delta = choice.get("delta") or {}
+        if choice.get("text") or delta.get("content") or delta.get("tool_calls") or delta.get("reasoning_content"):
+            return True
+    return False
+
+
+def _add_tool_call(calls: dict[int, dict[str, Any]], wire: Any) -> None:
+    if not isinstance(wire, dict):
+        raise EngineGarbled
+    call = calls.setdefault(
+        _count(wire.get("index")), {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
+    )
+    call["id"] = wire.get("id") or call["id"]
+    function = wire.get("function") or {}
+    call["function"]["name"] += function.get("name") or ""
+    call["function"]["arguments"] += function.get("arguments") or ""
+
+
+def _append(parts: list[str], text: Any) -> None:
+    if isinstance(text, str) and text:
+        parts.append(text)
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and 0 <= value < 2**53 else 0

@@ -1,0 +1,53 @@
+"""JSON answers and error answers, and the bounded reading of a request body.
+
+It refuses to put anything into an error but its own sentence.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from forebay.dialects.openai.errors import body_of
+from forebay.errors import ForebayError, PayloadTooLarge, Quarantined, RequestCancelled
+
+RETRY_AFTER_SECONDS_MAX = 120
+
+
+def json_answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """`content` as JSON."""
+    return Response(to_json(content), status, headers, media_type="application/json")
+
+
+def error_answer(error: ForebayError, headers: Mapping[str, str] | None = None) -> Response:
+    """`error` in OpenAI's shape, with what a client needs to decide whether to try again."""
+    fields = dict(headers or {})
+    if error.retry_after_seconds is not None:
+        seconds = min(RETRY_AFTER_SECONDS_MAX, max(1, math.ceil(error.retry_after_seconds)))
+        fields["retry-after"] = str(seconds)
+    if isinstance(error, Quarantined):
+        fields["x-should-retry"] = "false"
+    if error.status == 401:
+        fields["www-authenticate"] = "Bearer"
+    return json_answer(body_of(error), error.status, fields)
+
+
+async def read_body(request: Request, bytes_max: int) -> bytes:
+    """The whole body. Raises PayloadTooLarge as soon as it is known to be too large, RequestCancelled if it is cut."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > bytes_max:
+        raise PayloadTooLarge(f"The request body is larger than {bytes_max} bytes.")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > bytes_max:
+                raise PayloadTooLarge(f"The request body is larger than {bytes_max} bytes.")
+            parts.append(part)
+    except ClientDisconnect:
+        raise RequestCancelled from None
+    return parts[0] if len(parts) == 1 else b"".join(parts)

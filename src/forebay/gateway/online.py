@@ -1,0 +1,295 @@
+"""The first story: one request, admitted, run and answered while its caller waits.
+
+Reads like this: parse -> admit -> run -> relay or gather. It refuses to let work go on that nobody waits for: a caller
+that goes away, stalls or cancels interrupts the visit, and leaving the permit's block stops the engine.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from forebay.clock import Clock
+from forebay.config import ModelSettings, Settings
+from forebay.dialects.openai.call import Call
+from forebay.dialects.openai.events import Gatherer, Progress, Relay, error_event
+from forebay.errors import (
+    EngineGarbled,
+    EngineTimeout,
+    ForebayError,
+    InvalidRequest,
+    NotFound,
+    RequestCancelled,
+    ServerError,
+    ShuttingDown,
+)
+from forebay.gateway.answers import error_answer
+from forebay.gateway.auth import Principal
+from forebay.gateway.rates import Rates
+from forebay.replicas.connection import EngineStream
+from forebay.scheduler.permit import Permit
+from forebay.scheduler.scheduler import Scheduler
+from forebay.telemetry import Log, Metrics
+
+_SWEEP_SECONDS = 1.0
+_EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Waiting(StrEnum):
+    """Whom a visit waits for."""
+
+    LINE = "line"
+    FIRST_BYTES = "first_bytes"
+    ENGINE = "engine"
+    CLIENT = "client"
+
+
+class Visit:
+    """One request at the front door. Written by its own answer; anybody may interrupt it."""
+
+    def __init__(self, call: Call, principal: Principal, tokens_estimate: int, arrived_at: float) -> None:
+        self.call = call
+        self.tokens_estimate = tokens_estimate
+        self.principal = principal
+        self.arrived_at = arrived_at
+        self.waiting = Waiting.LINE
+        self.since = arrived_at
+        self.admitted_at = 0.0
+        self.first_content_at = 0.0
+        self.progress = Progress()
+        self.interruption: ForebayError | None = None
+        self.interrupted_by = ""
+        self._task = asyncio.current_task()
+
+    def interrupt(self, error: ForebayError, by: str) -> None:
+        """End the visit with `error`, once."""
+        if self.interruption is None and self._task is not None:
+            self.interruption = error
+            self.interrupted_by = by
+            self._task.cancel()
+
+    async def watch(self, receive: Receive) -> None:
+        """Interrupt the visit when its caller goes away."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.interrupt(RequestCancelled("The client closed the connection."), "client_gone")
+
+
+class Door:
+    """The online visits of one server: who is here, who is stuck, and what they cost."""
+
+    def __init__(self, scheduler: Scheduler, rates: Rates, settings: Settings, clock: Clock, metrics: Metrics) -> None:
+        self.scheduler = scheduler
+        self.rates = rates
+        self.clock = clock
+        self.log = Log()
+        self._metrics = metrics
+        self._engine_stall_seconds = settings.supervisor.stall_seconds
+        self._client_stall_seconds = settings.http.write_stall_seconds
+        self._visits: set[Visit] = set()
+
+    async def run(self) -> None:
+        """Interrupt visits that make no progress, until cancelled; measure the event loop's lag by the way."""
+        while True:
+            before = self.clock.monotonic()
+            await self.clock.sleep(_SWEEP_SECONDS)
+            now = self.clock.monotonic()
+            self._metrics.loop_lag.observe(max(0.0, now - before - _SWEEP_SECONDS))
+            for visit in list(self._visits):
+                self._sweep(visit, now)
+
+    def cancel(self, project: str, request_id: str) -> None:
+        """Interrupt the project's visits with this request id. Raises NotFound if there are none."""
+        found = [
+            visit
+            for visit in self._visits
+            if visit.call.request.id == request_id and visit.principal.project_id == project
+        ]
+        if not found:
+            raise NotFound("No request with this id is running or waiting.")
+        for visit in found:
+            visit.interrupt(RequestCancelled(), "cancel_call")
+
+    def close(self) -> None:
+        """End every visit that is left."""
+        for visit in list(self._visits):
+            visit.interrupt(ShuttingDown(), "shutdown")
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody is here."""
+        return not self._visits
+
+    @contextmanager
+    def visiting(self, visit: Visit) -> Iterator[None]:
+        """Count `visit` while it lasts."""
+        self._visits.add(visit)
+        try:
+            yield
+        finally:
+            self._visits.discard(visit)
+
+    def settle(self, visit: Visit, error: ForebayError | None) -> None:
+        """Write down how `visit` ended and what it used."""
+        request, progress, now = visit.call.request, visit.progress, self.clock.monotonic()
+        code = error.code if error is not None else "ok"
+        self._metrics.requests.labels(request.model, request.capability.value, code).inc()
+        self._metrics.duration.labels(request.model).observe(now - visit.arrived_at)
+        if visit.interrupted_by:
+            self._metrics.cancellations.labels(request.model, visit.interrupted_by).inc()
+        tokens = progress.completion_tokens
+        if progress.usage is not None:
+            self._metrics.prompt_tokens.labels(request.model).inc(progress.usage.prompt_tokens)
+        self._metrics.completion_tokens.labels(request.model).inc(tokens)
+        if visit.first_content_at:
+            self._metrics.first_token.labels(request.model).observe(visit.first_content_at - visit.admitted_at)
+            if tokens > 1:
+                gap = (now - visit.first_content_at) / (tokens - 1)
+                self._metrics.token_time.labels(request.model).observe(gap)
+        used = tokens + (progress.usage.prompt_tokens if progress.usage else 0)
+        self.rates.settle(visit.principal, used, visit.tokens_estimate)
+        if isinstance(error, ServerError):
+            self.log.warning("request.failed", code=code, model=request.model, reason=str(error))
+
+    def _sweep(self, visit: Visit, now: float) -> None:
+        stuck = now - visit.since
+        if visit.waiting is Waiting.ENGINE and stuck > self._engine_stall_seconds:
+            visit.interrupt(EngineTimeout("The engine stopped making progress on this request."), "engine_stalled")
+        elif visit.waiting is Waiting.CLIENT and stuck > self._client_stall_seconds:
+            visit.interrupt(RequestCancelled("The client stopped reading."), "client_stalled")
+
+
+class OnlineAnswer(Response):
+    """The answer to one generation request, made while it is sent."""
+
+    def __init__(
+        self,
+        door: Door,
+        call: Call,
+        principal: Principal,
+        model: ModelSettings,
+        tokens_estimate: int,
+        rate_headers: Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self._tokens_estimate = tokens_estimate
+        self._door = door
+        self._call = call
+        self._principal = principal
+        self._model = model
+        self._rate_headers = rate_headers
+        self._arrived_at = door.clock.monotonic()
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the call; every way that it can end comes out here."""
+        visit = Visit(self._call, self._principal, self._tokens_estimate, self._arrived_at)
+        watcher = asyncio.create_task(visit.watch(receive))
+        error: ForebayError | None = None
+        with self._door.visiting(visit):
+            try:
+                await self._serve(visit, send)
+            except ForebayError as failure:
+                error = failure
+            except asyncio.CancelledError:
+                # An interruption of ours ends here; a cancellation from outside is the server closing.
+                error = visit.interruption or ShuttingDown()
+                self._uncancel()
+            finally:
+                watcher.cancel()
+        self._door.settle(visit, error)
+        if error is not None and visit.interrupted_by not in {"client_gone", "client_stalled"}:
+            await self._send_error(error, scope, receive, send)
+
+    async def _serve(self, visit: Visit, send: Send) -> None:
+        call, door = self._call, self._door
+        body = b""
+        async with door.scheduler.admit(call.request) as permit:
+            self._check_tools(permit)
+            visit.admitted_at = door.clock.monotonic()
+            visit.waiting = Waiting.FIRST_BYTES
+            headers = self._head_fields(permit)
+            try:
+                async with door.clock.timeout(self._model.request_timeout_seconds), permit.run() as stream:
+                    if call.stream:
+                        await self._relay(visit, permit, stream, headers, send)
+                    else:
+                        body = await self._gather(visit, stream)
+            except TimeoutError:
+                raise EngineTimeout from None
+        if not call.stream:
+            head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
+            await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
+            await self._send(visit, send, {"type": "http.response.body", "body": body})
+
+    async def _relay(
+        self, visit: Visit, permit: Permit, stream: EngineStream, headers: list[tuple[bytes, bytes]], send: Send
+    ) -> None:
+        clock = self._door.clock
+        relay = Relay(self._call, rename=permit.replica.traits.remote_model is not None)
+        visit.progress = relay.progress
+        while data := await stream.read():
+            out = relay.feed(data)
+            if not visit.first_content_at and relay.progress.content_seen:
+                visit.first_content_at = clock.monotonic()
+            if out:
+                if not self._started:
+                    head = [*_EVENT_STREAM, *headers]
+                    await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
+                await self._send(visit, send, {"type": "http.response.body", "body": out, "more_body": True})
+            visit.waiting, visit.since = Waiting.ENGINE, clock.monotonic()
+        if not relay.done:
+            raise EngineGarbled
+        await self._send(visit, send, {"type": "http.response.body", "body": b""})
+
+    async def _gather(self, visit: Visit, stream: EngineStream) -> bytes:
+        clock = self._door.clock
+        gatherer = Gatherer(self._call)
+        visit.progress = gatherer.progress
+        while data := await stream.read():
+            gatherer.feed(data)
+            visit.waiting, visit.since = Waiting.ENGINE, clock.monotonic()
+            if not visit.first_content_at:
+                visit.first_content_at = visit.since
+        return gatherer.body()
+
+    async def _send(self, visit: Visit, send: Send, message: dict[str, object]) -> None:
+        visit.waiting, visit.since = Waiting.CLIENT, self._door.clock.monotonic()
+        self._started = True
+        await send(message)
+
+    async def _send_error(self, error: ForebayError, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._started:
+            await error_answer(error, self._rate_headers)(scope, receive, send)
+        elif self._call.stream:
+            await send({"type": "http.response.body", "body": error_event(error)})
+
+    def _check_tools(self, permit: Permit) -> None:
+        if self._call.request.tools and permit.replica.tools is False:
+            raise InvalidRequest(
+                f"The chat template of {permit.request.model} has no tools. Choose another model, or give it a chat "
+                "template with tools (`chat_template_file`).",
+                param="tools",
+                code="capability_not_supported",
+            )
+
+    def _head_fields(self, permit: Permit) -> list[tuple[bytes, bytes]]:
+        fields = {
+            "x-queue-position": str(permit.position),
+            "x-queue-wait-ms": str(round(permit.waited_seconds * 1000)),
+            **self._rate_headers,
+        }
+        return [(name.encode(), value.encode()) for name, value in fields.items()]
+
+    @staticmethod
+    def _uncancel() -> None:
+        task = asyncio.current_task()
+        while task is not None and task.cancelling():
+            task.uncancel()

@@ -1,0 +1,157 @@
+"""The route table: every URL of the server and who may use it.
+
+It refuses whatever has no key: authentication is a dependency of every router but the one for liveness and readiness.
+"""
+
+import re
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Path, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from forebay.config import Settings
+from forebay.dialects.openai.call import Call, Context, Sampling, parse
+from forebay.dialects.openai.chat import ChatBody, chat_call
+from forebay.dialects.openai.completions import CompletionBody, completion_call
+from forebay.errors import ForebayError, InvalidRequest, NotFound
+from forebay.gateway import admin, health
+from forebay.gateway.answers import error_answer, json_answer, read_body
+from forebay.gateway.auth import Principal, may_create, principal, role_at_least
+from forebay.gateway.online import Door, OnlineAnswer
+from forebay.inference import Capability
+from forebay.replicas.catalog import Catalog
+from forebay.replicas.commands import traits_of
+from forebay.store.key_format import Role
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_BYTES_PER_TOKEN = 4
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(principal)])
+
+CanChat = Annotated[Principal, Depends(may_create(Capability.CHAT))]
+CanComplete = Annotated[Principal, Depends(may_create(Capability.COMPLETION))]
+Member = Annotated[Principal, Depends(role_at_least(Role.MEMBER))]
+ModelName = Annotated[str, Path(max_length=512)]
+
+
+def _takes(body: type[Sampling]) -> dict[str, Any]:
+    """The OpenAPI description of a body that the route parses by itself."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. `app.state` is filled in by `forebay.app`, which builds the rooms."""
+    app = FastAPI(title="Forebay", openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.settings = settings
+    app.state.stopping = False
+    app.include_router(health.open_router)
+    app.include_router(health.router)
+    app.include_router(router)
+    app.include_router(admin.router)
+    app.add_exception_handler(ForebayError, _forebay_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    return app
+
+
+@router.post("/chat/completions", openapi_extra=_takes(ChatBody))
+async def chat_completions(request: Request, caller: CanChat) -> Response:
+    """Answer a conversation."""
+    body = parse(ChatBody, await _read(request))
+    return _serve(request, caller, chat_call(body, _context(request, caller, body)))
+
+
+@router.post("/completions", openapi_extra=_takes(CompletionBody))
+async def completions(request: Request, caller: CanComplete) -> Response:
+    """Continue a text."""
+    body = parse(CompletionBody, await _read(request))
+    return _serve(request, caller, completion_call(body, _context(request, caller, body)))
+
+
+@router.post("/requests/{request_id}/cancel")
+async def cancel_request(request: Request, request_id: str, caller: Member) -> Response:
+    """Stop the project's running or waiting request whose answer carries this X-Request-ID."""
+    door: Door = request.app.state.door
+    door.cancel(caller.project_id, request_id)
+    return json_answer({"id": request_id, "object": "request", "cancelled": True})
+
+
+@router.get("/models")
+async def list_models(request: Request) -> Response:
+    """Every model of the catalogue."""
+    catalog: Catalog = request.app.state.catalog
+    return json_answer({"object": "list", "data": [_model(request, name) for name in catalog.names()]})
+
+
+@router.get("/models/{name:path}")
+async def show_model(request: Request, name: ModelName) -> Response:
+    """One model."""
+    return json_answer(_model(request, name))
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> Response:
+    """This table as an OpenAPI document."""
+    return json_answer(request.app.openapi())
+
+
+def _model(request: Request, name: str) -> dict[str, Any]:
+    request.app.state.catalog.get(name)
+    supervisor = request.app.state.supervisor
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(request.app.state.started_at),
+        "owned_by": "forebay",
+        "state": supervisor.state(name).value,
+        "reason": supervisor.record(name).reason,
+    }
+
+
+async def _read(request: Request) -> bytes:
+    return await read_body(request, request.app.state.settings.http.body_bytes_max)
+
+
+def _context(request: Request, caller: Principal, body: Sampling) -> Context:
+    model = request.app.state.catalog.get(body.model)
+    trace = request.headers.get("traceparent", "")
+    return Context(
+        request_id=request.scope["request_id"],
+        project=caller.project_id,
+        traceparent=trace if _TRACEPARENT.fullmatch(trace) else None,
+        max_tokens=model.max_tokens,
+        slots=model.slots,
+        remote_model=traits_of(model).remote_model,
+    )
+
+
+def _serve(request: Request, caller: Principal, call: Call) -> Response:
+    door: Door = request.app.state.door
+    estimate = len(call.request.body) // _BYTES_PER_TOKEN
+    headers = door.rates.check(caller, estimate)
+    model = request.app.state.catalog.get(call.request.model)
+    return OnlineAnswer(door, call, caller, model, estimate, headers)
+
+
+async def _forebay_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ForebayError)
+    return error_answer(error)
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    """What the router itself refuses: unknown paths and wrong methods."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        wrong = InvalidRequest("This path does not take that method.", code="method_not_allowed")
+        wrong.status = 405
+        return error_answer(wrong, error.headers)
+    if error.status_code == 404:
+        return error_answer(NotFound("No such path. See docs/api.md for the ones there are."))
+    return error_answer(InvalidRequest(str(error.detail)))
+
+
+async def _validation_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return error_answer(InvalidRequest("A path or query parameter of this request is not valid."))

@@ -1,0 +1,125 @@
+"""Turns a catalogue entry into the command that starts its engine, and says how that engine behaves.
+
+It refuses to take anything from a request: argv and environment come from the configuration alone.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+from forebay.config import (
+    CommandModel,
+    CommandOptions,
+    FakeModel,
+    LlamaCppModel,
+    LlamaCppOptions,
+    Model,
+    UpstreamModel,
+    VllmModel,
+)
+from forebay.errors import SetupError
+from forebay.replicas.launcher import EngineCommand
+
+_TEMPLATE_BYTES_MAX = 1_048_576
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """How an engine behaves on the wire.
+
+    `probe_path` answers only while the engine's main loop turns. `confirms_stop`: it closes a half-closed connection
+    once it has stopped. `reuses_connections`: it keeps a connection open after an answer.
+    """
+
+    probe_path: str
+    health_path: str = "/health"
+    confirms_stop: bool = True
+    reuses_connections: bool = True
+    remote_model: str | None = None
+
+
+def traits_of(model: Model) -> Traits:
+    """The traits of a model's engine."""
+    match model:
+        case LlamaCppModel():
+            return Traits("/slots", reuses_connections=False)
+        case FakeModel():
+            return Traits("/slots")
+        case VllmModel():
+            return Traits("/health")
+        case CommandModel(options=options):
+            return Traits(options.health_path, health_path=options.health_path, remote_model=options.remote_model)
+        case UpstreamModel(options=upstream):
+            return Traits("", confirms_stop=False, remote_model=upstream.remote_model)
+        case _:
+            assert_never(model)
+
+
+def command_for(name: str, model: Model, slots: int, path: Path | None, key: str, port: int) -> EngineCommand:
+    """The command for one process of `model` with `slots` places; `port` is used by engines that cannot choose one."""
+    match model:
+        case LlamaCppModel(options=options):
+            return _ours("llama_cpp", _llama_cpp_spec(name, options, slots, path), key)
+        case FakeModel(options=fake):
+            return _ours("fake", {"name": name, "slots": slots, **fake.model_dump()}, key)
+        case CommandModel(options=command):
+            return _command(command, str(path or ""), key, port)
+        case VllmModel():
+            return _vllm(name, model, slots, path, key, port)
+        case UpstreamModel():
+            raise SetupError(f"The model {name} is an upstream and has no process.")
+        case _:
+            assert_never(model)
+
+
+def _ours(program: str, spec: dict[str, object], key: str) -> EngineCommand:
+    environment = {"FOREBAY_ENGINE_SPEC": json.dumps(spec), "FOREBAY_ENGINE_KEY": key}
+    return EngineCommand((sys.executable, "-m", f"forebay.engines.{program}"), environment)
+
+
+def _llama_cpp_spec(name: str, options: LlamaCppOptions, slots: int, path: Path | None) -> dict[str, object]:
+    spec = options.model_dump(mode="json", exclude={"chat_template_file"})
+    template = options.chat_template_file
+    return {
+        **spec,
+        "name": name,
+        "model_path": str(path),
+        "slots": slots,
+        "chat_template": _read_template(template) if template else None,
+    }
+
+
+def _read_template(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(_TEMPLATE_BYTES_MAX)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"The chat template {path} cannot be read: {type(error).__name__}.") from None
+
+
+def _command(options: CommandOptions, path: str, key: str, port: int) -> EngineCommand:
+    def fill(text: str) -> str:
+        return text.replace("{port}", str(port)).replace("{key}", key).replace("{model}", path)
+
+    environment = {name: fill(value) for name, value in options.environment.items()}
+    return EngineCommand(
+        tuple(fill(part) for part in options.argv),
+        {"FOREBAY_ENGINE_KEY": key, "FOREBAY_ENGINE_PORT": str(port), **environment},
+        address=f"http://127.0.0.1:{port}",
+    )
+
+
+def _vllm(name: str, model: VllmModel, slots: int, path: Path | None, key: str, port: int) -> EngineCommand:
+    options = model.options
+    source = str(path) if path else (model.source or "").removeprefix("hf:")
+    repository, _, revision = source.partition("@")
+    argv = ["vllm", "serve", repository, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--max-num-seqs", str(slots), "--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+    argv += ["--tensor-parallel-size", str(options.tensor_parallel)]
+    if revision:
+        argv += ["--revision", revision]
+    if options.context:
+        argv += ["--max-model-len", str(options.context)]
+    return EngineCommand((*argv, *options.arguments), {"VLLM_API_KEY": key}, address=f"http://127.0.0.1:{port}")

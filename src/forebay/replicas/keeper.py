@@ -1,0 +1,398 @@
+"""Keeps one engine process alive: start, watch, bury, back off, again.
+
+It is the only writer of its replica's state. It refuses to restart without a pause what keeps dying.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from forebay.clock import Clock, new_id, new_token
+from forebay.config import CommandModel, Model, SupervisorSettings, UpstreamModel, VllmModel, read_secret
+from forebay.errors import EngineUnavailable, SetupError
+from forebay.replicas.catalog import Catalog
+from forebay.replicas.commands import Traits, command_for, traits_of
+from forebay.replicas.launcher import EngineProcess, Launcher
+from forebay.replicas.postmortem import Cause, Death, Quarantine, classify, kernel_oom_kills
+from forebay.replicas.replica import Replica, ReplicaState
+from forebay.replicas.state import ModelState
+from forebay.telemetry import Log, Metrics
+
+_PROBE_SECONDS = 0.05
+_FAILED_STARTS_MAX = 3
+_KEY_BYTES = 32
+_LOGGED_LINES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What every keeper works with."""
+
+    limits: SupervisorSettings
+    launcher: Launcher
+    catalog: Catalog
+    quarantine: Quarantine
+    clock: Clock
+    metrics: Metrics
+    log: Log
+    environment: Mapping[str, str]
+    session: Callable[[Traits, Model], aiohttp.ClientSession]
+    on_change: Callable[[str], None]
+
+
+class Keeper:
+    """One engine process that is wanted, dead or alive.
+
+    `slots` says how many places the next process gets; `on_out_of_memory` is told before it is asked again.
+    """
+
+    def __init__(
+        self,
+        shop: Workshop,
+        name: str,
+        model: Model,
+        slots: Callable[[], int],
+        on_out_of_memory: Callable[[], None],
+    ) -> None:
+        self.replica: Replica | None = None
+        self.retry_at: float | None = None
+        self.retry_at_epoch: float | None = None
+        self.failure: str | None = None
+        self._shop = shop
+        self._name = name
+        self._model = model
+        self._slots = slots
+        self._on_out_of_memory = on_out_of_memory
+        self._failed_starts = 0
+        self._deaths_in_a_row = 0
+        self._leaving = asyncio.Event()
+        self._stop_asked = False
+        self._condemned: Cause | None = None
+        self._run = asyncio.create_task(self._keep())
+
+    @property
+    def ended(self) -> bool:
+        """Whether its work is over."""
+        return self._run.done()
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether a request may wait for it."""
+        return not self.ended and self._failed_starts < _FAILED_STARTS_MAX and self.failure is None
+
+    @property
+    def state(self) -> ModelState:
+        """The state of its replica in the words of a model."""
+        if self.replica is None or self.replica.state is ReplicaState.STOPPED:
+            return ModelState.FAILED if self.failure else ModelState.STARTING
+        return ModelState(self.replica.state.value)
+
+    def ask_stop(self) -> None:
+        """Drain, stop, and end."""
+        self._stop_asked = True
+        self._leave()
+
+    def ask_restart(self) -> None:
+        """Drain, stop, and start again."""
+        self._leave()
+
+    def condemn(self, cause: Cause) -> None:
+        """Kill it once nothing but condemned work runs on it."""
+        if self._condemned is None:
+            self._condemned = cause
+            self._shop.log.warning("engine.condemned", model=self._name, cause=cause.value)
+        self._leave()
+
+    def end_now(self) -> None:
+        """End without draining."""
+        self._stop_asked = True
+        self._run.cancel()
+
+    async def finished(self) -> None:
+        """Wait until nothing of it is left."""
+        await asyncio.wait([self._run])
+
+    def _leave(self) -> None:
+        if self.replica is not None and self.replica.ready:
+            self.replica.state = ReplicaState.DRAINING
+            self._changed()
+        self._leaving.set()
+
+    def _changed(self) -> None:
+        self._shop.log.debug("model.state", model=self._name, state=self.state.value)
+        self._shop.on_change(self._name)
+
+    async def _keep(self) -> None:
+        while not self._stop_asked:
+            self._leaving.clear()
+            self._condemned = None
+            began = self._shop.clock.monotonic()
+            try:
+                await self._live_once()
+            except SetupError as error:
+                self._fail(str(error))
+            except asyncio.CancelledError:
+                break
+            lived = self._shop.clock.monotonic() - began
+            if lived >= self._shop.limits.healthy_seconds:
+                self._deaths_in_a_row = 0
+            self._changed()
+            await self._back_off()
+
+    async def _back_off(self) -> None:
+        troubles = self._deaths_in_a_row + self._failed_starts
+        if self._stop_asked or troubles == 0:
+            return
+        limits = self._shop.limits
+        longest = min(limits.backoff_seconds_max, limits.backoff_seconds_min * 2.0 ** min(troubles - 1, 30))
+        seconds = self._shop.clock.jitter(longest)
+        self.retry_at = self._shop.clock.monotonic() + seconds
+        self.retry_at_epoch = self._shop.clock.now() + seconds
+        # An operator's restart or unload cuts the wait short.
+        with contextlib.suppress(TimeoutError):
+            async with self._shop.clock.timeout(seconds):
+                await self._leaving.wait()
+        self.retry_at = self.retry_at_epoch = None
+
+    def _fail(self, reason: str) -> None:
+        """Note a start that cannot work as configured: it is tried again only after the longest back-off."""
+        self._failed_starts = max(self._failed_starts + 1, _FAILED_STARTS_MAX)
+        self.failure = reason
+        self._shop.log.error("model.state", model=self._name, state="failed", reason=reason)
+
+    async def _live_once(self) -> None:
+        """(1) launch, (2) wait until it answers, (3) serve, (4) drain, (5) stop, (6) bury."""
+        shop = self._shop
+        traits = traits_of(self._model)
+        replica = Replica(
+            new_id("replica"),
+            self._name,
+            self._slots(),
+            traits,
+            shop.session(traits, self._model),
+            shop.quarantine,
+        )
+        self.replica = replica
+        oom_before = kernel_oom_kills()
+        process = await self._launch(replica)
+        cause: Cause | None = None
+        try:
+            cause = await self._start(replica, process) or await self._serve(replica, process)
+            if cause is None:
+                await self._drain(replica, process)
+        finally:
+            replica.state = ReplicaState.STOPPED
+            self._changed()
+            exit_code = await self._stop(process, kill=cause is not None or self._condemned is not None)
+            self._bury(replica, process, cause, exit_code, kernel_oom_kills() - oom_before)
+
+    def _upstream_key(self, model: UpstreamModel) -> str | None:
+        """The key from its variable or file. Raises SetupError if the variable is not set."""
+        options = model.options
+        if options.key_file is not None:
+            return read_secret(options.key_file)
+        if options.key_env is None:
+            return None
+        if not self._shop.environment.get(options.key_env):
+            raise SetupError(f"The environment variable {options.key_env} that holds the upstream's key is not set.")
+        return self._shop.environment[options.key_env]
+
+    async def _launch(self, replica: Replica) -> EngineProcess | None:
+        shop, model = self._shop, self._model
+        if isinstance(model, UpstreamModel):
+            replica.address = model.options.base_url.removesuffix("/").removesuffix("/v1")
+            key = self._upstream_key(model)
+            replica.headers = {**model.options.headers, **({"Authorization": f"Bearer {key}"} if key else {})}
+            return None
+        key = new_token(_KEY_BYTES)
+        replica.headers = {"Authorization": f"Bearer {key}"}
+        path = shop.catalog.path(replica.model) if model.source and not isinstance(model, VllmModel) else None
+        port = _free_port() if isinstance(model, CommandModel | VllmModel) else 0
+        command = command_for(replica.model, model, replica.slots, path, key, port)
+        process = await shop.launcher.launch(command, lambda line: self._line(replica, key, line))
+        shop.metrics.engine_starts.labels(replica.model).inc()
+        shop.log.info("engine.starting", model=replica.model, replica=replica.id, pid=process.pid)
+        return process
+
+    def _line(self, replica: Replica, key: str, line: str) -> None:
+        requests = [request.id for request in list(replica.in_flight.values())[:8]]
+        self._shop.log.debug(
+            "engine.line", model=replica.model, replica=replica.id, requests=requests, line=line.replace(key, "***")
+        )
+
+    async def _start(self, replica: Replica, process: EngineProcess | None) -> Cause | None:
+        """Wait until the engine answers; the cause if it does not."""
+        if process is not None:
+            try:
+                async with self._shop.clock.timeout(self._shop.limits.start_timeout_seconds):
+                    replica.address = await process.address()
+                    await self._wait_healthy(replica, process)
+            except TimeoutError:
+                return Cause.FAILED_START
+            except EngineUnavailable:
+                return Cause.FAILED_START
+            replica.tools = await self._supports_tools(replica)
+        if self._leaving.is_set():
+            return None
+        replica.state = ReplicaState.READY
+        self._failed_starts = 0
+        self.failure = None
+        self._shop.log.info("engine.ready", model=replica.model, replica=replica.id, slots=replica.slots)
+        self._changed()
+        return None
+
+    async def _wait_healthy(self, replica: Replica, process: EngineProcess) -> None:
+        exited = asyncio.ensure_future(process.wait())
+        try:
+            while not exited.done():
+                if await self._answers(replica, replica.traits.health_path):
+                    return
+                await asyncio.wait([exited], timeout=_PROBE_SECONDS)
+        finally:
+            exited.cancel()
+        raise EngineUnavailable
+
+    async def _serve(self, replica: Replica, process: EngineProcess | None) -> Cause | None:
+        """Watch until it is to leave (None) or has died or hung (the cause)."""
+        leaving = asyncio.ensure_future(self._leaving.wait())
+        watched: set[asyncio.Future[Any]] = {leaving}
+        if process is not None:
+            watched |= {
+                asyncio.ensure_future(process.wait()),
+                asyncio.ensure_future(self._probe(replica)),
+            }
+        try:
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                return None
+            exited = process is not None and any(
+                future.done() and isinstance(future.result(), int) for future in watched if not future.cancelled()
+            )
+            return Cause.CRASH if exited else Cause.STALL
+        finally:
+            for future in watched:
+                future.cancel()
+
+    async def _probe(self, replica: Replica) -> None:
+        """Return once the engine has answered no probe for the stall limit."""
+        clock, stall = self._shop.clock, self._shop.limits.stall_seconds
+        period = min(5.0, stall / 4)
+        answered = clock.monotonic()
+        while clock.monotonic() - answered < stall:
+            await clock.sleep(period)
+            if await self._answers(replica, replica.traits.probe_path, seconds=period):
+                answered = clock.monotonic()
+
+    async def _answers(self, replica: Replica, path: str, seconds: float = 1.0) -> bool:
+        session = self._shop.session(replica.traits, self._model)
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+            async with session.get(replica.address + path, headers=replica.headers, timeout=timeout) as response:
+                return response.status == 200
+        return False
+
+    async def _supports_tools(self, replica: Replica) -> bool | None:
+        """Whether the chat template has tools; None if the engine does not say."""
+        session = self._shop.session(replica.traits, self._model)
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
+            async with session.get(
+                replica.address + "/props", headers=replica.headers, timeout=aiohttp.ClientTimeout(total=5)
+            ) as response:
+                if response.status == 200:
+                    return _tools_in(await response.json(content_type=None))
+        self._shop.log.debug("engine.no_tools_probe", model=replica.model)
+        return None
+
+    async def _drain(self, replica: Replica, process: EngineProcess | None) -> None:
+        """Let running requests end; a request that refuses to stop does not hold up its own engine's end."""
+        if process is None:
+            await replica.idle.wait()
+            return
+        while not replica.idle.is_set():
+            if self._condemned and replica.only_refusals_left:
+                return
+            exited = asyncio.ensure_future(process.wait())
+            idle = asyncio.ensure_future(replica.idle.wait())
+            done, _ = await asyncio.wait([exited, idle], timeout=_PROBE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            exited.cancel()
+            idle.cancel()
+            if exited in done:
+                return
+
+    async def _stop(self, process: EngineProcess | None, *, kill: bool) -> int:
+        if process is None:
+            return 0
+        if not kill:
+            process.terminate()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._shop.limits.stop_grace_seconds):
+                    return await process.wait()
+        process.kill()
+        return await process.wait()
+
+    def _bury(
+        self, replica: Replica, process: EngineProcess | None, cause: Cause | None, exit_code: int, oom_kills: int
+    ) -> None:
+        lines = process.tail() if process else ()
+        cause = self._condemned or cause
+        if cause is None:
+            self._shop.log.info("engine.stopped", model=replica.model, replica=replica.id)
+            self._deaths_in_a_row = 0
+            replica.death.set_result(Death(Cause.CRASH, exit_code))
+            return
+        if cause in {Cause.CRASH, Cause.FAILED_START}:
+            told = classify(exit_code, lines[-20:], oom_kills)
+            cause = told if cause is Cause.CRASH or told is not Cause.CRASH else cause
+        death = Death(cause, exit_code, lines)
+        self._count(replica, death)
+        self._blame(replica, death)
+        replica.death.set_result(death)
+
+    def _count(self, replica: Replica, death: Death) -> None:
+        shop = self._shop
+        shop.metrics.engine_deaths.labels(self._name, death.cause.value).inc()
+        shop.log.error(
+            "engine.died",
+            model=self._name,
+            replica=replica.id,
+            cause=death.cause.value,
+            exit_code=death.exit_code,
+            last_lines=list(death.last_lines[-_LOGGED_LINES:]),
+        )
+        if death.cause is Cause.OUT_OF_MEMORY:
+            self._on_out_of_memory()
+            shop.log.warning("engine.slots_halved", model=self._name, slots=self._slots())
+        if death.cause is Cause.WRONG_SETUP:
+            self._fail(death.last_lines[-1] if death.last_lines else "the engine gave no reason.")
+        elif death.cause is Cause.FAILED_START:
+            self._failed_starts += 1
+            if self._failed_starts >= _FAILED_STARTS_MAX:
+                self.failure = death.last_lines[-1] if death.last_lines else "the engine did not become ready in time."
+        else:
+            self._deaths_in_a_row += 1
+
+    def _blame(self, replica: Replica, death: Death) -> None:
+        """Remember the inputs that were in flight; at their second death they are refused."""
+        suspects = replica.in_flight if death.cause is not Cause.REFUSED_TO_STOP else replica.refusing
+        for request in list(suspects.values()):
+            if self._shop.quarantine.record(request):
+                self._shop.metrics.quarantined.labels(request.model).inc()
+                self._shop.log.warning("input.quarantined", model=request.model, request_id=request.id)
+
+
+def _tools_in(props: Any) -> bool | None:
+    caps = props.get("chat_template_caps") if isinstance(props, dict) else None
+    tools = caps.get("supports_tools") if isinstance(caps, dict) else None
+    return tools if isinstance(tools, bool) else None
+
+
+def _free_port() -> int:
+    """A port that is free now; an engine that loses the race for it fails its start and gets another."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

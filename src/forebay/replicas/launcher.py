@@ -1,0 +1,58 @@
+"""The port through which engine processes are started, here or on another machine.
+
+It refuses to know what an engine is: it sees a command, an address and an exit status.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+EXIT_OUT_OF_MEMORY = 86
+EXIT_WRONG_SETUP = 78
+ANNOUNCEMENT = "FOREBAY_ENGINE_LISTENING "
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCommand:
+    """What to run. With `address` None the program prints ANNOUNCEMENT and its address once it listens."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    address: str | None = None
+
+
+class EngineProcess(Protocol):
+    """A running engine process. It ends when this server does, however this server ends."""
+
+    @property
+    def pid(self) -> int:
+        """Process id of the guard that holds the engine."""
+        ...
+
+    async def address(self) -> str:
+        """Wait until the engine says where it listens. Raises EngineUnavailable if it exits first."""
+        ...
+
+    async def wait(self) -> int:
+        """Wait for the end; the exit code, or minus the signal. May be awaited by several callers."""
+        ...
+
+    def tail(self) -> tuple[str, ...]:
+        """The last lines that it printed."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM)."""
+        ...
+
+    def kill(self) -> None:
+        """End it and all its children now."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts engine processes."""
+
+    async def launch(self, command: EngineCommand, on_line: Callable[[str], None]) -> EngineProcess:
+        """Start `command`; `on_line` gets each line that it prints. Raises SetupError if there is no such program."""
+        ...

@@ -1,0 +1,147 @@
+"""One engine as the server sees it: its state, its places, the requests in flight on it, and how to run one there.
+
+Its state is written by the supervisor alone. It refuses to give a place back before the engine has stopped.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from enum import StrEnum
+
+import aiohttp
+
+from forebay.dialects.openai.errors import from_engine
+from forebay.errors import EngineGarbled, EngineUnavailable, ForebayError, Quarantined
+from forebay.inference import Request
+from forebay.replicas.commands import Traits
+from forebay.replicas.connection import EngineStream
+from forebay.replicas.postmortem import Death, Quarantine
+
+_VERDICT_SECONDS = 0.5
+
+
+class ReplicaState(StrEnum):
+    """STARTING -> READY -> DRAINING -> STOPPED; any of them -> STOPPED when the process ends."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Replica:
+    """One live engine. A new process is a new Replica."""
+
+    def __init__(
+        self,
+        replica_id: str,
+        model: str,
+        slots: int,
+        traits: Traits,
+        session: aiohttp.ClientSession,
+        quarantine: Quarantine,
+    ) -> None:
+        self.id = replica_id
+        self.model = model
+        self.slots = slots
+        self.traits = traits
+        self.state = ReplicaState.STARTING
+        self.address = ""
+        self.headers: dict[str, str] = {}
+        self.tools: bool | None = None
+        self.in_flight: dict[int, Request] = {}
+        self.refusing: dict[int, Request] = {}
+        self.death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._session = session
+        self._quarantine = quarantine
+        self._stops: set[asyncio.Task[None]] = set()
+        self._sequence = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return self.state is ReplicaState.READY
+
+    @property
+    def only_refusals_left(self) -> bool:
+        """Whether nothing but requests that refuse to stop is in flight."""
+        return len(self.refusing) == len(self.in_flight)
+
+    @asynccontextmanager
+    async def run(
+        self,
+        request: Request,
+        grace_seconds: float,
+        on_refusal: Callable[["Replica"], None],
+        on_stopped: Callable[[], None],
+    ) -> AsyncIterator[EngineStream]:
+        """Send `request`; inside the block its answer can be read.
+
+        Leaving the block, however it ends, never waits: `on_stopped` is called when the engine has stopped (or is
+        gone), and `on_refusal` first if it does not stop within the grace period. Raises what the caller is to be told.
+        """
+        self._sequence += 1
+        number = self._sequence
+        self.in_flight[number] = request
+        self.idle.clear()
+        stream = EngineStream(self._session, self.address + request.path, self._headers_for(request), request.body)
+        try:
+            await self._open(stream)
+            yield stream
+        except (aiohttp.ClientError, OSError) as error:
+            raise await self._explain(request, error) from None
+        finally:
+            if stream.finished:
+                stream.release()
+                self._forget(number, on_stopped)
+            else:
+                stop = asyncio.create_task(self._stop(stream, number, grace_seconds, on_refusal, on_stopped))
+                self._stops.add(stop)
+                stop.add_done_callback(self._stops.discard)
+
+    async def _explain(self, request: Request, error: Exception) -> ForebayError:
+        """What a broken connection meant: the engine died, or it answered with rubbish."""
+        if not self.death.done():
+            await asyncio.wait([self.death], timeout=_VERDICT_SECONDS)
+        if self.death.done():
+            return Quarantined() if self._quarantine.holds(request) else self.death.result().as_error()
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return EngineUnavailable()
+        return EngineGarbled()
+
+    async def _open(self, stream: EngineStream) -> None:
+        status = await stream.open()
+        if status != 200:
+            raise from_engine(status, await stream.read_error())
+
+    async def _stop(
+        self,
+        stream: EngineStream,
+        number: int,
+        grace_seconds: float,
+        on_refusal: Callable[["Replica"], None],
+        on_stopped: Callable[[], None],
+    ) -> None:
+        try:
+            stopped = await stream.stop(grace_seconds, confirms_stop=self.traits.confirms_stop)
+            if not stopped and not self.death.done():
+                self.refusing[number] = self.in_flight[number]
+                on_refusal(self)
+                await self.death
+        finally:
+            self._forget(number, on_stopped)
+
+    def _forget(self, number: int, on_stopped: Callable[[], None]) -> None:
+        del self.in_flight[number]
+        self.refusing.pop(number, None)
+        if not self.in_flight:
+            self.idle.set()
+        on_stopped()
+
+    def _headers_for(self, request: Request) -> dict[str, str]:
+        headers = {**self.headers, "Content-Type": "application/json", "X-Request-ID": request.id}
+        if request.traceparent:
+            headers["traceparent"] = request.traceparent
+        return headers

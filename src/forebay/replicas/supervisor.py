@@ -1,0 +1,294 @@
+"""Desired against actual: starts engines, watches them, replaces the dead and the hung, stops them in order.
+
+It owns the state of every model and replica; others read it. It refuses to start an engine whose file is not checked,
+and to leave a process behind.
+
+One keeper runs for each engine process that is wanted (see keeper.py).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from forebay.clock import Clock
+from forebay.config import Model, Settings, UpstreamModel, VllmModel
+from forebay.errors import EngineUnavailable, ForebayError, ModelNotReady, Quarantined, SetupError
+from forebay.inference import Request
+from forebay.replicas.catalog import Catalog
+from forebay.replicas.commands import Traits
+from forebay.replicas.connection import open_session
+from forebay.replicas.keeper import Keeper, Workshop
+from forebay.replicas.launcher import Launcher
+from forebay.replicas.postmortem import Cause, Quarantine
+from forebay.replicas.pull import Puller
+from forebay.replicas.replica import Replica
+from forebay.replicas.state import ModelState
+from forebay.telemetry import Log, Metrics
+
+_PROBE_SECONDS = 0.05
+_PULL_RETRY_AFTER_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class ModelRecord:
+    """What the supervisor knows of one model."""
+
+    name: str
+    settings: Model
+    wanted: bool = False
+    keepers: list[Keeper] = field(default_factory=list)
+    failure: SetupError | None = None
+    reduced_until: float | None = None
+
+    @property
+    def slots(self) -> int:
+        """Places of one process; half of them while it recovers from running out of memory."""
+        return max(1, self.settings.slots // 2) if self.reduced_until is not None else self.settings.slots
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed, for operators."""
+        reasons = [keeper.failure for keeper in self.keepers if keeper.failure]
+        return str(self.failure) if self.failure else next(iter(reasons), None)
+
+    @property
+    def retry_at(self) -> float | None:
+        """When a failed start is tried again, in seconds since the Unix epoch."""
+        times = [keeper.retry_at_epoch for keeper in self.keepers if keeper.retry_at_epoch is not None]
+        return min(times, default=None)
+
+
+class Supervisor:
+    """Keeps the engines that are wanted alive."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        puller: Puller,
+        launcher: Launcher,
+        clock: Clock,
+        metrics: Metrics,
+        environment: Mapping[str, str],
+    ) -> None:
+        self._limits = settings.supervisor
+        self._quarantine = Quarantine(self._limits.quarantine_seconds, self._limits.quarantine_entries_max, clock)
+        self.on_change: Callable[[str], None] = lambda _name: None
+        self._clock = clock
+        self._log = Log()
+        self._catalog = catalog
+        self._puller = puller
+        self._auto_pull = settings.pull.auto
+        self._shop = Workshop(
+            self._limits,
+            launcher,
+            catalog,
+            self._quarantine,
+            clock,
+            metrics,
+            self._log,
+            environment,
+            self._session,
+            lambda name: self.on_change(name),
+        )
+        self._models = {name: ModelRecord(name, catalog.get(name)) for name in catalog.names()}
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._wake = asyncio.Event()
+        self._closing = False
+
+    # What others ask.
+
+    def replicas(self, model: str) -> list[Replica]:
+        """The ready replicas of `model`."""
+        return [keeper.replica for keeper in self._models[model].keepers if keeper.replica and keeper.replica.ready]
+
+    def record(self, model: str) -> ModelRecord:
+        """What is known of `model`; raises ModelNotFound."""
+        self._catalog.get(model)
+        return self._models[model]
+
+    def records(self) -> list[ModelRecord]:
+        """Every model of the catalogue."""
+        return list(self._models.values())
+
+    def state(self, model: str) -> ModelState:
+        """Where `model` is in its life."""
+        record = self._models[model]
+        states = {keeper.state for keeper in record.keepers}
+        for state in (ModelState.READY, ModelState.STARTING, ModelState.DRAINING, ModelState.FAILED):
+            if state in states:
+                return state
+        if self._puller.pulling(model):
+            return ModelState.PULLING
+        if record.failure is not None:
+            return ModelState.FAILED
+        return ModelState.STOPPED if self._present(record) else ModelState.ABSENT
+
+    def pull_progress(self, model: str) -> dict[str, int | None] | None:
+        """Bytes done and in all while `model` is pulled."""
+        if not self._puller.pulling(model):
+            return None
+        state = self._puller.state(model)
+        return {"done_bytes": state.done_bytes, "total_bytes": state.total_bytes}
+
+    def summon(self, model: str) -> None:
+        """Want `model` up. Returns if waiting for it makes sense; raises ModelNotReady or EngineUnavailable if not."""
+        record = self._models[model]
+        if not record.wanted:
+            record.wanted = True
+            record.failure = None
+            self._wake.set()
+        if not self._present(record):
+            self._refuse_absent(record)
+        trouble = self.trouble(model)
+        if trouble is not None:
+            raise trouble
+
+    def trouble(self, model: str) -> ForebayError | None:
+        """Why nobody should wait for `model`, if so."""
+        record = self._models[model]
+        if any(keeper.hopeful for keeper in record.keepers) or not (record.keepers or record.failure):
+            return None
+        wait = self._seconds_to_retry(record)
+        return EngineUnavailable(
+            f"The model {model} could not be started; the server's log says why.", retry_after_seconds=wait
+        )
+
+    def check(self, request: Request) -> None:
+        """Raise Quarantined if engines died of this input."""
+        if self._quarantine.holds(request):
+            raise Quarantined
+
+    # What operators ask.
+
+    def load(self, model: str) -> None:
+        """Want `model` up."""
+        record = self.record(model)
+        record.wanted = True
+        record.failure = None
+        self._wake.set()
+
+    def unload(self, model: str) -> None:
+        """Let `model` finish what it runs, then stop it."""
+        self.record(model).wanted = False
+        self._wake.set()
+
+    def restart(self, model: str) -> None:
+        """Replace every process of `model` once what it runs is finished; a failed model is tried again at once."""
+        record = self.record(model)
+        record.failure = None
+        for keeper in record.keepers:
+            keeper.ask_restart()
+        self.load(model)
+
+    def condemn(self, replica: Replica) -> None:
+        """Replace `replica`: it did not stop a request. What else runs on it may finish first."""
+        for keeper in self._models[replica.model].keepers:
+            if keeper.replica is replica:
+                keeper.condemn(Cause.REFUSED_TO_STOP)
+
+    # The loop.
+
+    async def run(self) -> None:
+        """Compare desired and actual on every tick, until cancelled; then stop every engine."""
+        try:
+            while True:
+                self._wake.clear()
+                for record in self._models.values():
+                    self._reconcile(record)
+                with contextlib.suppress(TimeoutError):
+                    async with self._clock.timeout(self._limits.tick_seconds):
+                        await self._wake.wait()
+        finally:
+            await self._close()
+
+    async def wait_until_ready(self, model: str) -> None:
+        """Want `model` and wait for it. Raises SetupError with the reason if it cannot be loaded."""
+        self.load(model)
+        while self.state(model) is not ModelState.READY:
+            record = self._models[model]
+            if record.failure is not None:
+                raise record.failure
+            for keeper in record.keepers:
+                if keeper.failure is not None:
+                    raise SetupError(f"The model {model} cannot be loaded: {keeper.failure}")
+            await self._clock.sleep(_PROBE_SECONDS)
+
+    def _reconcile(self, record: ModelRecord) -> None:
+        """(1) not wanted: stop; (2) no file: pull; (3) cool-down over: restart when idle; (4) too few keepers: start."""
+        if not record.wanted:
+            for keeper in record.keepers:
+                keeper.ask_stop()
+            record.keepers = [keeper for keeper in record.keepers if not keeper.ended]
+            return
+        if record.failure is not None:
+            return
+        if not self._present(record):
+            self._pull(record)
+            return
+        if record.reduced_until is not None and self._clock.monotonic() >= record.reduced_until:
+            record.reduced_until = None
+            self._log.info("engine.slots_restored", model=record.name, slots=record.slots)
+            for keeper in record.keepers:
+                keeper.ask_restart()
+        record.keepers = [keeper for keeper in record.keepers if not keeper.ended]
+        while len(record.keepers) < record.settings.replicas and not self._closing:
+            record.keepers.append(self._keeper(record))
+
+    def _keeper(self, record: ModelRecord) -> Keeper:
+        def halve() -> None:
+            record.reduced_until = self._clock.monotonic() + self._limits.oom_cooldown_seconds
+
+        return Keeper(self._shop, record.name, record.settings, lambda: record.slots, halve)
+
+    def _present(self, record: ModelRecord) -> bool:
+        if isinstance(record.settings, VllmModel):
+            return True  # vLLM fetches its own snapshot
+        return record.settings.source is None or self._catalog.present(record.name)
+
+    def _pull(self, record: ModelRecord) -> None:
+        if self._puller.pulling(record.name):
+            return
+        failed = self._puller.failure(record.name)
+        if failed is not None:
+            record.failure = SetupError(f"The model {record.name} cannot be pulled: {failed}")
+            record.wanted = False
+            self._log.error("model.pull_failed", model=record.name, reason=str(failed))
+            self.on_change(record.name)
+            return
+        self._puller.start(record.name)
+
+    def _refuse_absent(self, record: ModelRecord) -> None:
+        if not self._auto_pull and not self._puller.pulling(record.name):
+            record.wanted = False
+            raise EngineUnavailable(
+                f"The model {record.name} is not pulled, and this server does not pull by itself. "
+                f"Ask its operator to run `forebay models pull {record.name}`.",
+                retry_after_seconds=_PULL_RETRY_AFTER_SECONDS,
+            )
+        raise ModelNotReady(retry_after_seconds=_PULL_RETRY_AFTER_SECONDS)
+
+    def _seconds_to_retry(self, record: ModelRecord) -> float:
+        times = [keeper.retry_at for keeper in record.keepers if keeper.retry_at is not None]
+        return max(1.0, min(times) - self._clock.monotonic()) if times else _PULL_RETRY_AFTER_SECONDS
+
+    def _session(self, traits: Traits, model: Model) -> aiohttp.ClientSession:
+        """The HTTP session that suits an engine."""
+        reuse = traits.reuses_connections
+        if reuse not in self._sessions:
+            seconds = model.options.connect_timeout_seconds if isinstance(model, UpstreamModel) else 10.0
+            self._sessions[reuse] = open_session(reuses_connections=reuse, connect_timeout_seconds=seconds)
+        return self._sessions[reuse]
+
+    async def _close(self) -> None:
+        self._closing = True
+        keepers = [keeper for record in self._models.values() for keeper in record.keepers]
+        for keeper in keepers:
+            keeper.end_now()
+        await asyncio.gather(*(keeper.finished() for keeper in keepers))
+        await self._puller.close()
+        for session in self._sessions.values():
+            await session.close()

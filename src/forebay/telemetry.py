@@ -1,0 +1,143 @@
+"""Every log event and metric by name, in one table each.
+
+It refuses labels that a client chooses freely: only configured model names, fixed words and status codes become labels.
+"""
+
+import logging
+import sys
+from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+EVENTS = {
+    "server.started": "The server listens.",
+    "server.ready": "Every preloaded model is up.",
+    "server.stopping": "A stop was asked for; running requests may finish.",
+    "server.stopped": "Everything is closed.",
+    "request.finished": "One HTTP request, with its status and times.",
+    "request.failed": "A request ended in a fault of the server or an engine.",
+    "request.bug": "A request ended in an exception that nobody foresaw. This is a bug.",
+    "engine.starting": "An engine process was launched.",
+    "engine.ready": "An engine answers its readiness probe.",
+    "engine.died": "An engine process ended without being asked to; its last lines are attached.",
+    "engine.stopped": "An engine process ended as asked.",
+    "engine.condemned": "An engine is to be replaced because it did not stop a request or does not answer.",
+    "engine.slots_halved": "An engine ran out of memory and starts again with fewer slots.",
+    "engine.slots_restored": "The cool-down after running out of memory is over.",
+    "engine.line": "A line that an engine printed, with the ids of the requests in flight on it.",
+    "engine.no_tools_probe": "An engine did not say what its chat template can do.",
+    "model.state": "A model changed its state.",
+    "model.pull_failed": "A model's file could not be fetched.",
+    "input.quarantined": "An input was in flight at two engine deaths and is refused for a while.",
+    "supervisor.bug": "A step of the supervisor ended in an exception that nobody foresaw. This is a bug.",
+    "key.created": "A first API key was made.",
+}
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The metrics of one server. Counts are since its start; times are in seconds."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("requests", "Requests by model and outcome.", "model", "capability", "code")
+        self.rejections = self._counter("rejections", "Requests turned away before they ran.", "model", "reason")
+        self.cancellations = self._counter("cancellations", "Requests stopped before their end.", "model", "reason")
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens read.", "model")
+        self.completion_tokens = self._counter("completion_tokens", "Tokens written.", "model")
+        self.queue_wait = self._histogram("queue_wait_seconds", "Time in line.", "model")
+        self.first_token = self._histogram("time_to_first_token_seconds", "Admission to first content.", "model")
+        self.token_time = self._histogram("time_per_output_token_seconds", "Mean gap between tokens.", "model")
+        self.duration = self._histogram("request_seconds", "Arrival to last byte.", "model")
+        self.running = self._gauge("running", "Places in use.", "model")
+        self.waiting = self._gauge("waiting", "Requests in line.", "model")
+        self.slots = self._gauge("slots", "Places there are.", "model")
+        self.engine_starts = self._counter("engine_starts", "Engine processes launched.", "model")
+        self.engine_deaths = self._counter("engine_deaths", "Engine processes that ended unasked.", "model", "kind")
+        self.quarantined = self._counter("quarantined_inputs", "Inputs put into quarantine.", "model")
+        self.loop_lag = Histogram(
+            "forebay_event_loop_lag_seconds", "Delay of a timer.", registry=self.registry, buckets=_SECONDS
+        )
+        self.connections = Gauge("forebay_connections", "Open client connections.", registry=self.registry)
+        self.connections_closed = self._counter("connections_closed", "Connections closed by a limit.", "reason")
+
+    def render(self) -> bytes:
+        """The exposition text for Prometheus."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"forebay_{name}_total", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"forebay_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"forebay_{name}", text, labels, registry=self.registry, buckets=_SECONDS)
+
+
+class Log:
+    """Writes events of the table above; an event that is not in it is a mistake of ours."""
+
+    def __init__(self) -> None:
+        self._logger = structlog.get_logger("forebay")
+
+    def debug(self, event: str, **fields: Any) -> None:
+        """Write at level debug."""
+        self._write("debug", event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Write at level info."""
+        self._write("info", event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Write at level warning."""
+        self._write("warning", event, fields)
+
+    def error(self, event: str, *, exc_info: bool = False, **fields: Any) -> None:
+        """Write at level error."""
+        if exc_info:
+            fields["exc_info"] = True
+        self._write("error", event, fields)
+
+    def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        assert event in EVENTS, event
+        current = request_id.get()
+        if current:
+            fields.setdefault("request_id", current)
+        getattr(self._logger, level)(event, **fields)
+
+
+def configure(form: Literal["text", "json"], level: str, secrets: Iterable[str] = ()) -> None:
+    """Set up logging for the process; `secrets` are struck out wherever they turn up in a line."""
+    hidden = [secret for secret in secrets if secret]
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if form == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24)
+    )
+
+    def strike_out(_logger: Any, _method: str, rendered: Any) -> str:
+        line = str(rendered)
+        for secret in hidden:
+            line = line.replace(secret, "***")
+        return line
+
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+            strike_out,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
