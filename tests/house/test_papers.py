@@ -9,6 +9,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import forebay
+from forebay.config import Settings
+from forebay.gateway.server import create_app
 from tests.house import source
 
 _LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
@@ -86,3 +88,14 @@ def test_the_python_versions_agree() -> None:
     oldest = declared["project"]["requires-python"].removeprefix(">=")
     assert f'"{oldest}"' in workflow
     assert declared["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+
+
+def test_every_route_is_documented() -> None:
+    page = (source.ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    routes = {
+        (method.upper(), path)
+        for path, methods in create_app(Settings()).openapi()["paths"].items()
+        for method in methods
+    }
+    assert len(routes) > 5
+    assert not sorted(f"{method} {path}" for method, path in routes if f"`{method} {path}`" not in page)
