@@ -32,3 +32,23 @@ def new_database() -> str:
 def postgres_url() -> str:
     """The URL of a new, empty database; import this fixture to use it."""
     return new_database()
+
+
+def cut_connections(url: str) -> None:
+    """End every connection to the database, as a restart does."""
+    server().psql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{_name(url)}';")
+
+
+def take_away(url: str) -> None:
+    """Refuse connections to the database and end those there are."""
+    server().psql(f"ALTER DATABASE {_name(url)} ALLOW_CONNECTIONS false;")
+    cut_connections(url)
+
+
+def bring_back(url: str) -> None:
+    """Undo `take_away`."""
+    server().psql(f"ALTER DATABASE {_name(url)} ALLOW_CONNECTIONS true;")
+
+
+def _name(url: str) -> str:
+    return url.partition("?")[0].rpartition("/")[2]
