@@ -178,7 +178,8 @@ async def first_key_for(keys: KeyStore, settings: Settings) -> str | None:
             f"There is no API key yet, so the server does not listen on {settings.host}. "
             "Create one with `forebay keys create --role admin`, or set FOREBAY_ADMIN_KEY."
         )
-    _, plain = await keys.create_key(DEFAULT_PROJECT, name="first key", role=Role.ADMIN)
+    record, plain = await keys.create_key(DEFAULT_PROJECT, name="first key", role=Role.ADMIN)
+    Log().info("key.created", key=record.id)
     return plain
 
 

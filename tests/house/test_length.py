@@ -1,6 +1,7 @@
 """Functions fit a screen and files a sitting; what is longer is listed, and the list may only shrink."""
 
 import ast
+import statistics
 
 from tests.house import source
 
@@ -32,6 +33,12 @@ def test_no_file_is_longer_than_a_sitting() -> None:
     files = source.modules() + source.modules(source.ROOT / "tests")
     lines = {source.name(path): path.read_text(encoding="utf-8").count("\n") for path in files}
     assert not {name: count for name, count in lines.items() if count > FILE_LINES_MAX}
+
+
+def test_most_functions_are_a_few_lines() -> None:
+    lines = sorted(count for place, count in _functions().items() if place.startswith("src/"))
+    assert statistics.median(lines) < 10
+    assert lines[int(len(lines) * 0.95)] <= 40
 
 
 def test_the_ratchet_sees_functions_at_all() -> None:
