@@ -26,6 +26,7 @@ from forebay.replicas import sources
 Progress = Callable[[int, int | None], None]
 
 _CHUNK_BYTES = 2**20
+_BUFFER_BYTES = 2**16  # small, for what is in it when the connection breaks is lost
 _HASH_BYTES = 8 * 2**20
 _NOTE_BYTES_MAX = 8192
 _REDIRECTS_MAX = 5
@@ -128,7 +129,7 @@ async def download(remote: Remote, path: Path, settings: PullSettings, clock: Cl
     checksum; a wrong file is deleted. 4. Flush it to disk. Cancelled, it leaves a part that the next call takes up.
     """
     part = await _Part.open(path, remote.url)
-    async with _session(settings) as session:
+    async with _session(remote, settings) as session:
         for attempt in range(1, settings.attempts_max + 1):
             if part.complete:
                 break
@@ -173,14 +174,15 @@ def check_room(folder: Path, needed_bytes: int, settings: PullSettings) -> None:
 
 
 @asynccontextmanager
-async def _session(settings: PullSettings) -> AsyncIterator[aiohttp.ClientSession]:
+async def _session(remote: Remote, settings: PullSettings) -> AsyncIterator[aiohttp.ClientSession]:
     timeout = aiohttp.ClientTimeout(
         total=None, connect=settings.timeout_seconds, sock_connect=settings.timeout_seconds,
         sock_read=settings.timeout_seconds,
     )  # fmt: skip
-    # Proxies come from the environment, as for every download tool; nothing else of ours reads it here.
+    # Proxies come from the environment, as for every download tool, but not on the way to this machine itself.
+    proxies = sources.check_address(remote.url).scheme == "https"
     async with aiohttp.ClientSession(
-        timeout=timeout, auto_decompress=False, trust_env=True, read_bufsize=_CHUNK_BYTES
+        timeout=timeout, auto_decompress=False, trust_env=proxies, read_bufsize=_BUFFER_BYTES
     ) as session:
         yield session
 

@@ -21,8 +21,8 @@ _DIMENSIONS_MAX = 4
 _ELEMENTS_MAX = 2**62
 _ALIGNMENT_MAX = 2**20
 _ALIGNMENT = 32
-_HEADER_BYTES_MAX = 256 * 2**20
-_WINDOW_BYTES = 16 * 2**20
+_HEADER_BYTES_MAX = 128 * 2**20
+_WINDOW_BYTES = 2 * 2**20  # most headers fit; a larger one is read again with four times the room
 
 _UINT32 = struct.Struct("<I")
 _UINT64 = struct.Struct("<Q")
