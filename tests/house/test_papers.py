@@ -5,10 +5,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import forebay
+from forebay.cli import app
 from forebay.config import Settings
 from forebay.gateway.server import create_app
 from tests.house import source
@@ -99,3 +101,23 @@ def test_every_route_is_documented() -> None:
     }
     assert len(routes) > 5
     assert not sorted(f"{method} {path}" for method, path in routes if f"`{method} {path}`" not in page)
+
+
+def _commands() -> set[str]:
+    """`serve`, `keys create`, … as the program has them."""
+    top = typer.main.get_command(app)
+    found = set()
+    for name, command in getattr(top, "commands", {}).items():
+        found |= {name, *(f"{name} {inner}" for inner in getattr(command, "commands", {}))}
+    return found
+
+
+@pytest.mark.parametrize("page", [*_pages(), source.ROOT / "Makefile"], ids=source.name)
+def test_commands_that_a_page_names_exist(page: Path) -> None:
+    commands = _commands()
+    assert {"serve", "keys create"} <= commands
+    for words in re.findall(r"(?:^|[`/(]|&& )forebay ([a-z]+(?: [a-z]+)?)", page.read_text("utf-8"), re.MULTILINE):
+        first = words.split()[0]
+        assert first in commands, f"{source.name(page)}: there is no `forebay {first}`"
+        if any(command.startswith(f"{first} ") for command in commands) and " " in words:
+            assert words in commands, f"{source.name(page)}: there is no `forebay {words}`"
