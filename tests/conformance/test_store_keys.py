@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from pydantic import SecretStr
 
@@ -36,6 +38,8 @@ async def main():
     await database.close()
     print(record.project_id)
 
+print("ready", flush=True)
+sys.stdin.readline()
 asyncio.run(main())
 """
 
@@ -213,12 +217,23 @@ async def test_one_process_may_open_several_at_once(settings: Settings) -> None:
 
 def test_processes_that_migrate_at_once_agree(settings: Settings) -> None:
     url = settings.database_url.get_secret_value() if settings.database_url else ""
-    command = [sys.executable, "-c", OPEN_AND_CREATE, str(settings.data_dir), url]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    ended = [(process.communicate(timeout=60), process.returncode) for process in started]
-    assert [code for _, code in ended] == [0] * 4, ended
-    assert len({out for (out, _), _ in ended}) == 1
-    assert all(error == "" for (_, error), _ in ended)  # Alembic says nothing
+    program = [sys.executable, "-c", OPEN_AND_CREATE, str(settings.data_dir), url]
+    started = [
+        subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        )
+        for _ in range(6)
+    ]
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+    ended = [(*process.communicate(timeout=60), process.returncode) for process in started]
+    assert [code for _, _, code in ended] == [0] * 6, ended
+    assert len({out for out, _, _ in ended}) == 1
+    assert all(error == "" for _, error, _ in ended)  # Alembic says nothing
 
 
 async def test_the_steps_lead_to_the_tables_as_declared(database: Database) -> None:
@@ -227,6 +242,29 @@ async def test_the_steps_lead_to_the_tables_as_declared(database: Database) -> N
 
     async with database.read() as connection:
         assert await connection.run_sync(differences) == []
+
+
+async def test_a_migration_that_breaks_off_leaves_nothing_behind(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upgrade = command.upgrade
+
+    def break_off(config: Config, revision: str) -> None:
+        upgrade(config, revision)
+        raise OSError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "upgrade", break_off)
+        with pytest.raises(SetupError, match="the power went"):
+            await Database.open(settings)
+        patch.setattr(command, "upgrade", lambda config, revision: None)
+        untouched = await Database.open(settings)
+        async with untouched.read() as connection:
+            assert await connection.run_sync(lambda sync: sa.inspect(sync).get_table_names()) == []
+        await untouched.close()
+    whole = await Database.open(settings)
+    assert not await KeyStore(whole, FakeClock()).any_keys()
+    await whole.close()
 
 
 async def test_a_newer_schema_is_refused(settings: Settings) -> None:
@@ -249,6 +287,25 @@ async def test_sqlite_is_durable_and_private(tmp_path: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {"forebay.db", "forebay.db-wal"} <= set(modes)
     assert set(modes.values()) == {0o600}
+
+
+async def test_a_full_disk_is_said_and_got_over(tmp_path: Path) -> None:
+    database = await Database.open(Settings(data_dir=tmp_path))
+    keys = KeyStore(database, FakeClock())
+    record, _ = await keys.create_key()
+    with pytest.raises(StoreUnavailable):
+        async with database.begin() as connection:
+            await connection.execute(sa.text("PRAGMA max_page_count = 1"))  # cut to what there is already
+            for number in range(1000):
+                row = {"id": f"p{number}", "name": f"n{number}"}
+                await connection.execute(sa.text("INSERT INTO projects VALUES (:id, :name, 0)"), row)
+    assert await keys.list() == [record]
+    async with database.begin() as connection:
+        await connection.execute(sa.text("PRAGMA max_page_count = 1000000"))
+        assert await connection.scalar(sa.text("SELECT count(*) FROM projects")) == 1
+        assert await connection.scalar(sa.text("PRAGMA integrity_check")) == "ok"
+    await keys.create_key("other")
+    await database.close()
 
 
 async def test_a_sqlite_reader_does_not_wait_for_a_writer(tmp_path: Path) -> None:
