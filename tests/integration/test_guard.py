@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from tests.support.engines import GUARD, alive, eventually, guarded
@@ -102,6 +103,7 @@ def test_a_child_that_does_not_listen_is_killed_half_a_second_later() -> None:
 def test_a_stopped_child_is_killed_too() -> None:
     with family() as (guard, pids):
         os.kill(pids[0], signal.SIGSTOP)
+        eventually(lambda: psutil.Process(pids[0]).status() == psutil.STATUS_STOPPED, 5)
         closed(guard)
         assert guard.wait(5) == -signal.SIGKILL
         assert gone(pids)
@@ -122,7 +124,7 @@ def test_what_a_finished_child_leaves_behind_is_killed() -> None:
 
 
 def test_sigterm_is_passed_on_and_no_more() -> None:
-    said = "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))"
+    said = "signal.signal(signal.SIGTERM, lambda *_: os.write(1, b'asked\\n'))"
     with family(
         before=said, child="signal.signal(signal.SIGTERM, signal.SIG_IGN)", after="\nwhile True: time.sleep(600)"
     ) as (guard, pids):

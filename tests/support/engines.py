@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 import forebay
 
 GUARD = Path(forebay.__file__).parent / "engines" / "guard.py"
@@ -153,15 +155,11 @@ class Stream:
 
 def children(pid: int) -> list[int]:
     """The processes that `pid` has started and that still live."""
-    import psutil
-
     return [child.pid for child in psutil.Process(pid).children()]
 
 
 def alive(pid: int) -> bool:
     """Whether the process is there and not a zombie."""
-    import psutil
-
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
