@@ -116,6 +116,7 @@ async def _read(request: Request) -> bytes:
 
 def _context(request: Request, caller: Principal, body: Sampling) -> Context:
     model = request.app.state.catalog.get(body.model)
+    traits = traits_of(model)
     trace = request.headers.get("traceparent", "")
     return Context(
         request_id=request.scope["request_id"],
@@ -123,7 +124,8 @@ def _context(request: Request, caller: Principal, body: Sampling) -> Context:
         traceparent=trace if _TRACEPARENT.fullmatch(trace) else None,
         max_tokens=model.max_tokens,
         slots=model.slots,
-        remote_model=traits_of(model).remote_model,
+        remote_model=traits.remote_model,
+        enforces_tool_choice=traits.enforces_tool_choice,
     )
 
 

@@ -32,8 +32,11 @@ class _Connector(aiohttp.TCPConnector):
 
 def open_session(*, reuses_connections: bool, connect_timeout_seconds: float = 10.0) -> aiohttp.ClientSession:
     """A session for engines. Its number of connections is bounded by permits, not here."""
+    connector = (
+        _Connector(limit=0, keepalive_timeout=30) if reuses_connections else _Connector(limit=0, force_close=True)
+    )
     return aiohttp.ClientSession(
-        connector=_Connector(limit=0, force_close=not reuses_connections, keepalive_timeout=30),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_seconds),
         read_bufsize=_READ_BUFFER_BYTES,
         auto_decompress=False,

@@ -138,6 +138,9 @@ class Keeper:
                 self._fail(str(error))
             except asyncio.CancelledError:
                 break
+            except Exception:  # the supervisor's step: a bug here must not leave a model unwatched
+                self._shop.log.error("supervisor.bug", exc_info=True, model=self._name)
+                self._fail("the supervisor met a bug of its own; the server's log has it.")
             lived = self._shop.clock.monotonic() - began
             if lived >= self._shop.limits.healthy_seconds:
                 self._deaths_in_a_row = 0
@@ -211,7 +214,7 @@ class Keeper:
             return None
         key = new_token(_KEY_BYTES)
         replica.headers = {"Authorization": f"Bearer {key}"}
-        path = shop.catalog.path(replica.model) if model.source and not isinstance(model, VllmModel) else None
+        path = shop.catalog.path(replica.model) if shop.catalog.needs_file(replica.model) else None
         port = _free_port() if isinstance(model, CommandModel | VllmModel) else 0
         command = command_for(replica.model, model, replica.slots, path, key, port)
         process = await shop.launcher.launch(command, lambda line: self._line(replica, key, line))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from forebay.clock import Clock
-from forebay.config import Model, Settings, UpstreamModel, VllmModel
+from forebay.config import Model, Settings, UpstreamModel
 from forebay.errors import EngineUnavailable, ForebayError, ModelNotReady, Quarantined, SetupError
 from forebay.inference import Request
 from forebay.replicas.catalog import Catalog
@@ -30,6 +30,8 @@ from forebay.telemetry import Log, Metrics
 
 _PROBE_SECONDS = 0.05
 _PULL_RETRY_AFTER_SECONDS = 10.0
+_PULL_PAUSE_SECONDS = 30.0
+_NO_PULL = "The model {} could not be pulled; the server's log says why."
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ class ModelRecord:
     wanted: bool = False
     keepers: list[Keeper] = field(default_factory=list)
     failure: SetupError | None = None
+    failed_at: float = 0.0
+    pull_ordered: bool = False
     reduced_until: float | None = None
 
     @property
@@ -137,10 +141,10 @@ class Supervisor:
     def summon(self, model: str) -> None:
         """Want `model` up. Returns if waiting for it makes sense; raises ModelNotReady or EngineUnavailable if not."""
         record = self._models[model]
+        if record.failure is not None and self._clock.monotonic() - record.failed_at < _PULL_PAUSE_SECONDS:
+            raise EngineUnavailable(_NO_PULL.format(model), retry_after_seconds=_PULL_PAUSE_SECONDS)
         if not record.wanted:
-            record.wanted = True
-            record.failure = None
-            self._wake.set()
+            self.load(model)
         if not self._present(record):
             self._refuse_absent(record)
         trouble = self.trouble(model)
@@ -245,21 +249,21 @@ class Supervisor:
         return Keeper(self._shop, record.name, record.settings, lambda: record.slots, halve)
 
     def _present(self, record: ModelRecord) -> bool:
-        if isinstance(record.settings, VllmModel):
-            return True  # vLLM fetches its own snapshot
-        return record.settings.source is None or self._catalog.present(record.name)
+        return not self._catalog.needs_file(record.name) or self._catalog.present(record.name)
 
     def _pull(self, record: ModelRecord) -> None:
         if self._puller.pulling(record.name):
             return
-        failed = self._puller.failure(record.name)
-        if failed is not None:
-            record.failure = SetupError(f"The model {record.name} cannot be pulled: {failed}")
-            record.wanted = False
-            self._log.error("model.pull_failed", model=record.name, reason=str(failed))
-            self.on_change(record.name)
+        failed = self._puller.failure(record.name) if record.pull_ordered else None
+        if failed is None:
+            record.pull_ordered = True
+            self._puller.start(record.name)
             return
-        self._puller.start(record.name)
+        record.failure = SetupError(f"The model {record.name} cannot be pulled: {failed}")
+        record.failed_at = self._clock.monotonic()
+        record.pull_ordered = record.wanted = False
+        self._log.error("model.pull_failed", model=record.name, reason=failed)
+        self.on_change(record.name)
 
     def _refuse_absent(self, record: ModelRecord) -> None:
         if not self._auto_pull and not self._puller.pulling(record.name):

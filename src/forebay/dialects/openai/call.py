@@ -81,7 +81,8 @@ PASSED_ON = (
 class Call:
     """A parsed request and how its answer is to be written.
 
-    `kind` is the endpoint's answer shape; `legacy_logprobs` that of /v1/completions.
+    `kind` is the endpoint's answer shape; `legacy_logprobs` that of /v1/completions. With `forced_tool` the engine was
+    made to write one tool call as plain JSON, which becomes a tool call on the way out.
     """
 
     request: Request
@@ -90,11 +91,15 @@ class Call:
     include_usage: bool
     tier: str
     legacy_logprobs: bool = False
+    forced_tool: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the front door knows beside the body. `remote_model` is the engine's own name for the model."""
+    """What the front door knows beside the body.
+
+    `remote_model` is the engine's own name for the model; `enforces_tool_choice` whether it obeys `tool_choice`.
+    """
 
     request_id: str
     project: str
@@ -102,6 +107,7 @@ class Context:
     max_tokens: int
     slots: int
     remote_model: str | None = None
+    enforces_tool_choice: bool = True
 
 
 WireT = TypeVar("WireT", bound=Wire)

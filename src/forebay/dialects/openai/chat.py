@@ -205,10 +205,16 @@ def chat_call(body: ChatBody, context: Context) -> Call:
     if body.logprobs:
         fields |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     wants_tools = bool(body.tools) and body.tool_choice != "none"
-    if wants_tools:
-        fields |= body.model_dump(include={"tools", "tool_choice", "parallel_tool_calls"}, exclude_none=True)
     if body.response_format is not None:
         fields["response_format"] = body.response_format.model_dump(exclude_none=True, by_alias=True)
+    forced = _forced_tools(body) if wants_tools and not context.enforces_tool_choice else ()
+    if forced:
+        fields |= {
+            "tools": [tool.model_dump(exclude_none=True) for tool in forced],
+            "response_format": _as_format(forced),
+        }
+    elif wants_tools:
+        fields |= body.model_dump(include={"tools", "tool_choice", "parallel_tool_calls"}, exclude_none=True)
     tier, priority = tier_of(body)
     request = Request(
         id=context.request_id,
@@ -223,7 +229,39 @@ def chat_call(body: ChatBody, context: Context) -> Call:
         traceparent=context.traceparent,
     )
     options = body.stream_options
-    return Call(request, "chat", bool(body.stream), bool(options and options.include_usage), tier)
+    return Call(
+        request,
+        "chat",
+        bool(body.stream),
+        bool(options and options.include_usage),
+        tier,
+        forced_tool=bool(forced),
+    )
+
+
+def _forced_tools(body: ChatBody) -> tuple[Tool, ...]:
+    """The tools of which one must be called; none if the model may choose not to."""
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        return tuple(tool for tool in body.tools or () if tool.function.name == name)
+    return (body.tools or ()) if body.tool_choice == "required" else ()
+
+
+def _as_format(tools: tuple[Tool, ...]) -> dict[str, Any]:
+    """A response format that one call of one of `tools` satisfies and nothing else does."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "arguments": tool.function.parameters or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return {"type": "json_schema", "json_schema": {"name": "tool_call", "schema": {"anyOf": calls}}}
 
 
 def _check(body: ChatBody) -> None:

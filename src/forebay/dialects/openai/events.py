@@ -104,7 +104,8 @@ class Relay:
         self._call = call
         self._reader = EventReader()
         self._first = True
-        self._parses_all = rename or call.legacy_logprobs
+        self._parses_all = rename or call.legacy_logprobs or call.forced_tool
+        self._tool_texts: dict[int, str] = {}
 
     @property
     def done(self) -> bool:
@@ -147,10 +148,27 @@ class Relay:
             event.pop("usage", None)
         self._first = False
         event["model"] = self._call.request.model
-        if self._call.legacy_logprobs:
-            for choice in event["choices"]:
+        for choice in event["choices"]:
+            if self._call.legacy_logprobs:
                 choice["logprobs"] = legacy_logprobs(choice.get("logprobs"))
+            if self._call.forced_tool:
+                self._hold_tool_text(choice)
         return b"data: " + to_json(event) + b"\n\n"
+
+    def _hold_tool_text(self, choice: dict[str, Any]) -> None:
+        """Keep the text of a forced tool call until it is whole, then turn it into the call."""
+        index, delta = _count(choice.get("index")), choice.setdefault("delta", {})
+        self._tool_texts[index] = text = self._tool_texts.get(index, "") + (delta.pop("content", None) or "")
+        if len(text) > EVENT_BYTES_MAX:
+            raise EngineGarbled
+        if choice.get("finish_reason") is None:
+            return
+        call = tool_call_from(text, self._call.request.id, index)
+        if call is None:
+            delta["content"] = text
+        else:
+            delta["tool_calls"] = [{"index": 0, **call}]
+            choice["finish_reason"] = "tool_calls"
 
 
 @dataclass(slots=True)
@@ -228,6 +246,9 @@ class Gatherer:
 
     def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
         text = "".join(choice.text)
+        forced = tool_call_from(text, self._call.request.id, index) if self._call.forced_tool else None
+        if forced is not None:
+            text, choice.finish_reason, choice.tool_calls = "", "tool_calls", {0: forced}
         logprobs = {"content": choice.logprobs, "refusal": None} if choice.logprobs else None
         head = {"index": index, "finish_reason": choice.finish_reason}
         if self._call.kind == "completion":
@@ -244,6 +265,19 @@ class Gatherer:
 def error_event(error: ForebayError) -> bytes:
     """The last event of a stream that went wrong, in the form that the official client raises."""
     return b"data: " + to_json(body_of(error)) + b"\n\n"
+
+
+def tool_call_from(text: str, request_id: str, index: int) -> dict[str, Any] | None:
+    """The tool call that `text` holds as `{"name": …, "arguments": {…}}`; None if it was cut short."""
+    try:
+        wire = from_json(text)
+    except ValueError:
+        return None
+    if not isinstance(wire, dict) or "name" not in wire:
+        return None
+    arguments = to_json(wire.get("arguments", {})).decode()
+    identity = f"call_{request_id.removeprefix('req_')}_{index}"
+    return {"id": identity, "type": "function", "function": {"name": wire["name"], "arguments": arguments}}
 
 
 def legacy_logprobs(logprobs: Any) -> dict[str, Any] | None:
