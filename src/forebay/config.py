@@ -71,7 +71,7 @@ class SupervisorSettings(_Section):
         description="An engine that answers no probe, or a stream that makes no progress, for this long is taken for hung.",
     )
     cancel_grace_seconds: Seconds = Field(
-        5, description="Time for an engine to stop a cancelled request; after it the engine is replaced."
+        10, description="Time for an engine to stop a cancelled request; after it the engine is replaced."
     )
     stop_grace_seconds: Seconds = Field(
         5, description="Time for an engine process to exit after SIGTERM before SIGKILL."
@@ -146,7 +146,9 @@ class LlamaCppOptions(_Section):
     flash_attention: Literal["auto", "on", "off"] = Field(
         "auto", description="Flash attention; a quantised KV cache needs it."
     )
-    batch: Annotated[int, Field(ge=32, le=65_536)] = Field(2048, description="Most tokens in one decoding step.")
+    batch: Annotated[int, Field(ge=32, le=65_536)] = Field(
+        512, description="Most tokens in one decoding step; a cancelled prompt stops after one."
+    )
     cache_ram_bytes: Annotated[int, Field(ge=0)] = Field(
         512 * 2**20, description="Memory for cached prompts outside the slots."
     )

@@ -30,13 +30,15 @@ class Traits:
     """How an engine behaves on the wire.
 
     `probe_path` answers only while the engine's main loop turns. `confirms_stop`: it closes a half-closed connection
-    once it has stopped. `reuses_connections`: it keeps a connection open after an answer. `enforces_tool_choice`: it
+    once it has stopped; `stops_after_step`: it closes it when it has taken note, and stops before it answers its next
+    probe. `reuses_connections`: it keeps a connection open after an answer. `enforces_tool_choice`: it
     makes a model call a tool that must be called; llama.cpp takes `required` and lets the model chat on instead.
     """
 
     probe_path: str
     health_path: str = "/health"
     confirms_stop: bool = True
+    stops_after_step: bool = False
     reuses_connections: bool = True
     enforces_tool_choice: bool = True
     remote_model: str | None = None
@@ -46,7 +48,7 @@ def traits_of(model: Model) -> Traits:
     """The traits of a model's engine."""
     match model:
         case LlamaCppModel():
-            return Traits("/slots", reuses_connections=False, enforces_tool_choice=False)
+            return Traits("/slots", stops_after_step=True, reuses_connections=False, enforces_tool_choice=False)
         case FakeModel():
             return Traits("/slots")
         case VllmModel():

@@ -80,16 +80,13 @@ class EngineStream:
         if self._response is not None:
             self._response.release()
 
-    async def stop(self, grace_seconds: float, *, confirms_stop: bool) -> bool:
-        """Make the engine stop; True once it has, False if it has not within the grace period."""
+    async def stop(self, *, confirms_stop: bool) -> bool:
+        """Tell the engine to stop and wait for its word; False if it cannot give one. To be bounded by the caller."""
         try:
             if not self._half_close(confirms_stop=confirms_stop):
-                return True
-            async with asyncio.timeout(grace_seconds):
-                await self._read_to_end()
+                return False
+            await self._read_to_end()
             return True
-        except TimeoutError:
-            return False
         finally:
             await self._close()
 

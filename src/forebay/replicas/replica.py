@@ -125,13 +125,30 @@ class Replica:
         on_stopped: Callable[[], None],
     ) -> None:
         try:
-            stopped = await stream.stop(grace_seconds, confirms_stop=self.traits.confirms_stop)
+            stopped = await self._make_stop(stream, grace_seconds)
             if not stopped and not self.death.done():
                 self.refusing[number] = self.in_flight[number]
                 on_refusal(self)
                 await self.death
         finally:
             self._forget(number, on_stopped)
+
+    async def _make_stop(self, stream: EngineStream, grace_seconds: float) -> bool:
+        """Stop `stream`; whether the engine has stopped computing within the grace period."""
+        try:
+            async with asyncio.timeout(grace_seconds):
+                if not await stream.stop(confirms_stop=self.traits.confirms_stop):
+                    return True
+                if self.traits.stops_after_step:
+                    # llama.cpp handles the cancellation between two decoding steps, in the same loop as its probes:
+                    # an answer to a probe that was sent after the end of the stream means that it is done.
+                    async with self._session.get(self.address + self.traits.probe_path, headers=self.headers):
+                        return True
+        except (aiohttp.ClientError, OSError):
+            return True  # nothing is left that could compute
+        except TimeoutError:
+            return False
+        return True
 
     def _forget(self, number: int, on_stopped: Callable[[], None]) -> None:
         del self.in_flight[number]

@@ -144,8 +144,7 @@ class Relay:
         event.pop("timings", None)
         if self._first or not event["choices"]:
             event["service_tier"] = self._call.tier
-        if event["choices"] and not self._call.include_usage:
-            event.pop("usage", None)
+        usage = event.pop("usage", None) if event["choices"] else None
         self._first = False
         event["model"] = self._call.request.model
         for choice in event["choices"]:
@@ -153,7 +152,13 @@ class Relay:
                 choice["logprobs"] = legacy_logprobs(choice.get("logprobs"))
             if self._call.forced_tool:
                 self._hold_tool_text(choice)
-        return b"data: " + to_json(event) + b"\n\n"
+        out = b"data: " + to_json(event) + b"\n\n"
+        if usage and self._call.include_usage:
+            # Some engines put the usage beside the last choice; clients look for it in a chunk of its own.
+            out += (
+                b"data: " + to_json({**event, "choices": [], "usage": usage, "service_tier": self._call.tier}) + b"\n\n"
+            )
+        return out
 
     def _hold_tool_text(self, choice: dict[str, Any]) -> None:
         """Keep the text of a forced tool call until it is whole, then turn it into the call."""
