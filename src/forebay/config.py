@@ -52,7 +52,7 @@ class SchedulerSettings(_Section):
     """The hallway: how those who wait are ordered."""
 
     ageing_seconds: Seconds = Field(
-        30, description="A waiting request gains one priority level each time this long has passed, so nobody starves."
+        15, description="A waiting request gains one priority level each time this long has passed, so nobody starves."
     )
     retry_after_seconds_max: Annotated[float, Field(gt=0, le=120)] = Field(
         60, description="Upper bound of the Retry-After header; clients give up above 120."
