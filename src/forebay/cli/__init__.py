@@ -3,8 +3,11 @@
 It refuses to hold logic of its own, and turns every SetupError into one sentence and exit status 1.
 """
 
+from typing import Annotated
+
 import typer
 
+import forebay
 from forebay.cli import keys, models, serve
 
 app = typer.Typer(
@@ -13,6 +16,18 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and leave.")] = False,
+) -> None:
+    """One self-hosted server in front of your own AI models."""
+    if version:
+        typer.echo(f"forebay {forebay.__version__}")
+        raise typer.Exit
+
+
 app.command("serve")(serve.serve)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")

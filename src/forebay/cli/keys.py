@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from forebay import config
+from forebay.cli.options import PIPED_WIDTH, ConfigFile, DataFolder, load_settings, sentences
 from forebay.clock import SystemClock
 from forebay.config import Settings
-from forebay.errors import ForebayError
 from forebay.inference import Capability
 from forebay.store.database import Database
 from forebay.store.key_format import Role
@@ -27,12 +26,9 @@ from forebay.store.keys import DEFAULT_PROJECT, PAGE_SIZE_MAX, KeyRecord, KeySto
 app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
 
 _DAY = 86_400
-_PIPED_WIDTH = 240  # wide enough for every column, so that a script sees whole values
 _PAGES_MAX = 1000
 
 Answer = TypeVar("Answer")
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file.")]
-DataFolder = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the database.")]
 Rate = Annotated[int | None, typer.Option(min=1, help="429 beyond it; no limit without it.")]
 
 
@@ -88,7 +84,7 @@ def list_keys(
         typer.echo("There are no keys. Create one with `forebay keys create`.", err=True)
         return
     console = Console()
-    console = console if console.is_terminal else Console(width=_PIPED_WIDTH)
+    console = console if console.is_terminal else Console(width=PIPED_WIDTH)
     console.print(_table(records, SystemClock().now()))
 
 
@@ -114,11 +110,8 @@ def _run(config_file: Path | None, data_dir: Path | None, work: Callable[[KeySto
         async with _store(settings) as keys:
             return await work(keys)
 
-    try:
-        return asyncio.run(run(config.load(config_file, config.environment(), {"data_dir": data_dir})))
-    except ForebayError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
+    with sentences():
+        return asyncio.run(run(load_settings(config_file, data_dir=data_dir)))
 
 
 @asynccontextmanager

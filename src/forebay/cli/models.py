@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,20 +16,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from forebay import config
+from forebay.cli.options import PIPED_WIDTH, ConfigFile, DataFolder, load_settings, sentences
 from forebay.clock import SystemClock
 from forebay.config import LlamaCppModel, Model, Settings
-from forebay.errors import ForebayError, SetupError
+from forebay.errors import SetupError
 from forebay.replicas import download, pull
 from forebay.replicas.catalog import Catalog
 
 app = typer.Typer(help="List, pull, verify and remove models.", no_args_is_help=True)
 
-_PIPED_WIDTH = 240  # wide enough for every column, so that a script sees whole values
 _LINE_SHARE = 10  # without a terminal, a line for each tenth of a file
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file.")]
-DataFolder = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the database and the models.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of the catalogue.", show_default=False)]
 SomeNames = Annotated[
     list[str] | None,
@@ -40,11 +37,11 @@ SomeNames = Annotated[
 @app.command("list")
 def list_models(config_file: ConfigFile = None, data_dir: DataFolder = None) -> None:
     """List the catalogue: what each model is, how large, and whether it is here."""
-    with _sentences():
-        catalog = Catalog(_settings(config_file, data_dir))
+    with sentences():
+        catalog = Catalog(load_settings(config_file, data_dir=data_dir))
         console = Console()
         if not console.is_terminal:
-            console = Console(width=_PIPED_WIDTH)
+            console = Console(width=PIPED_WIDTH)
         table = Table("name", "engine", "capability", "size", "state", "description", box=None, pad_edge=False)
         for name in catalog.names():
             model = catalog.get(name)
@@ -68,8 +65,8 @@ def pull_models(
     data_dir: DataFolder = None,
 ) -> None:
     """Pull models; without a name, those that the server loads at its start."""
-    with _sentences():
-        settings = _settings(config_file, data_dir)
+    with sentences("Stopped. What was pulled so far is kept; the same command goes on from there."):
+        settings = load_settings(config_file, data_dir=data_dir)
         catalog = Catalog(settings)
         wanted = _wanted(catalog, names or [], every=every)
         missing = [name for name in wanted if not catalog.present(name)]
@@ -92,8 +89,8 @@ def verify(
     data_dir: DataFolder = None,
 ) -> None:
     """Read model files again, whole, and check them; without a name, all that are here."""
-    with _sentences():
-        catalog = Catalog(_settings(config_file, data_dir))
+    with sentences():
+        catalog = Catalog(load_settings(config_file, data_dir=data_dir))
         for name in names or []:
             catalog.path(name)
         here = [name for name in catalog.names() if catalog.needs_file(name) and catalog.present(name)]
@@ -106,33 +103,13 @@ def verify(
 @app.command()
 def remove(names: Names, config_file: ConfigFile = None, data_dir: DataFolder = None) -> None:
     """Delete pulled files. A running engine keeps the one it has open until it stops."""
-    with _sentences():
-        catalog = Catalog(_settings(config_file, data_dir))
+    with sentences():
+        catalog = Catalog(load_settings(config_file, data_dir=data_dir))
         for name in names:
             catalog.path(name)
         for name in names:
             removed = pull.remove(name, catalog)
             typer.echo(f"{name} is removed." if removed else f"{name} was not here.")
-
-
-def _settings(config_file: Path | None, data_dir: Path | None) -> Settings:
-    return config.load(config_file, config.environment(), {"data_dir": data_dir})
-
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """What goes wrong is a sentence on standard error and exit code 1; Ctrl-C is 130."""
-    try:
-        yield
-    except ForebayError as error:
-        _stop(str(error), 1)
-    except KeyboardInterrupt:
-        _stop("Stopped. What was pulled so far is kept; the same command goes on from there.", 130)
-
-
-def _stop(sentence: str, code: int) -> NoReturn:
-    typer.echo(sentence, err=True)
-    raise typer.Exit(code)
 
 
 def _wanted(catalog: Catalog, names: list[str], *, every: bool) -> list[str]:

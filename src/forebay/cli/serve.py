@@ -5,7 +5,6 @@ It refuses to print a key twice: the first start shows it, and only its hash is 
 
 import asyncio
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,29 +12,22 @@ from rich.console import Console
 
 from forebay import app as house
 from forebay import config, telemetry
+from forebay.cli.options import ConfigFile, DataFolder, load_settings, sentences
 from forebay.config import Settings
-from forebay.errors import SetupError
-
-_EXIT_SETUP = 1
 
 
 def serve(
-    config_file: Annotated[Path | None, typer.Option("--config", help="Configuration file.")] = None,
+    config_file: ConfigFile = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the database.")] = None,
+    data_dir: DataFolder = None,
 ) -> None:
     """Start the server; Ctrl-C or SIGTERM lets running requests finish and stops it."""
-    overrides: dict[str, Any] = {"host": host, "port": port, "data_dir": data_dir}
-    environment = config.environment()
-    try:
-        settings = config.load(config_file, environment, overrides)
+    with sentences():
+        settings = load_settings(config_file, host=host, port=port, data_dir=data_dir)
         telemetry.configure(settings.log.format, settings.log.level, _secrets(settings))
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(house.serve(settings, environment, _greet, _say_ready))
-    except SetupError as error:
-        typer.echo(f"forebay: {error}", err=True)
-        raise typer.Exit(_EXIT_SETUP) from None
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(house.serve(settings, config.environment(), _greet, _say_ready))
 
 
 def _greet(greeting: house.Greeting) -> None:
@@ -64,7 +56,8 @@ def _secrets(settings: Settings) -> list[str]:
     return [secret.get_secret_value() for secret in held if secret is not None]
 
 
-def _loop_factory() -> Any:
+def loop_factory() -> Any:
+    """Makes the fastest event loop that this system has; None leaves it to asyncio."""
     if sys.platform == "win32":
         return None
     import uvloop  # noqa: PLC0415  # there is no uvloop on Windows
