@@ -92,6 +92,14 @@ class Visitor:
         finally:
             self.permit = None
 
+    @property
+    def waits(self) -> bool:
+        return self.permit is None and not self.task.done()
+
+    @property
+    def bug(self) -> BaseException | None:
+        return self.task.exception() if self.task.done() and not self.task.cancelled() else None
+
     def leave(self) -> None:
         self._leave.set()
 
@@ -162,11 +170,19 @@ class Hallway(RuleBasedStateMachine):
         visitor.task.cancel()
         self.drive()
 
-    @rule(first=consumes(visitors), second=consumes(visitors))
-    def cancel_in_the_moment_of_a_grant(self, first: Visitor, second: Visitor) -> None:
-        first.leave()
-        second.task.cancel()
-        self.drive()
+    @rule(first=consumes(visitors), ticks=st.integers(0, 3))
+    def cancel_in_the_moment_of_a_grant(self, first: Visitor, ticks: int) -> None:
+        """Somebody leaves; whoever may be next is cancelled so many turns of the loop later."""
+        waiting = [visitor for visitor in self.everybody if visitor.waits]
+
+        async def at_once() -> None:
+            first.leave()
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            for visitor in waiting[:1]:
+                visitor.task.cancel()
+
+        self.drive(at_once())
 
     @rule(seconds=st.sampled_from([1.0, 31.0, 61.0]))
     def time_passes(self, seconds: float) -> None:
@@ -211,6 +227,10 @@ class Hallway(RuleBasedStateMachine):
                 if visitor.permit is not None and visitor.permit.replica is replica
             )
             assert held <= replica.slots
+
+    @invariant()
+    def nothing_unforeseen_happens(self) -> None:
+        assert [visitor.bug for visitor in self.everybody if visitor.bug] == []
 
     @invariant()
     def nobody_waits_beside_a_free_replica(self) -> None:
