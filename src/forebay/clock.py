@@ -68,3 +68,8 @@ def new_token(byte_count: int) -> str:
 def random_bytes(count: int) -> bytes:
     """`count` bytes from the operating system's generator."""
     return secrets.token_bytes(count)
+
+
+def seeded(seed: int) -> random.Random:
+    """Chance that can be had again, for measurements; protects nothing."""
+    return random.Random(seed)  # noqa: S311 - repeats on purpose

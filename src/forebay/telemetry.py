@@ -64,6 +64,7 @@ class Metrics:
         self.loop_lag = Histogram(
             "forebay_event_loop_lag_seconds", "Delay of a timer.", registry=self.registry, buckets=_SECONDS
         )
+        self.tasks = Gauge("forebay_tasks", "Asyncio tasks alive.", registry=self.registry)
         self.connections = Gauge("forebay_connections", "Open client connections.", registry=self.registry)
         self.connections_closed = self._counter("connections_closed", "Connections closed by a limit.", "reason")
 

@@ -1,6 +1,7 @@
 """A real server in a real process: started from a configuration, told to stop, or killed."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -43,6 +44,11 @@ async def eventually(
         await asyncio.sleep(0.01)
 
 
+def chat_body(text: str, *, model: str = "fake", stream: bool = False, **fields: Any) -> dict[str, Any]:
+    """The body of a chat request."""
+    return {"model": model, "messages": [{"role": "user", "content": text}], "stream": stream, **fields}
+
+
 class Server:
     """A running server. `log` is everything that it has printed so far."""
 
@@ -52,7 +58,15 @@ class Server:
         self.url = ""
         self.key = ADMIN_KEY
         self._log_file = log_file
-        self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_SECONDS))
+        self.session = self._connect()
+
+    def _connect(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_SECONDS))
+
+    async def reconnect(self) -> None:
+        """Close every connection of the tests to it; the next request opens a new one."""
+        await self.session.close()
+        self.session = self._connect()
 
     @property
     def log(self) -> str:
@@ -89,10 +103,58 @@ class Server:
                 found.append(child.pid)
         return found
 
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The events that it has logged so far; needs FOREBAY_LOG_FORMAT=json."""
+        lines = [line for line in self.log.splitlines() if line.startswith("{") and line.endswith("}")]
+        return [json.loads(line) for line in lines]
+
+    def named(self, event: str, **fields: Any) -> list[dict[str, Any]]:
+        """The logged events by that name with these fields."""
+        return [
+            found
+            for found in self.events
+            if found["event"] == event and all(found.get(key) == value for key, value in fields.items())
+        ]
+
+    def guard_pid(self, model: str = "fake") -> int:
+        """Process id of the guard of the engine of `model` that was started last; needs the JSON log."""
+        return int(self.named("engine.starting", model=model)[-1]["pid"])
+
+    def engine_pid(self, model: str = "fake") -> int:
+        """Process id of the engine of `model` that was started last; needs the JSON log."""
+        return int(psutil.Process(self.guard_pid(model)).children()[0].pid)
+
+    def family(self) -> list[psutil.Process]:
+        """Every process that it has started, directly or not."""
+        return psutil.Process(self.pid).children(recursive=True)
+
+    async def create_key(self, project: str, role: str = "member") -> str:
+        """A new key of `project`, made by the command line beside the running server."""
+        command = (sys.executable, "-m", "forebay.cli", "keys", "create", "--project", project, "--role", role)
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("FOREBAY_")}
+        process = await asyncio.create_subprocess_exec(
+            *command, "--data-dir", str(self.folder / "data"),
+            env=inherited, cwd=self.folder, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        plain, _ = await process.communicate()
+        assert process.returncode == 0
+        return plain.decode().strip()
+
+    async def post(self, path: str, key: str | None = None) -> tuple[int, dict[str, Any]]:
+        """POST nothing to `path` as administrator, or with another key; status and JSON."""
+        headers = {"Authorization": f"Bearer {key or self.key}"}
+        async with self.session.post(self.url + path, headers=headers) as response:
+            return response.status, await response.json()
+
     async def chat(self, text: str, *, model: str = "fake", stream: bool = False, **fields: Any) -> Any:
         """POST /v1/chat/completions; the response, to be used as a context manager."""
-        body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": stream, **fields}
-        return await self.session.post(f"{self.url}/v1/chat/completions", json=body, headers=self.headers)
+        return await self.send(chat_body(text, model=model, stream=stream, **fields))
+
+    async def send(self, body: dict[str, Any], **headers: str) -> Any:
+        """POST `body` to /v1/chat/completions with further headers."""
+        url = f"{self.url}/v1/chat/completions"
+        return await self.session.post(url, json=body, headers={**self.headers, **headers})
 
     async def get(self, path: str) -> Any:
         """GET `path` as administrator; the parsed JSON."""
@@ -103,6 +165,19 @@ class Server:
         """What the admin API says of a model."""
         found: dict[str, Any] = await self.get(f"/admin/models/{name}")
         return found
+
+    async def load(self, model: str = "fake") -> tuple[int, int]:
+        """Places in use and requests in line."""
+        found = await self.model(model)
+        return found["running"], found["waiting"]
+
+    async def until_load(self, running: int, waiting: int, model: str = "fake", within_seconds: float = 10) -> None:
+        """Wait until just so many run and wait."""
+
+        async def reached() -> bool:
+            return await self.load(model) == (running, waiting)
+
+        await eventually(reached, within_seconds=within_seconds, what=f"{running} running and {waiting} waiting")
 
     async def metric(self, name: str, **labels: str) -> float:
         """The value of one sample of /metrics; 0 if there is none."""

@@ -13,7 +13,16 @@ import aiohttp
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 from forebay.config import SchedulerSettings
 from forebay.errors import EngineUnavailable, ForebayError, Overloaded, Quarantined, ShuttingDown
@@ -150,7 +159,7 @@ class Hallway(RuleBasedStateMachine):
         places=st.sampled_from([1, 1, 1, 2, 5]),
         patient=st.booleans(),
     )
-    def join(self, priority: Priority, places: int, patient: bool) -> Visitor:
+    def join(self, priority: Priority, places: int, *, patient: bool) -> Visitor:
         self.number += 1
 
         async def come() -> Visitor:
@@ -159,6 +168,10 @@ class Hallway(RuleBasedStateMachine):
         visitor: Visitor = self.drive(come())
         self.everybody.append(visitor)
         return visitor
+
+    @rule(target=visitors, size=st.integers(3, 7))
+    def crowd(self, size: int) -> Any:
+        return multiple(*(self.join(Priority.DEFAULT, 1, patient=False) for _ in range(size)))
 
     @rule(visitor=consumes(visitors))
     def leave(self, visitor: Visitor) -> None:
@@ -255,7 +268,7 @@ class Hallway(RuleBasedStateMachine):
 
 
 TestHallway = Hallway.TestCase
-TestHallway.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestHallway.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
 @pytest.fixture

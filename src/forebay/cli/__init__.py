@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import forebay
-from forebay.cli import keys, models, serve
+from forebay.cli import bench, keys, models, serve
 
 app = typer.Typer(
     name="forebay",
@@ -31,6 +31,7 @@ def options(
 app.command("serve")(serve.serve)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

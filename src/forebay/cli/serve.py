@@ -4,15 +4,14 @@ It refuses to print a key twice: the first start shows it, and only its hash is 
 """
 
 import asyncio
-import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from forebay import app as house
 from forebay import config, telemetry
-from forebay.cli.options import ConfigFile, DataFolder, load_settings, sentences
+from forebay.cli.options import ConfigFile, DataFolder, load_settings, loop_factory, sentences
 from forebay.config import Settings
 
 
@@ -54,12 +53,3 @@ def _say_ready() -> None:
 def _secrets(settings: Settings) -> list[str]:
     held = (settings.admin_key, settings.database_url, settings.pull.hub_token)
     return [secret.get_secret_value() for secret in held if secret is not None]
-
-
-def loop_factory() -> Any:
-    """Makes the fastest event loop that this system has; None leaves it to asyncio."""
-    if sys.platform == "win32":
-        return None
-    import uvloop  # noqa: PLC0415  # there is no uvloop on Windows
-
-    return uvloop.new_event_loop

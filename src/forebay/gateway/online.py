@@ -94,6 +94,7 @@ class Door:
         self._engine_stall_seconds = settings.supervisor.stall_seconds
         self._client_stall_seconds = settings.http.write_stall_seconds
         self._visits: set[Visit] = set()
+        metrics.tasks.set_function(lambda: len(asyncio.all_tasks()))
 
     async def run(self) -> None:
         """Interrupt visits that make no progress, until cancelled; measure the event loop's lag by the way."""
