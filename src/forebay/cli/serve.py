@@ -12,7 +12,6 @@ from rich.console import Console
 from forebay import app as house
 from forebay import config, telemetry
 from forebay.cli.options import ConfigFile, DataFolder, load_settings, loop_factory, sentences
-from forebay.config import Settings
 
 
 def serve(
@@ -24,9 +23,10 @@ def serve(
     """Start the server; Ctrl-C or SIGTERM lets running requests finish and stops it."""
     with sentences():
         settings = load_settings(config_file, host=host, port=port, data_dir=data_dir)
-        telemetry.configure(settings.log.format, settings.log.level, _secrets(settings))
+        environment = config.environment()
+        telemetry.configure(settings.log.format, settings.log.level, config.secrets_of(settings, environment))
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(house.serve(settings, config.environment(), _greet, _say_ready))
+            runner.run(house.serve(settings, environment, _greet, _say_ready))
 
 
 def _greet(greeting: house.Greeting) -> None:
@@ -48,8 +48,3 @@ def _greet(greeting: house.Greeting) -> None:
 
 def _say_ready() -> None:
     Console(highlight=False).print("Ready.")
-
-
-def _secrets(settings: Settings) -> list[str]:
-    held = (settings.admin_key, settings.database_url, settings.pull.hub_token)
-    return [secret.get_secret_value() for secret in held if secret is not None]

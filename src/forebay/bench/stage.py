@@ -1,0 +1,181 @@
+"""The two sides of a measurement: a server of its own, and an engine driven directly.
+
+It refuses to measure anything that it has not started itself.
+"""
+
+import asyncio
+import re
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+from pydantic_core import to_json
+
+from forebay import config
+from forebay.bench.wire import Target
+from forebay.clock import new_token
+from forebay.config import Model
+from forebay.dialects.openai.call import Context, parse
+from forebay.dialects.openai.chat import ChatBody, chat_call
+from forebay.errors import SetupError
+from forebay.replicas.commands import command_for
+from forebay.replicas.local_launcher import LocalLauncher
+
+_START_SECONDS = 120.0
+_STOP_SECONDS = 40.0
+_POLL_SECONDS = 0.05
+_LOG_LINES = 50
+_SHOWN_LINES = 10
+_TICKS_PER_SECOND = 100  # of /proc, on every Linux
+
+ToBody = Callable[[str, int, bool], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Both sides, ready."""
+
+    server: Target
+    engine: Target
+    server_pid: int
+    engine_pids: tuple[int, ...]
+
+
+@asynccontextmanager
+async def staged(name: str, model: Model, path: Path | None, settings: str) -> AsyncIterator[Stage]:
+    """Start a server with `settings` (TOML) and, beside it, an engine as the server would; stop both at the end."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="forebay-bench-")))
+        (folder / "forebay.toml").write_text(settings, encoding="utf-8")
+        engine_url, engine_key, engine_pid = await stack.enter_async_context(_engine(name, model, path))
+        server_url, server_key, server_pid = await stack.enter_async_context(_server(folder))
+        server = Target("through", server_url, server_key, _for_server(name))
+        engine = Target("direct", engine_url, engine_key, _for_engine(name, model))
+        stack.callback(server.close)
+        stack.callback(engine.close)
+        yield Stage(server, engine, server_pid, (engine_pid, _child_of(_child_of(server_pid))))
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used, without its children."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        raise SetupError("CPU time of a process can be read on Linux only. Leave P3 to a Linux machine.") from None
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND
+
+
+@asynccontextmanager
+async def _engine(name: str, model: Model, path: Path | None) -> AsyncIterator[tuple[str, str, int]]:
+    key = new_token(32)
+    launcher = LocalLauncher(config.environment(), _LOG_LINES, 2048)
+    process = await launcher.launch(command_for(name, model, model.slots, path, key, 0), lambda _line: None)
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            address = await process.address()
+            await _until_ok(f"{address}/health")
+        yield address, key, _child_of(process.pid)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+def _child_of(pid: int) -> int:
+    """The child that a process has (a server its guard, a guard its engine); itself where that cannot be seen."""
+    try:
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()[0])
+    except (OSError, IndexError):
+        return pid
+
+
+@asynccontextmanager
+async def _server(folder: Path) -> AsyncIterator[tuple[str, str, int]]:
+    key = new_token(32)
+    kept = {name: value for name, value in config.environment().items() if not name.startswith("FOREBAY_")}
+    environment = {"FOREBAY_PORT": "0", "FOREBAY_DATA_DIR": str(folder / "data"), "FOREBAY_ADMIN_KEY": key}
+    log = folder / "server.log"
+    with log.open("wb") as lines:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "forebay.cli", "serve", "--config", str(folder / "forebay.toml")),
+            env={**kept, **environment, "PYTHONUNBUFFERED": "1"},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=lines,
+            stderr=lines,
+            start_new_session=True,
+        )
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            url = await _address(process, log)
+            await _until_ok(f"{url}/ready")
+        yield url, key, process.pid
+    except TimeoutError:
+        raise SetupError(f"The server was not ready in time:\n{_last_lines(log)}") from None
+    finally:
+        await _stop(process)
+
+
+async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
+    while True:
+        said = re.search(r"Forebay listens on (\S+)", _text(log))
+        if said:
+            return said[1]
+        if process.returncode is not None:
+            raise SetupError(f"The server ended with status {process.returncode}:\n{_last_lines(log)}")
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def _last_lines(log: Path) -> str:
+    return "\n".join(_text(log).splitlines()[-_SHOWN_LINES:])
+
+
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+async def _until_ok(url: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        while True:
+            try:
+                async with session.get(url) as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(_POLL_SECONDS)
+
+
+def _chat_body(name: str, prompt: str, tokens: int, *, stream: bool) -> bytes:
+    body = {"model": name, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "temperature": 0.0}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return to_json(body)
+
+
+def _for_server(name: str) -> ToBody:
+    return lambda prompt, tokens, stream: _chat_body(name, prompt, tokens, stream=stream)
+
+
+def _for_engine(name: str, model: Model) -> ToBody:
+    """What the server makes of the same body: the engine is asked in the same bytes either way."""
+    context = Context("req_bench", "bench", None, model.max_tokens, model.slots)
+
+    def body(prompt: str, tokens: int, stream: bool) -> bytes:
+        asked = parse(ChatBody, _chat_body(name, prompt, tokens, stream=stream))
+        return chat_call(asked, context).request.body
+
+    return body

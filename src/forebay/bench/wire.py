@@ -1,0 +1,177 @@
+"""A fast HTTP/1.1 client for measuring: requests as prepared bytes, answers as times and counts.
+
+It refuses to understand answers: it sees where one begins, has content and ends, and what it counted.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from forebay.clock import SystemClock
+
+_END_OF_CHUNKS = b"0\r\n\r\n"
+_TAIL_BYTES = 4096
+_HEAD_BYTES_MAX = 65_536
+_CONTENT = re.compile(rb'"content": ?"[^"]')
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
+_WAIT_SECONDS = 120.0
+
+now = SystemClock().monotonic  # the loop's own clock may count whole milliseconds only
+
+
+@dataclass(slots=True)
+class Reply:
+    """One answer: its times in seconds, and what went wrong, if anything did."""
+
+    sent: float
+    first: float = 0.0
+    ended: float = 0.0
+    tokens: int = 0
+    trouble: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """From the request to the last byte."""
+        return self.ended - self.sent
+
+    @property
+    def first_token_seconds(self) -> float:
+        """From the request to the first byte of content."""
+        return self.first - self.sent
+
+    @property
+    def token_seconds(self) -> float:
+        """From one token to the next, on average."""
+        return (self.ended - self.first) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+
+class Wire(asyncio.Protocol):
+    """One connection, one request at a time."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._head = b""
+        self._in_body = False
+        self._left = -1  # bytes that the body still has; -1 when it comes in chunks
+        self._tail = b""
+        self._reply = Reply(0.0)
+        self._whole: asyncio.Future[None] | None = None
+
+    async def ask(self, request: bytes, sent: float) -> Reply:
+        """Send `request` and wait for its whole answer. `sent` is when the caller wanted it to go."""
+        assert self._transport is not None
+        self._head, self._in_body, self._left, self._tail = b"", False, -1, b""
+        self._reply = reply = Reply(sent)
+        self._whole = self._loop.create_future()
+        self._transport.write(request)
+        await self._whole
+        return reply
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # uvloop's is none by inheritance
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self._end("the connection was closed before the end")
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_body:
+            data = self._read_head(data)
+            if not self._in_body:
+                return
+        if not self._reply.first and _CONTENT.search(data):
+            self._reply.first = now()
+        self._tail = data if len(data) >= _TAIL_BYTES else (self._tail + data)[-_TAIL_BYTES:]
+        if self._left < 0:
+            if self._tail.endswith(_END_OF_CHUNKS):
+                self._end("")
+            return
+        self._left -= len(data)
+        if self._left <= 0:
+            self._end("")
+
+    def _read_head(self, data: bytes) -> bytes:
+        """The part of `data` that is body."""
+        self._head += data
+        end = self._head.find(b"\r\n\r\n")
+        if end < 0:
+            if len(self._head) > _HEAD_BYTES_MAX:
+                self._end("the head of the answer has no end")
+            return b""
+        body, head = self._head[end + 4 :], self._head[:end]
+        self._in_body = True
+        length = _LENGTH.search(head)
+        self._left = int(length[1]) if length else -1
+        if head[9:12] != b"200":
+            self._reply.trouble = f"status {head[9:12].decode(errors='replace')}"
+        return body
+
+    def _end(self, trouble: str) -> None:
+        whole, self._whole = self._whole, None
+        if whole is None or whole.done():
+            return
+        reply = self._reply
+        reply.ended = now()
+        counted = _TOKENS.search(self._tail)
+        reply.tokens = int(counted[1]) if counted else 0
+        reply.trouble = reply.trouble or trouble or ("" if reply.tokens else "no tokens were counted")
+        whole.set_result(None)
+
+
+class Target:
+    """Somewhere to send requests: an address, a key, and how a prompt becomes a body there."""
+
+    def __init__(self, name: str, url: str, key: str, body: Callable[[str, int, bool], bytes]) -> None:
+        self.name = name
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self._address = (parts.hostname, parts.port or 80)
+        self._head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {key}\r\n"
+            "Content-Type: application/json\r\nContent-Length: "
+        ).encode()
+        self._body = body
+        self._idle: list[Wire] = []
+
+    def request(self, prompt: str, tokens: int, *, stream: bool) -> bytes:
+        """The bytes of one chat request."""
+        body = self._body(prompt, tokens, stream)
+        return b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
+
+    async def ask(self, request: bytes, sent: float | None = None) -> Reply:
+        """Send `request` on an idle connection, or on a new one; the time to connect counts."""
+        began = now() if sent is None else sent
+        try:
+            async with asyncio.timeout(_WAIT_SECONDS):
+                wire = await self._connection()
+                reply = await wire.ask(request, began)
+        except (OSError, TimeoutError) as error:
+            ended = now()
+            return Reply(began, ended, ended, 0, f"{type(error).__name__}: {error}")
+        if not wire.closed:
+            self._idle.append(wire)
+        return reply
+
+    def close(self) -> None:
+        """Close every idle connection."""
+        for wire in self._idle:
+            wire.close()
+        self._idle.clear()
+
+    async def _connection(self) -> Wire:
+        while self._idle:
+            wire = self._idle.pop()
+            if not wire.closed:
+                return wire
+        _, wire = await asyncio.get_running_loop().create_connection(Wire, *self._address)
+        return wire
