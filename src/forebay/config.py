@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -429,6 +430,28 @@ def read_secret(path: Path) -> str:
     if not secret:
         raise SetupError(f"The secret file {path} is empty.")
     return secret
+
+
+def upstream_key(options: UpstreamOptions, environment: Mapping[str, str]) -> str | None:
+    """The key for an upstream, from its file or its variable. Raises SetupError if either holds none."""
+    if options.key_file is not None:
+        return read_secret(options.key_file)
+    if options.key_env is None:
+        return None
+    if not environment.get(options.key_env):
+        raise SetupError(f"The environment variable {options.key_env} that holds an upstream's key is not set.")
+    return environment[options.key_env]
+
+
+def secrets_of(settings: Settings, environment: Mapping[str, str]) -> list[str]:
+    """Every secret that the settings hold or point to, to be struck out of logs."""
+    held = (settings.admin_key, settings.database_url, settings.pull.hub_token)
+    found = [secret.get_secret_value() for secret in held if secret is not None]
+    found += [urlsplit(url).password or "" for url in found if "://" in url]
+    for model in settings.models.values():
+        if isinstance(model, UpstreamModel):
+            found.append(upstream_key(model.options, environment) or "")
+    return [secret for secret in found if secret]
 
 
 def _explain(error: ValidationError) -> str:

@@ -32,6 +32,7 @@ EVENTS = {
     "engine.line": "A line that an engine printed, with the ids of the requests in flight on it.",
     "engine.no_tools_probe": "An engine did not say what its chat template can do.",
     "model.state": "A model changed its state.",
+    "model.pulling": "A model's file is being fetched.",
     "model.pull_failed": "A model's file could not be fetched.",
     "input.quarantined": "An input was in flight at two engine deaths and is refused for a while.",
     "supervisor.bug": "A step of the supervisor ended in an exception that nobody foresaw. This is a bug.",

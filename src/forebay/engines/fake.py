@@ -45,6 +45,7 @@ class Spec:
     memory_slots_max: int = 0
     tools: bool = False
     quiet: bool = False
+    port: int = 0  # 0 takes a free one, and says which
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -438,7 +439,7 @@ async def serve(spec: Spec, key: str) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, os._exit, 0)
     engine = Engine(spec, key)
-    server = await loop.create_server(lambda: Connection(engine), "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(lambda: Connection(engine), "127.0.0.1", spec.port, backlog=4096)
     address = server.sockets[0].getsockname()
     print(f"FOREBAY_ENGINE_LISTENING http://127.0.0.1:{address[1]}", flush=True)
     await asyncio.sleep(spec.start_delay_seconds)

@@ -93,7 +93,7 @@ class EngineStream:
     def _half_close(self, *, confirms_stop: bool) -> bool:
         """Shut our side; False if there is nothing that could answer to it."""
         transport = self.connection.transport if self.connection is not None else None
-        if transport is None or not confirms_stop or not transport.can_write_eof():
+        if transport is None or transport.is_closing() or not confirms_stop or not transport.can_write_eof():
             return False
         transport.write_eof()
         return True

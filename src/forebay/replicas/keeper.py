@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from forebay.clock import Clock, new_id, new_token
-from forebay.config import CommandModel, Model, SupervisorSettings, UpstreamModel, VllmModel, read_secret
+from forebay.config import CommandModel, Model, SupervisorSettings, UpstreamModel, VllmModel, upstream_key
 from forebay.errors import EngineUnavailable, SetupError
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import Traits, command_for, traits_of
@@ -41,7 +41,7 @@ class Workshop:
     metrics: Metrics
     log: Log
     environment: Mapping[str, str]
-    session: Callable[[Traits, Model], aiohttp.ClientSession]
+    session: Callable[[str, Traits, Model], aiohttp.ClientSession]
     on_change: Callable[[str], None]
 
 
@@ -177,7 +177,7 @@ class Keeper:
             self._name,
             self._slots(),
             traits,
-            shop.session(traits, self._model),
+            shop.session(self._name, traits, self._model),
             shop.quarantine,
         )
         self.replica = replica
@@ -194,22 +194,11 @@ class Keeper:
             exit_code = await self._stop(process, kill=cause is not None or self._condemned is not None)
             self._bury(replica, process, cause, exit_code, kernel_oom_kills() - oom_before)
 
-    def _upstream_key(self, model: UpstreamModel) -> str | None:
-        """The key from its variable or file. Raises SetupError if the variable is not set."""
-        options = model.options
-        if options.key_file is not None:
-            return read_secret(options.key_file)
-        if options.key_env is None:
-            return None
-        if not self._shop.environment.get(options.key_env):
-            raise SetupError(f"The environment variable {options.key_env} that holds the upstream's key is not set.")
-        return self._shop.environment[options.key_env]
-
     async def _launch(self, replica: Replica) -> EngineProcess | None:
         shop, model = self._shop, self._model
         if isinstance(model, UpstreamModel):
             replica.address = model.options.base_url.removesuffix("/").removesuffix("/v1")
-            key = self._upstream_key(model)
+            key = upstream_key(model.options, shop.environment)
             replica.headers = {**model.options.headers, **({"Authorization": f"Bearer {key}"} if key else {})}
             return None
         key = new_token(_KEY_BYTES)
@@ -292,7 +281,7 @@ class Keeper:
                 answered = clock.monotonic()
 
     async def _answers(self, replica: Replica, path: str, seconds: float = 1.0) -> bool:
-        session = self._shop.session(replica.traits, self._model)
+        session = self._shop.session(self._name, replica.traits, self._model)
         timeout = aiohttp.ClientTimeout(total=seconds)
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
             async with session.get(replica.address + path, headers=replica.headers, timeout=timeout) as response:
@@ -301,7 +290,7 @@ class Keeper:
 
     async def _supports_tools(self, replica: Replica) -> bool | None:
         """Whether the chat template has tools; None if the engine does not say."""
-        session = self._shop.session(replica.traits, self._model)
+        session = self._shop.session(self._name, replica.traits, self._model)
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
             async with session.get(
                 replica.address + "/props", headers=replica.headers, timeout=aiohttp.ClientTimeout(total=5)

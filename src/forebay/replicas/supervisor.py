@@ -29,6 +29,7 @@ from forebay.replicas.state import ModelState
 from forebay.telemetry import Log, Metrics
 
 _PROBE_SECONDS = 0.05
+_CONNECT_SECONDS = 10.0
 _PULL_RETRY_AFTER_SECONDS = 10.0
 _PULL_PAUSE_SECONDS = 30.0
 _NO_PULL = "The model {} could not be pulled; the server's log says why."
@@ -99,7 +100,7 @@ class Supervisor:
             lambda name: self.on_change(name),
         )
         self._models = {name: ModelRecord(name, catalog.get(name)) for name in catalog.names()}
-        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._wake = asyncio.Event()
         self._closing = False
 
@@ -257,6 +258,7 @@ class Supervisor:
         failed = self._puller.failure(record.name) if record.pull_ordered else None
         if failed is None:
             record.pull_ordered = True
+            self._log.info("model.pulling", model=record.name)
             self._puller.start(record.name)
             return
         record.failure = SetupError(f"The model {record.name} cannot be pulled: {failed}")
@@ -279,13 +281,13 @@ class Supervisor:
         times = [keeper.retry_at for keeper in record.keepers if keeper.retry_at is not None]
         return max(1.0, min(times) - self._clock.monotonic()) if times else _PULL_RETRY_AFTER_SECONDS
 
-    def _session(self, traits: Traits, model: Model) -> aiohttp.ClientSession:
-        """The HTTP session that suits an engine."""
-        reuse = traits.reuses_connections
-        if reuse not in self._sessions:
-            seconds = model.options.connect_timeout_seconds if isinstance(model, UpstreamModel) else 10.0
-            self._sessions[reuse] = open_session(reuses_connections=reuse, connect_timeout_seconds=seconds)
-        return self._sessions[reuse]
+    def _session(self, name: str, traits: Traits, model: Model) -> aiohttp.ClientSession:
+        """The HTTP session of one model; its processes share it."""
+        if name not in self._sessions:
+            seconds = model.options.connect_timeout_seconds if isinstance(model, UpstreamModel) else _CONNECT_SECONDS
+            reuse = traits.reuses_connections
+            self._sessions[name] = open_session(reuses_connections=reuse, connect_timeout_seconds=seconds)
+        return self._sessions[name]
 
     async def _close(self) -> None:
         self._closing = True

@@ -42,6 +42,8 @@ def from_engine(status: int, body: bytes) -> ForebayError:
         return Overloaded("The engine's own line is full. Try again later.", retry_after_seconds=1.0)
     if status in {400, 404, 422}:
         return InvalidRequest(message or "The engine refused the request.")
+    if status in {401, 403}:
+        return EngineUnavailable("The engine behind this model refuses this server's own key. Ask its operator.")
     if status == 503:
         return EngineUnavailable(retry_after_seconds=1.0)
     if status >= 500:
