@@ -144,10 +144,10 @@ class Replica:
                     # an answer to a probe that was sent after the end of the stream means that it is done.
                     async with self._session.get(self.address + self.traits.probe_path, headers=self.headers):
                         return True
+        except TimeoutError:  # before OSError, whose child it is
+            return False
         except (aiohttp.ClientError, OSError):
             return True  # nothing is left that could compute
-        except TimeoutError:
-            return False
         return True
 
     def _forget(self, number: int, on_stopped: Callable[[], None]) -> None:
