@@ -398,7 +398,8 @@ def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[list[str
             continue
         if name not in known:
             raise SetupError(f"The environment has {name}, which is no setting.{_nearest(name, known)}")
-        yield known[name].split("."), value
+        if value:  # an empty variable is an unset one, as in a container's environment file
+            yield known[name].split("."), value
 
 
 def _put(tree: dict[str, Any], keys: list[str], value: str) -> None:
@@ -464,7 +465,7 @@ def _sentence(item: dict[str, Any]) -> str:
     where = ".".join(location)
     if item["type"] == "extra_forbidden":
         return f"`{where}` is no setting.{_nearest(location[-1], _known_keys(location[:-1]))}"
-    return f"`{where}`: {item['msg']}."
+    return f"`{where}`: {item['msg'].removeprefix('Value error, ')}."
 
 
 def _known_keys(location: list[str]) -> list[str]:
