@@ -15,7 +15,7 @@ from forebay.config import Settings
 from forebay.dialects.openai.call import Call, Context, Sampling, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
 from forebay.dialects.openai.completions import CompletionBody, completion_call
-from forebay.errors import ForebayError, InvalidRequest, NotFound
+from forebay.errors import ForebayError, InvalidRequest, NotFound, RateLimited
 from forebay.gateway import admin, health
 from forebay.gateway.answers import error_answer, json_answer, read_body
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least
@@ -132,7 +132,10 @@ def _context(request: Request, caller: Principal, body: Sampling) -> Context:
 def _serve(request: Request, caller: Principal, call: Call) -> Response:
     door: Door = request.app.state.door
     estimate = len(call.request.body) // _BYTES_PER_TOKEN
-    headers = door.rates.check(caller, estimate)
+    try:
+        headers = door.rates.check(caller, estimate)
+    except RateLimited as error:
+        return error_answer(error, door.rates.headers(caller))
     model = request.app.state.catalog.get(call.request.model)
     return OnlineAnswer(door, call, caller, model, estimate, headers)
 
