@@ -6,6 +6,7 @@ whole never reaches it, and an answer that was written is over for it.
 """
 
 import asyncio
+import socket
 from asyncio.events import TimerHandle
 from collections import Counter
 from typing import Any
@@ -88,6 +89,7 @@ class BoundedProtocol(HttpToolsProtocol):
             transport.abort()
             return
         self._counted = True
+        self._bound_kernel_buffer()
         self._arm(self._limits.settings.header_timeout_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -151,6 +153,13 @@ class BoundedProtocol(HttpToolsProtocol):
         """What is left of the answer must be taken in time too."""
         super().on_response_complete()
         self._watch_reader()
+
+    def _bound_kernel_buffer(self) -> None:
+        """Megabytes in the kernel would hide for half a minute whether the reader reads."""
+        option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+        accepted = self.transport.get_extra_info("socket")
+        if option is not None and accepted is not None:
+            accepted.setsockopt(socket.IPPROTO_TCP, option, _READER_BYTES)
 
     def _begin(self) -> None:
         if self._began == 0.0:
