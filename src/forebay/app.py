@@ -4,6 +4,7 @@ It refuses to listen beyond loopback while there is no key, and to go on when a 
 """
 
 import asyncio
+import gc
 import ipaddress
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -165,8 +166,15 @@ async def serve(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, house.stop)
+        _settle_memory()
         on_listening(Greeting(house.address, first_key, house.preloaded()))
         await house.run(on_ready)
+
+
+def _settle_memory() -> None:
+    """Take what was built so far out of every later search for garbage: it stays, and walking it stalls requests."""
+    gc.collect()
+    gc.freeze()
 
 
 async def first_key_for(keys: KeyStore, settings: Settings) -> str | None:
