@@ -1,0 +1,209 @@
+"""Engines that die, hang, talk rubbish or do not stop, while others work."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from time import monotonic
+
+import openai
+import psutil
+import pytest
+
+from tests.support.answers import Answer, ask, first_bytes, read
+from tests.support.server import Server, chat_body, eventually, serving
+
+DEBUG = {"FOREBAY_LOG_LEVEL": "debug", "FOREBAY_LOG_FORMAT": "json"}
+STALL_SECONDS = 2
+CONFIG = f"""
+default_models = false
+[supervisor]
+backoff_seconds_min = 0.05
+backoff_seconds_max = 0.1
+stall_seconds = {STALL_SECONDS}
+cancel_grace_seconds = 0.5
+oom_cooldown_seconds = 3
+[models.fake]
+engine = "fake"
+preload = true
+slots = 4
+[models.other]
+engine = "fake"
+preload = true
+"""
+LONG = "[[fake tokens=3000 token_ms=10]]"
+
+
+async def begin(server: Server, text: str, **fields: object) -> tuple[asyncio.Task[Answer], str]:
+    """Start a stream and read its first event; the rest is read by the task. Its request id comes along."""
+    response = await server.send(chat_body(text, stream=True, **fields))
+    await first_bytes(response)
+    return asyncio.create_task(read(response)), response.headers["x-request-id"]
+
+
+async def test_kill_9_of_an_engine_mid_stream(prove: bool) -> None:
+    kills = 100 if prove else 15
+    detected, back = [], []
+    async with serving(CONFIG, environment=DEBUG) as server:
+        for number in range(kills):
+            beside = [asyncio.create_task(ask(server, f"{number} [[fake tokens=60 token_ms=10]]", model="other"))]
+            streams = [(await begin(server, f"{number}.{which} {LONG}"))[0] for which in range(3)]
+            killed_at = monotonic()
+            os.kill(server.engine_pid(), signal.SIGKILL)
+            for answer in await asyncio.gather(*streams):
+                assert (answer.code, answer.done) == ("engine_crashed", False), answer
+                assert set(answer.error or {}) == {"message", "type", "param", "code"}
+                detected.append(answer.ended_at - killed_at)
+            assert (await ask(server, f"Next after {number}.")).whole
+            back.append(monotonic() - killed_at)
+            for answer in await asyncio.gather(*beside):
+                assert answer.whole
+                assert answer.tokens == 60
+        print(f"{kills} kills: callers told after {max(detected):.3f} s, next answer after {max(back):.3f} s at most")
+        assert max(detected) <= 1
+        assert await server.metric("forebay_engine_deaths_total", model="fake", kind="crash") == kills
+        assert await server.metric("forebay_engine_deaths_total", model="other") == 0
+        died = server.named("engine.died")
+        assert {event["exit_code"] for event in died} == {-signal.SIGKILL}
+        assert len(died[0]["last_lines"]) > 0
+        await server.until_load(0, 0)
+
+
+async def test_the_official_client_raises_when_the_engine_dies_under_a_stream() -> None:
+    async with serving(CONFIG, environment=DEBUG) as server:
+        stream = await server.client().chat.completions.create(
+            model="fake", messages=[{"role": "user", "content": "[[fake crash_at=5 crash=segv]]"}], stream=True
+        )
+        with pytest.raises(openai.APIError) as raised:
+            async for _ in stream:
+                pass
+        assert raised.value.code == "engine_crashed"
+        with pytest.raises(openai.InternalServerError) as whole:
+            await server.client().chat.completions.create(
+                model="fake", messages=[{"role": "user", "content": "[[fake crash_at=3 crash=exit]]"}]
+            )
+        assert (whole.value.status_code, whole.value.code) == (502, "engine_crashed")
+
+
+async def test_a_stopped_engine_is_replaced_within_the_stall_limit() -> None:
+    async with serving(CONFIG, environment=DEBUG) as server:
+        engine = psutil.Process(server.engine_pid())
+        stream, _ = await begin(server, LONG)
+        unanswered = asyncio.create_task(ask(server, "[[fake delay_ms=60000]]"))
+        await server.until_load(2, 0)
+        stopped_at = monotonic()
+        engine.suspend()
+        for answer in await asyncio.gather(stream, unanswered):
+            assert answer.code == "request_timeout"
+        told = monotonic() - stopped_at
+        assert (await ask(server, "Next.")).whole
+        back = monotonic() - stopped_at
+        print(f"SIGSTOP: callers told after {told:.2f} s, next answer after {back:.2f} s")
+        assert told < STALL_SECONDS + 2
+        assert not engine.is_running()
+        assert await _deaths(server) == 1
+
+
+async def test_an_engine_that_freezes_itself_is_replaced() -> None:
+    async with serving(CONFIG, environment=DEBUG) as server:
+        beside = asyncio.create_task(ask(server, "[[fake tokens=300 token_ms=10]]", model="other"))
+        answer = await ask(server, "[[fake freeze_at=5]]")
+        assert answer.code == "request_timeout"
+        assert (await ask(server, "Next.")).whole
+        assert (await beside).longest_gap_seconds < 1
+
+
+async def test_one_stream_that_hangs_ends_and_its_engine_stays() -> None:
+    async with serving(CONFIG, environment=DEBUG) as server:
+        engine = server.engine_pid()
+        began = monotonic()
+        beside = asyncio.create_task(ask(server, "[[fake tokens=400 token_ms=10]]"))
+        streamed, whole = await asyncio.gather(
+            ask(server, "[[fake hang_at=5]]"), ask(server, "[[fake hang_at=3]] once", stream=False)
+        )
+        took = monotonic() - began
+        assert (streamed.status, streamed.code) == (200, "request_timeout")
+        assert (whole.status, whole.code) == (504, "request_timeout")
+        print(f"hung streams ended after {took:.2f} s")
+        assert took < STALL_SECONDS + 2
+        assert (await beside).whole
+        assert server.engine_pid() == engine
+        assert await _deaths(server) == 0
+        await server.until_load(0, 0)
+
+
+async def test_an_engine_that_does_not_stop_is_replaced_once_the_others_on_it_are_done() -> None:
+    config = CONFIG.replace("slots = 4", "slots = 2")
+    async with serving(config, environment=DEBUG) as server:
+        engine = psutil.Process(server.engine_pid())
+        response = await server.send(chat_body("[[fake refuse_stop=1 tokens=1000 token_ms=10]]", stream=True))
+        await first_bytes(response)
+        beside, _ = await begin(server, "[[fake tokens=200 token_ms=10]]")
+        response.close()
+        next_one = asyncio.create_task(ask(server, "Next."))
+        await eventually(lambda: server.named("engine.condemned"), what="the engine to be condemned")
+        assert engine.is_running()
+        assert await server.load() == (2, 1)
+        other = await beside
+        assert other.whole
+        assert (await next_one).whole
+        assert (await next_one).ended_at > other.ended_at
+        assert not engine.is_running()
+        assert await server.metric("forebay_engine_deaths_total", model="fake", kind="refused_to_stop") == 1
+        await server.until_load(0, 0)
+
+
+async def test_rubbish_and_cut_answers_are_one_caller_s_trouble() -> None:
+    async with serving(CONFIG, environment=DEBUG) as server:
+        engine = server.engine_pid()
+        beside = asyncio.create_task(ask(server, "[[fake tokens=100 token_ms=10]]"))
+        for directive in ("garbage_at=0", "garbage_at=5", "truncate_at=0", "truncate_at=5"):
+            streamed = await ask(server, f"[[fake {directive}]]")
+            assert streamed.code == "engine_garbled", (directive, streamed)
+            assert not streamed.done
+            whole = await ask(server, f"[[fake {directive}]]", stream=False)
+            assert (whole.status, whole.code) == (502, "engine_garbled"), (directive, whole)
+        assert (await beside).whole
+        assert server.engine_pid() == engine
+        assert await _deaths(server) == 0
+        await server.until_load(0, 0)
+
+
+async def test_out_of_memory_halves_the_places_for_a_while() -> None:
+    async with serving(CONFIG, environment=DEBUG) as server:
+        answer = await ask(server, "[[fake oom_at=3]]")
+        assert answer.code == "out_of_memory"
+        assert (await ask(server, "Next.")).whole
+        model = await server.model()
+        assert (model["slots"], model["replicas"][0]["slots"]) == (2, 2)
+        streams = [asyncio.create_task(ask(server, f"{each} [[fake tokens=40 token_ms=10]]")) for each in range(3)]
+        await server.until_load(2, 1)
+        assert all(answer.whole for answer in await asyncio.gather(*streams))
+        await eventually(_slots(server, 4), what="four places again")
+        assert await server.metric("forebay_engine_deaths_total", model="fake", kind="out_of_memory") == 1
+        assert len(server.named("engine.slots_restored")) == 1
+        assert (await ask(server, "At the end.")).whole
+
+
+def _slots(server: Server, count: int) -> Callable[[], Awaitable[bool]]:
+    async def reached() -> bool:
+        return [replica["slots"] for replica in (await server.model())["replicas"]] == [count]
+
+    return reached
+
+
+async def test_kill_9_of_a_guard_takes_its_engine_along() -> None:
+    async with serving(CONFIG, environment=DEBUG) as server:
+        engine = psutil.Process(server.engine_pid())
+        stream, _ = await begin(server, LONG)
+        killed_at = monotonic()
+        os.kill(server.guard_pid(), signal.SIGKILL)
+        assert (await stream).code == "engine_crashed"
+        await eventually(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, within_seconds=2)
+        print(f"kill -9 of the guard: engine gone and caller told after {monotonic() - killed_at:.3f} s")
+        assert (await ask(server, "Next.")).whole
+
+
+async def _deaths(server: Server) -> float:
+    kinds = ("crash", "stall", "out_of_memory", "refused_to_stop")
+    return sum([await server.metric("forebay_engine_deaths_total", model="fake", kind=kind) for kind in kinds])
