@@ -158,7 +158,7 @@ async def serve(
     settings: Settings,
     environment: Mapping[str, str],
     on_listening: Callable[[Greeting], None],
-    on_ready: Callable[[], None],
+    on_ready: Callable[[Greeting], None],
 ) -> None:
     """Run a server until SIGTERM or Ctrl-C. Raises SetupError with the reason if it cannot start."""
     async with open_house(settings, environment) as house:
@@ -167,8 +167,9 @@ async def serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, house.stop)
         _settle_memory()
-        on_listening(Greeting(house.address, first_key, house.preloaded()))
-        await house.run(on_ready)
+        greeting = Greeting(house.address, first_key, house.preloaded())
+        on_listening(greeting)
+        await house.run(lambda: on_ready(greeting))
 
 
 def _settle_memory() -> None:

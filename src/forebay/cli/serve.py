@@ -30,21 +30,28 @@ def serve(
 
 
 def _greet(greeting: house.Greeting) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     console.print(f"Forebay listens on {greeting.address}")
     if greeting.first_key:
         console.print("Your first API key (administrator). It is shown this once:")
         console.print(f"  {greeting.first_key}", markup=False)
     if greeting.models:
         console.print(f"Loading {', '.join(greeting.models)} ...")
+
+
+def _say_ready(greeting: house.Greeting) -> None:
+    console = _console()
+    console.print("Ready.")
+    if greeting.models:
         body = f'{{"model":"{greeting.models[0]}","messages":[{{"role":"user","content":"Who wrote Hamlet?"}}]}}'
+        key = greeting.first_key or "YOUR_KEY"
         console.print("Try it:")
         console.print(
-            f"  curl {greeting.address}/v1/chat/completions -H 'Authorization: Bearer "
-            f"{greeting.first_key or '$FOREBAY_KEY'}' -H 'Content-Type: application/json' -d '{body}'",
+            f"  curl {greeting.address}/v1/chat/completions -H 'Authorization: Bearer {key}' "
+            f"-H 'Content-Type: application/json' -d '{body}'",
             markup=False,
         )
 
 
-def _say_ready() -> None:
-    Console(highlight=False).print("Ready.")
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
