@@ -72,6 +72,7 @@ class Keeper:
         self._deaths_in_a_row = 0
         self._leaving = asyncio.Event()
         self._stop_asked = False
+        self._came_up = False
         self._condemned: Cause | None = None
         self._run = asyncio.create_task(self._keep())
 
@@ -98,7 +99,9 @@ class Keeper:
         self._leave()
 
     def ask_restart(self) -> None:
-        """Drain, stop, and start again."""
+        """Drain, stop, and start again; what failed gets a new chance."""
+        self._failed_starts = 0
+        self.failure = None
         self._leave()
 
     def condemn(self, cause: Cause) -> None:
@@ -131,6 +134,7 @@ class Keeper:
         while not self._stop_asked:
             self._leaving.clear()
             self._condemned = None
+            self._came_up = False
             began = self._shop.clock.monotonic()
             try:
                 await self._live_once()
@@ -187,7 +191,7 @@ class Keeper:
         try:
             cause = await self._start(replica, process) or await self._serve(replica, process)
             if cause is None:
-                await self._drain(replica, process)
+                cause = await self._drain(replica, process)
         finally:
             replica.state = ReplicaState.STOPPED
             self._changed()
@@ -222,15 +226,16 @@ class Keeper:
         if process is not None:
             try:
                 async with self._shop.clock.timeout(self._shop.limits.start_timeout_seconds):
-                    replica.address = await process.address()
-                    await self._wait_healthy(replica, process)
+                    await self._come_up(replica, process)
             except TimeoutError:
                 return Cause.FAILED_START
             except EngineUnavailable:
                 return Cause.FAILED_START
-            replica.tools = await self._supports_tools(replica)
         if self._leaving.is_set():
             return None
+        if process is not None:
+            replica.tools = await self._supports_tools(replica)
+        self._came_up = True
         replica.state = ReplicaState.READY
         self._failed_starts = 0
         self.failure = None
@@ -238,11 +243,24 @@ class Keeper:
         self._changed()
         return None
 
+    async def _come_up(self, replica: Replica, process: EngineProcess) -> None:
+        """Wait until the engine answers or is to leave. Raises EngineUnavailable if it ends first."""
+        address = asyncio.ensure_future(process.address())
+        leaving = asyncio.ensure_future(self._leaving.wait())
+        try:
+            await asyncio.wait([address, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not leaving.done():
+                replica.address = address.result()
+                await self._wait_healthy(replica, process)
+        finally:
+            address.cancel()
+            leaving.cancel()
+
     async def _wait_healthy(self, replica: Replica, process: EngineProcess) -> None:
         exited = asyncio.ensure_future(process.wait())
         try:
             while not exited.done():
-                if await self._answers(replica, replica.traits.health_path):
+                if self._leaving.is_set() or await self._answers(replica, replica.traits.health_path):
                     return
                 await asyncio.wait([exited], timeout=_PROBE_SECONDS)
         finally:
@@ -300,21 +318,29 @@ class Keeper:
         self._shop.log.debug("engine.no_tools_probe", model=replica.model)
         return None
 
-    async def _drain(self, replica: Replica, process: EngineProcess | None) -> None:
-        """Let running requests end; a request that refuses to stop does not hold up its own engine's end."""
+    async def _drain(self, replica: Replica, process: EngineProcess | None) -> Cause | None:
+        """Let running requests end; the cause if the engine dies or hangs meanwhile.
+
+        A request that refuses to stop does not hold up its own engine's end.
+        """
         if process is None:
             await replica.idle.wait()
-            return
-        while not replica.idle.is_set():
-            if self._condemned and replica.only_refusals_left:
-                return
-            exited = asyncio.ensure_future(process.wait())
-            idle = asyncio.ensure_future(replica.idle.wait())
-            done, _ = await asyncio.wait([exited, idle], timeout=_PROBE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            exited.cancel()
-            idle.cancel()
-            if exited in done:
-                return
+            return None
+        idle = asyncio.ensure_future(replica.idle.wait())
+        exited = asyncio.ensure_future(process.wait())
+        hung = asyncio.ensure_future(self._probe(replica))
+        watched: set[asyncio.Future[Any]] = {idle, exited, hung}
+        try:
+            while not replica.idle.is_set() and not (self._condemned and replica.only_refusals_left):
+                await asyncio.wait(watched, timeout=_PROBE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if exited.done():
+                    return Cause.CRASH
+                if hung.done():
+                    return Cause.STALL
+            return None
+        finally:
+            for future in watched:
+                future.cancel()
 
     async def _stop(self, process: EngineProcess | None, *, kill: bool) -> int:
         if process is None:
@@ -361,10 +387,11 @@ class Keeper:
             shop.log.warning("engine.slots_halved", model=self._name, slots=self._slots())
         if death.cause is Cause.WRONG_SETUP:
             self._fail(death.last_lines[-1] if death.last_lines else "the engine gave no reason.")
-        elif death.cause is Cause.FAILED_START:
+        elif not self._came_up:  # of whatever it died
             self._failed_starts += 1
             if self._failed_starts >= _FAILED_STARTS_MAX:
-                self.failure = death.last_lines[-1] if death.last_lines else "the engine did not become ready in time."
+                last = death.last_lines[-1].rstrip(".") if death.last_lines else "nothing"
+                self.failure = f"its engine did not come up ({death.cause.value}); the last that it said was: {last}."
         else:
             self._deaths_in_a_row += 1
 

@@ -155,6 +155,8 @@ class Supervisor:
     def trouble(self, model: str) -> ForebayError | None:
         """Why nobody should wait for `model`, if so."""
         record = self._models[model]
+        if not record.wanted and record.failure is None:
+            return EngineUnavailable(f"The model {model} was unloaded. Try again to load it.", retry_after_seconds=1.0)
         if any(keeper.hopeful for keeper in record.keepers) or not (record.keepers or record.failure):
             return None
         wait = self._seconds_to_retry(record)
@@ -180,6 +182,7 @@ class Supervisor:
         """Let `model` finish what it runs, then stop it."""
         self.record(model).wanted = False
         self._wake.set()
+        self.on_change(model)
 
     def restart(self, model: str) -> None:
         """Replace every process of `model` once what it runs is finished; a failed model is tried again at once."""
