@@ -6,6 +6,7 @@ It refuses to start on a port that is taken, in a sentence.
 import asyncio
 import contextlib
 import functools
+import math
 import socket
 from collections.abc import Iterator
 
@@ -46,7 +47,8 @@ class Listener:
             proxy_headers=False,
             backlog=_BACKLOG,
             timeout_keep_alive=max(1, round(settings.http.keep_alive_seconds)),
-            timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+            # A second later than the drain, which ends what is left with an error of ours.
+            timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + 1,
             ssl_certfile=settings.tls_certificate,
             ssl_keyfile=settings.tls_key,
         )

@@ -15,6 +15,7 @@ from forebay.config import Settings
 from forebay.dialects.openai.call import Call, Context, Sampling, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
 from forebay.dialects.openai.completions import CompletionBody, completion_call
+from forebay.dialects.openai.errors import sanitise
 from forebay.errors import ForebayError, InvalidRequest, NotFound, RateLimited
 from forebay.gateway import admin, health
 from forebay.gateway.answers import error_answer, json_answer, read_body
@@ -100,13 +101,14 @@ async def openapi(request: Request) -> Response:
 def _model(request: Request, name: str) -> dict[str, Any]:
     request.app.state.catalog.get(name)
     supervisor = request.app.state.supervisor
+    reason = supervisor.record(name).reason
     return {
         "id": name,
         "object": "model",
         "created": int(request.app.state.started_at),
         "owned_by": "forebay",
         "state": supervisor.state(name).value,
-        "reason": supervisor.record(name).reason,
+        "reason": sanitise(reason) if reason else None,  # paths are for operators
     }
 
 
