@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import forebay
-from forebay.cli import bench, chat, keys, models, serve
+from forebay.cli import bench, chat, doctor, keys, models, serve
 
 app = typer.Typer(
     name="forebay",
@@ -30,6 +30,7 @@ def options(
 
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
+app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")

@@ -68,7 +68,10 @@ class Spec:
 
 
 def main() -> None:
-    """Load the model, say where it listens, and serve until SIGTERM."""
+    """Load the model, say where it listens, and serve until SIGTERM; with --describe, only say what the library has."""
+    if sys.argv[1:] == ["--describe"]:
+        describe()
+        return
     spec, key = _read_spec()
     out = _keep_stdout()
     # An abort in llama.cpp would otherwise start a debugger on this process, which takes seconds and prints its memory.
@@ -86,6 +89,18 @@ def main() -> None:
     os.write(out, f"FOREBAY_ENGINE_LISTENING {server.listening_address}\n".encode())
     select.select([stop], [], [])
     os._exit(0)  # llama.cpp's destructors wait for its threads; nothing here is worth that
+
+
+def describe() -> None:
+    """Print the library's version and devices as one line of JSON."""
+    import xllamacpp
+
+    known = ("name", "description", "memory_free", "memory_total")
+    devices = [
+        {**{key: device[key] for key in known}, "type": device["type"].name.rpartition("_")[2]}
+        for device in xllamacpp.get_device_info()
+    ]
+    print(json.dumps({"version": xllamacpp.__version__, "system": xllamacpp.get_system_info(), "devices": devices}))
 
 
 def _read_spec() -> tuple[Spec, str]:

@@ -1,0 +1,36 @@
+"""`forebay bench`, shortened: it runs without errors and writes what it promises. Figures are not judged here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.models import MODELS_FOLDER, smollm2_path
+
+
+def bench(folder: Path, kind: str) -> "subprocess.CompletedProcess[str]":
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
+    return subprocess.run(
+        [sys.executable, "-m", "forebay.cli", "bench", kind, "--quick", "--out", "results"],
+        cwd=folder, env={**kept, "FOREBAY_MODELS_DIR": str(MODELS_FOLDER)},
+        capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "ids"), [("overhead", {"P1", "P2", "P3", "P4"}), ("chat", {"P5"})])
+def test_a_short_run(tmp_path: Path, kind: str, ids: set[str]) -> None:
+    smollm2_path()
+    ran = bench(tmp_path, kind)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "results" / f"{kind}.json").read_text("utf-8"))
+    assert report["errors"] == 0
+    assert report["requests"] > 0
+    assert {measure["id"] for measure in report["measures"].values()} == ids
+    assert all(len(measure["by_seed"]) == 1 for measure in report["measures"].values())
+    table = (tmp_path / "results" / f"{kind}.md").read_text("utf-8")
+    assert all(name in table for name in report["measures"])
+    assert "0 errors" in table
