@@ -15,6 +15,7 @@ CHOICES_MAX = 8
 STOPS_MAX = 4
 LOGPROBS_MAX = 20
 TOKENS_MAX = 4_194_304
+_REASON_CHARS_MAX = 300
 
 Tier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 Stop = Annotated[str, Field(max_length=256)]
@@ -156,7 +157,8 @@ def _explain(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"Unrecognized request argument supplied: {param}", param=param)
     if first["type"] == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    return InvalidRequest(f"Invalid value for '{param}': {first['msg']}.", param=param, code="invalid_value")
+    reason = first["msg"][:_REASON_CHARS_MAX]  # a wrong tag is quoted in it, whole
+    return InvalidRequest(f"Invalid value for '{param}': {reason}.", param=param, code="invalid_value")
 
 
 def _param(location: tuple[int | str, ...]) -> str:
