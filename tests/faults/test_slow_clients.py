@@ -8,6 +8,7 @@ import statistics
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
+import psutil
 import pytest
 
 from tests.support.server import ADMIN_KEY, FAKE, Server, eventually, serving
@@ -122,8 +123,6 @@ async def slow_reader(server: Server, *, stream: bool, bytes_per_second: int) ->
 
 def server_side_ports(server: Server) -> set[int]:
     """The client ports of the connections that the server process holds."""
-    import psutil  # noqa: PLC0415
-
     connections = psutil.Process(server.pid).net_connections(kind="tcp")
     return {one.raddr.port for one in connections if one.status != "LISTEN" and one.raddr}
 

@@ -33,26 +33,28 @@ FILLED_IN = {"name": "fake", "name:path": "fake", "request_id": "req_of_another_
 # What each caller gets, by what docs/api.md says of the route. 404 is the answer of a route that one may use, for
 # the request of another project.
 STRANGERS = ("no key", "bad key", "malformed key", "expired", "revoked")
-EXPECTED: dict[str, dict[str, set[int]]] = {
-    "anybody": dict.fromkeys((*STRANGERS, "read only", "member", "embedding only", "other project", "admin"), {200}),
+EXPECTED: dict[str, dict[str, frozenset[int]]] = {
+    "anybody": dict.fromkeys(
+        (*STRANGERS, "read only", "member", "embedding only", "other project", "admin"), frozenset({200})
+    ),
     "any key": {
-        **dict.fromkeys(STRANGERS, {401}),
-        **dict.fromkeys(("read only", "member", "embedding only", "other project", "admin"), {200}),
+        **dict.fromkeys(STRANGERS, frozenset({401})),
+        **dict.fromkeys(("read only", "member", "embedding only", "other project", "admin"), frozenset({200})),
     },
     "member": {
-        **dict.fromkeys(STRANGERS, {401}),
-        "read only": {403},
-        **dict.fromkeys(("member", "embedding only", "other project", "admin"), {200, 404}),
+        **dict.fromkeys(STRANGERS, frozenset({401})),
+        "read only": frozenset({403}),
+        **dict.fromkeys(("member", "embedding only", "other project", "admin"), frozenset({200, 404})),
     },
     "member with the scope": {
-        **dict.fromkeys(STRANGERS, {401}),
-        **dict.fromkeys(("read only", "embedding only"), {403}),
-        **dict.fromkeys(("member", "other project", "admin"), {200}),
+        **dict.fromkeys(STRANGERS, frozenset({401})),
+        **dict.fromkeys(("read only", "embedding only"), frozenset({403})),
+        **dict.fromkeys(("member", "other project", "admin"), frozenset({200})),
     },
     "admin": {
-        **dict.fromkeys(STRANGERS, {401}),
-        **dict.fromkeys(("read only", "member", "embedding only", "other project"), {403}),
-        "admin": {200},
+        **dict.fromkeys(STRANGERS, frozenset({401})),
+        **dict.fromkeys(("read only", "member", "embedding only", "other project"), frozenset({403})),
+        "admin": frozenset({200}),
     },
 }
 CALLERS = tuple(EXPECTED["anybody"])
@@ -264,7 +266,7 @@ async def test_tokens_per_minute(server: Server, store: KeyStore) -> None:
     for _ in range(2):
         async with wire(server.url) as line:
             await line.send(post(body, key=key))
-            statuses.append((await line.reply()))
+            statuses.append(await line.reply())
     assert [one.status for one in statuses] == [200, 429]
     assert statuses[1].headers["x-ratelimit-limit-tokens"] == "60"
     assert statuses[1].headers["x-ratelimit-remaining-tokens"] == "0"
