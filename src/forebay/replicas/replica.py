@@ -18,6 +18,7 @@ from forebay.replicas.connection import EngineStream
 from forebay.replicas.postmortem import Death, Quarantine
 
 _VERDICT_SECONDS = 0.5
+_SECRET_CHARS_MIN = 8
 
 
 class ReplicaState(StrEnum):
@@ -92,6 +93,9 @@ class Replica:
             yield stream
         except (aiohttp.ClientError, OSError) as error:
             raise await self._explain(request, error) from None
+        except ForebayError as error:
+            error.args = (self._strike_out(str(error)),)
+            raise
         finally:
             if stream.finished:
                 stream.release()
@@ -114,7 +118,16 @@ class Replica:
     async def _open(self, stream: EngineStream) -> None:
         status = await stream.open()
         if status != 200:
-            raise from_engine(status, await stream.read_error())
+            said = (await stream.read_error()).decode("utf-8", "replace")
+            raise from_engine(status, self._strike_out(said).encode())
+
+    def _strike_out(self, said: str) -> str:
+        """What an engine said without what it was told in confidence: upstreams quote keys in their errors."""
+        for value in self.headers.values():
+            secret = value.removeprefix("Bearer ")
+            if len(secret) >= _SECRET_CHARS_MIN:
+                said = said.replace(secret, "***")
+        return said
 
     async def _stop(
         self,
