@@ -121,18 +121,18 @@ class Engine:
             case _:
                 raise Refused(404, "There is nothing here by that name.", "not_found_error")
 
-    def log(self, request_id: str, event: str) -> None:
+    def log(self, ids: str, event: str) -> None:
         """One line about one request."""
         if not self.spec.quiet:
-            sys.stderr.write(f"fake: event={event} request_id={request_id}\n")
+            sys.stderr.write(f"fake: event={event} {ids}\n")
 
-    async def run(self, job: Job, request_id: str, out: "Writer") -> None:
+    async def run(self, job: Job, ids: str, out: "Writer") -> None:
         """Compute the answer in slots of its own; they are free again when this returns or raises."""
         taken = await self.slots.take(job.choices)
         self._check_memory()
         self.stats["started"] += 1
         self.stats["running"] += 1
-        self.log(request_id, "started")
+        self.log(ids, "started")
         ended = "cancelled"
         try:
             await self._produce(job, out)
@@ -141,7 +141,7 @@ class Engine:
             self.stats["running"] -= 1
             self.stats[ended] += 1
             self.slots.free(taken)
-            self.log(request_id, ended)
+            self.log(ids, ended)
 
     def _check_memory(self) -> None:
         limit = self.spec.memory_slots_max
@@ -269,9 +269,13 @@ class Head:
     length: int
 
     @property
-    def request_id(self) -> str:
-        """The caller's name for the request, safe to log."""
-        return _UNPRINTABLE.sub("", self.headers.get(b"x-request-id", b"-").decode("latin-1"))[:128]
+    def ids(self) -> str:
+        """The caller's names for the request and for the trace it belongs to, safe to log."""
+        trace = self._printable(b"traceparent")
+        return f"request_id={self._printable(b'x-request-id') or '-'}" + (f" traceparent={trace}" if trace else "")
+
+    def _printable(self, name: bytes) -> str:
+        return _UNPRINTABLE.sub("", self.headers.get(name, b"").decode("latin-1"))[:128]
 
 
 def read_head(block: bytes) -> Head:
@@ -376,14 +380,14 @@ class Connection(asyncio.Protocol):
         if head.method == "POST" and head.path in ("/v1/chat/completions", "/v1/completions"):
             spec = self._engine.spec
             job = read_job(body, head.path == "/v1/chat/completions", spec.name, spec.slots, spec.context)
-            self._start(job, head.request_id)
+            self._start(job, head.ids)
             return None
         return self._engine.look_up(head.path)
 
-    def _start(self, job: Job, request_id: str) -> None:
+    def _start(self, job: Job, ids: str) -> None:
         self._stoppable = not job.directive.refuse_stop
         out = Writer(self._transport, self._writable, job.stream)
-        self._running = asyncio.ensure_future(self._engine.run(job, request_id, out))
+        self._running = asyncio.ensure_future(self._engine.run(job, ids, out))
         self._running.add_done_callback(self._ended)
 
     def _ended(self, running: "asyncio.Task[None]") -> None:
