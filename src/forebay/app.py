@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forebay.clock import SystemClock
-from forebay.config import Settings
+from forebay.config import Settings, UpstreamModel
 from forebay.errors import SetupError
 from forebay.gateway.auth import Authenticator
 from forebay.gateway.envelope import Envelope
@@ -54,7 +54,11 @@ class House:
         self._stop = asyncio.Event()
         metrics = Metrics()
         catalog = Catalog(settings)
-        launcher = LocalLauncher(environment, settings.supervisor.log_lines_max, settings.supervisor.log_line_bytes_max)
+        launcher = LocalLauncher(
+            _for_engines(settings, environment),
+            settings.supervisor.log_lines_max,
+            settings.supervisor.log_line_bytes_max,
+        )
         puller = Puller(catalog, settings.pull, self._clock)
         self._supervisor = Supervisor(settings, catalog, puller, launcher, self._clock, metrics, environment)
         self._scheduler = Scheduler(
@@ -190,6 +194,12 @@ async def first_key_for(keys: KeyStore, settings: Settings) -> str | None:
     record, plain = await keys.create_key(DEFAULT_PROJECT, name="first key", role=Role.ADMIN)
     Log().info("key.created", key=record.id)
     return plain
+
+
+def _for_engines(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the keys of upstreams, which are no engine's business."""
+    held = {model.options.key_env for model in settings.models.values() if isinstance(model, UpstreamModel)}
+    return {name: value for name, value in environment.items() if name not in held}
 
 
 def _limits(catalog: Catalog, name: str) -> Limits:
