@@ -164,9 +164,13 @@ def _explain(error: ValidationError) -> InvalidRequest:
 def _param(location: tuple[int | str, ...]) -> str:
     """`('messages', 0, 'user', 'content')` -> `messages[0].content`: tags of unions are ours, not the caller's."""
     text = ""
+    before: int | str = ""
     for part in location:
+        tagged, before = isinstance(before, int) or before == "response_format", part
         if isinstance(part, int):
             text += f"[{part}]"
+        elif tagged and part in _DISCRIMINATORS:
+            continue
         elif part.isidentifier() and part not in _UNION_TAGS:
             text += f".{part}" if text else part
         elif not part.isidentifier() and "[" not in part:
@@ -175,3 +179,6 @@ def _param(location: tuple[int | str, ...]) -> str:
 
 
 _UNION_TAGS = frozenset({"str", "tuple", "int", "float", "bool", "list"})
+_DISCRIMINATORS = frozenset(
+    {"system", "developer", "user", "assistant", "tool", "text", "image_url", "refusal", "json_object", "json_schema"}
+)

@@ -1,0 +1,107 @@
+"""Errors on the wire: ours in OpenAI's shape, an engine's without its paths and addresses."""
+
+import json
+import string
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay import errors
+from forebay.dialects.openai.errors import body_of, from_engine, sanitise
+
+NAMES = st.text(string.ascii_letters + string.digits + "_.-+@~", min_size=1, max_size=12).filter(
+    lambda name: name.strip(".")
+)
+PATHS = st.lists(NAMES, min_size=2, max_size=6).flatmap(
+    lambda names: st.sampled_from(["/" + "/".join(names), "C:\\" + "\\".join(names)])
+)
+OCTET = st.integers(0, 255)
+ADDRESSES = st.tuples(OCTET, OCTET, OCTET, OCTET, st.integers(1, 65535)).map(
+    lambda parts: ".".join(map(str, parts[:4])) + f":{parts[4]}"
+)
+POINTERS = st.integers(16**6, 16**12).map(hex)
+WORDS = st.text(string.ascii_lowercase + " .,:'\"()", max_size=20)
+
+
+@given(WORDS, PATHS | ADDRESSES | POINTERS, WORDS)
+def test_paths_and_addresses_never_survive(before: str, secret: str, after: str) -> None:
+    message = sanitise(f"{before} {secret} {after}")
+    assert secret not in message
+    for piece in secret.replace("\\", "/").split("/"):
+        assert len(piece) < 6 or piece in before + after or piece not in message
+
+
+@given(st.text(max_size=3_000))
+def test_a_message_is_one_printable_line_of_bounded_length(text: str) -> None:
+    message = sanitise(text)
+    assert len(message) <= 500
+    assert message == "" or message.isprintable()
+
+
+@given(
+    st.integers(100, 599),
+    st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.integers() | st.text(max_size=9),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["error", "message", "type", "code", "n_ctx"]), inner, max_size=4)
+        ),
+    ).map(lambda value: json.dumps(value).encode()),
+)
+def test_whatever_an_engine_says_becomes_an_error_in_shape(status: int, body: bytes) -> None:
+    error = from_engine(status, body)
+    shaped = body_of(error)["error"]
+    assert set(shaped) == {"message", "type", "param", "code"}
+    assert shaped["message"]
+    assert 400 <= error.status < 600
+    assert (
+        status >= 500
+        or status < 400
+        or error.status < 500
+        or isinstance(error, errors.EngineGarbled | errors.EngineUnavailable)
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "detail", "kind", "code"),
+    [
+        (400, {"message": "bad"}, errors.InvalidRequest, "invalid_request"),
+        (404, {"message": "bad"}, errors.InvalidRequest, "invalid_request"),
+        (422, {}, errors.InvalidRequest, "invalid_request"),
+        (
+            400,
+            {"type": "exceed_context_size_error", "n_prompt_tokens": 9, "n_ctx": 4},
+            errors.InvalidRequest,
+            "context_length_exceeded",
+        ),
+        (400, {"message": "maximum context length is 4"}, errors.InvalidRequest, "context_length_exceeded"),
+        (401, {"message": "key abc"}, errors.EngineUnavailable, "engine_unavailable"),
+        (413, {}, errors.PayloadTooLarge, "payload_too_large"),
+        (429, {}, errors.Overloaded, "queue_full"),
+        (500, {"message": "boom"}, errors.ServerError, "engine_error"),
+        (503, {}, errors.EngineUnavailable, "engine_unavailable"),
+        (302, {}, errors.EngineGarbled, "engine_garbled"),
+    ],
+)
+def test_what_an_engines_error_means(status: int, detail: dict[str, Any], kind: type, code: str) -> None:
+    error = from_engine(status, json.dumps({"error": detail}).encode())
+    assert (type(error), error.code) == (kind, code)
+    assert "abc" not in str(error)
+
+
+def every_error(kind: type[errors.ForebayError]) -> list[type[errors.ForebayError]]:
+    return [kind, *(inner for child in kind.__subclasses__() for inner in every_error(child))]
+
+
+@pytest.mark.parametrize("kind", every_error(errors.ForebayError))
+def test_every_error_has_a_body(kind: type[errors.ForebayError]) -> None:
+    assert set(body_of(kind())["error"]) == {"message", "type", "param", "code"}
+    assert body_of(kind("m", param="p", code="c"))["error"] == {
+        "message": "m",
+        "type": kind.type,
+        "param": "p",
+        "code": "c",
+    }
