@@ -30,7 +30,9 @@ BROAD_EXCEPTS: dict[str, int] = {
 }
 
 # Tests that wait for wall-clock time on purpose: file -> why.
-SLEEPERS: dict[str, str] = {}
+SLEEPERS: dict[str, str] = {
+    "tests/faults/test_slow_clients.py": "the slowness of the client is what is tested",
+}
 
 _UNSAFE = {
     "pickle": r"\b(?:import|from) (?:pickle|marshal|shelve|dill|cloudpickle|joblib)\b",
