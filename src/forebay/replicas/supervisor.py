@@ -46,12 +46,13 @@ class ModelRecord:
     failure: SetupError | None = None
     failed_at: float = 0.0
     pull_ordered: bool = False
-    reduced_until: float | None = None
+    halvings: int = 0
+    halved_until: float = 0.0
 
     @property
     def slots(self) -> int:
-        """Places of one process; half of them while it recovers from running out of memory."""
-        return max(1, self.settings.slots // 2) if self.reduced_until is not None else self.settings.slots
+        """Places of one process; half as many for each time that it ran out of memory and has not recovered from."""
+        return max(1, self.settings.slots >> self.halvings)
 
     @property
     def reason(self) -> str | None:
@@ -157,8 +158,9 @@ class Supervisor:
         record = self._models[model]
         if not record.wanted and record.failure is None:
             return EngineUnavailable(f"The model {model} was unloaded. Try again to load it.", retry_after_seconds=1.0)
-        if any(keeper.hopeful for keeper in record.keepers) or not (record.keepers or record.failure):
-            return None
+        keepers = [keeper for keeper in record.keepers if not keeper.ended]
+        if any(keeper.hopeful for keeper in keepers) or not (keepers or record.failure):
+            return None  # one may come up, or is about to be launched
         wait = self._seconds_to_retry(record)
         return EngineUnavailable(
             f"The model {model} could not be started; the server's log says why.", retry_after_seconds=wait
@@ -237,20 +239,33 @@ class Supervisor:
         if not self._present(record):
             self._pull(record)
             return
-        if record.reduced_until is not None and self._clock.monotonic() >= record.reduced_until:
-            record.reduced_until = None
-            self._log.info("engine.slots_restored", model=record.name, slots=record.slots)
-            for keeper in record.keepers:
-                keeper.ask_restart()
+        record.pull_ordered = False
+        if record.halvings and self._may_restore(record):
+            self._restore(record)
         record.keepers = [keeper for keeper in record.keepers if not keeper.ended]
         while len(record.keepers) < record.settings.replicas and not self._closing:
             record.keepers.append(self._keeper(record))
 
     def _keeper(self, record: ModelRecord) -> Keeper:
-        def halve() -> None:
-            record.reduced_until = self._clock.monotonic() + self._limits.oom_cooldown_seconds
+        return Keeper(self._shop, record.name, record.settings, lambda: record.slots, lambda: self._halve(record))
 
-        return Keeper(self._shop, record.name, record.settings, lambda: record.slots, halve)
+    def _halve(self, record: ModelRecord) -> None:
+        record.halvings = min(record.halvings + 1, record.settings.slots.bit_length() - 1)
+        record.halved_until = self._clock.monotonic() + self._limits.oom_cooldown_seconds
+
+    def _may_restore(self, record: ModelRecord) -> bool:
+        """Whether the cool-down is over and nobody is in the way; after a second one they are no reason any longer."""
+        over = self._clock.monotonic() - record.halved_until
+        idle = all(keeper.replica is None or keeper.replica.idle.is_set() for keeper in record.keepers)
+        return over >= self._limits.oom_cooldown_seconds or (over >= 0 and idle)
+
+    def _restore(self, record: ModelRecord) -> None:
+        """Take back one halving; the next one, if there is one, after another cool-down."""
+        record.halvings -= 1
+        record.halved_until = self._clock.monotonic() + self._limits.oom_cooldown_seconds
+        self._log.info("engine.slots_restored", model=record.name, slots=record.slots)
+        for keeper in record.keepers:
+            keeper.ask_restart()
 
     def _present(self, record: ModelRecord) -> bool:
         return not self._catalog.needs_file(record.name) or self._catalog.present(record.name)
@@ -259,6 +274,8 @@ class Supervisor:
         if self._puller.pulling(record.name):
             return
         failed = self._puller.failure(record.name) if record.pull_ordered else None
+        if not self._auto_pull:
+            failed = f"this server does not pull by itself; run `forebay models pull {record.name}`."
         if failed is None:
             record.pull_ordered = True
             self._log.info("model.pulling", model=record.name)
@@ -271,7 +288,7 @@ class Supervisor:
         self.on_change(record.name)
 
     def _refuse_absent(self, record: ModelRecord) -> None:
-        if not self._auto_pull and not self._puller.pulling(record.name):
+        if not self._auto_pull:
             record.wanted = False
             raise EngineUnavailable(
                 f"The model {record.name} is not pulled, and this server does not pull by itself. "
