@@ -15,6 +15,7 @@ from pathlib import Path
 import aiohttp
 from pydantic_core import to_json
 
+import forebay
 from forebay import config
 from forebay.bench.wire import Target
 from forebay.clock import new_token
@@ -25,6 +26,7 @@ from forebay.errors import SetupError
 from forebay.replicas.commands import command_for
 from forebay.replicas.local_launcher import LocalLauncher
 
+_GUARD = Path(forebay.__file__).parent / "engines" / "guard.py"
 _START_SECONDS = 120.0
 _STOP_SECONDS = 40.0
 _POLL_SECONDS = 0.05
@@ -100,9 +102,10 @@ async def _server(folder: Path) -> AsyncIterator[tuple[str, str, int]]:
     log = folder / "server.log"
     with log.open("wb") as lines:
         process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(_GUARD), "--"),
             *(sys.executable, "-m", "forebay.cli", "serve", "--config", str(folder / "forebay.toml")),
             env={**kept, **environment, "PYTHONUNBUFFERED": "1"},
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,  # the guard's leash: the server ends with this program, however that ends
             stdout=lines,
             stderr=lines,
             start_new_session=True,
@@ -111,7 +114,7 @@ async def _server(folder: Path) -> AsyncIterator[tuple[str, str, int]]:
         async with asyncio.timeout(_START_SECONDS):
             url = await _address(process, log)
             await _until_ok(f"{url}/ready")
-        yield url, key, process.pid
+        yield url, key, _child_of(process.pid)
     except TimeoutError:
         raise SetupError(f"The server was not ready in time:\n{_last_lines(log)}") from None
     finally:

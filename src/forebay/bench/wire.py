@@ -18,6 +18,7 @@ _CONTENT = re.compile(rb'"content": ?"[^"]')
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
 _WAIT_SECONDS = 120.0
+_IDLE_SECONDS = 5.0  # a server closes what is idle for longer, perhaps just as a request is sent
 
 now = SystemClock().monotonic  # the loop's own clock may count whole milliseconds only
 
@@ -141,7 +142,7 @@ class Target:
             "Content-Type: application/json\r\nContent-Length: "
         ).encode()
         self._body = body
-        self._idle: list[Wire] = []
+        self._idle: list[tuple[Wire, float]] = []
 
     def request(self, prompt: str, tokens: int, *, stream: bool) -> bytes:
         """The bytes of one chat request."""
@@ -159,19 +160,20 @@ class Target:
             ended = now()
             return Reply(began, ended, ended, 0, f"{type(error).__name__}: {error}")
         if not wire.closed:
-            self._idle.append(wire)
+            self._idle.append((wire, reply.ended))
         return reply
 
     def close(self) -> None:
         """Close every idle connection."""
-        for wire in self._idle:
+        for wire, _ in self._idle:
             wire.close()
         self._idle.clear()
 
     async def _connection(self) -> Wire:
         while self._idle:
-            wire = self._idle.pop()
-            if not wire.closed:
+            wire, since = self._idle.pop()
+            if not wire.closed and now() - since < _IDLE_SECONDS:
                 return wire
+            wire.close()
         _, wire = await asyncio.get_running_loop().create_connection(Wire, *self._address)
         return wire
