@@ -21,7 +21,7 @@ from forebay.dialects.openai.errors import body_of
 from forebay.errors import ForebayError, InvalidRequest
 from forebay.telemetry import Metrics
 
-_READER_CHECKS = 5  # for each write_stall_seconds
+_READER_CHECKS = 10  # for each write_stall_seconds
 _READER_BYTES = 65_536  # what a reader must take in that time, or all that is left
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
