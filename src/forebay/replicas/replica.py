@@ -17,7 +17,7 @@ from forebay.replicas.commands import Traits
 from forebay.replicas.connection import EngineStream
 from forebay.replicas.postmortem import Death, Quarantine
 
-_VERDICT_SECONDS = 0.5
+_VERDICT_SECONDS = 0.9
 _SECRET_CHARS_MIN = 8
 
 
