@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from time import monotonic
+from typing import Any
 
 import openai
 import psutil
@@ -34,7 +35,7 @@ preload = true
 LONG = "[[fake tokens=3000 token_ms=10]]"
 
 
-async def begin(server: Server, text: str, **fields: object) -> tuple[asyncio.Task[Answer], str]:
+async def begin(server: Server, text: str, **fields: Any) -> tuple[asyncio.Task[Answer], str]:
     """Start a stream and read its first event; the rest is read by the task. Its request id comes along."""
     response = await server.send(chat_body(text, stream=True, **fields))
     await first_bytes(response)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -131,6 +132,10 @@ async def test_the_states_of_a_model_and_who_may_see_what() -> None:
             assert (await server.post(f"/admin/models/none/{verb}"))[0] == 404
 
 
+def _gone(process: psutil.Process) -> bool:
+    return not process.is_running()
+
+
 async def _ready(server: Server, key: str | None) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with server.session.get(f"{server.url}/ready", headers=headers) as response:
@@ -182,6 +187,15 @@ async def test_whoever_waits_for_a_model_that_is_restarted_is_served_by_the_new_
         assert all(answer.whole for answer in await asyncio.gather(*streams))
         assert (await waiting).whole
         assert len(server.named("engine.starting", model="good")) == 2
+
+
+async def test_a_model_that_was_just_unloaded_can_be_asked_for_at_once() -> None:
+    async with serving(BASE, environment=JSON_LOG) as server:
+        for number in range(5):
+            engine = psutil.Process(server.engine_pid("good"))
+            await server.post("/admin/models/good/unload")
+            await eventually(partial(_gone, engine), what="the end of the engine")
+            assert (await ask(server, f"Again {number}.", model="good")).whole
 
 
 async def test_whoever_waits_for_a_model_that_is_unloaded_is_told_at_once() -> None:

@@ -18,7 +18,7 @@ engine = "fake"
 preload = true
 slots = 4
 """
-POISON = "Poison. [[fake crash_at=3 crash=segv]]"
+POISON = "Poison. [[fake crash_at=3 crash=segv token_ms=20]]"
 
 
 async def _deaths(server: Server) -> float:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -40,7 +41,7 @@ async def test_one_id_names_a_request_in_both_logs_and_its_trace_goes_on() -> No
         assert server.named("request.failed", request_id="order-4712", code="engine_crashed")
 
 
-def _lines(server: Server, text: str) -> list[dict[str, object]]:
+def _lines(server: Server, text: str) -> list[dict[str, Any]]:
     return [event for event in server.named("engine.line") if text in event["line"]]
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -32,6 +33,10 @@ preload = true
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that still run."""
     return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def _gone(processes: list[psutil.Process]) -> bool:
+    return not alive(processes)
 
 
 async def _end(server: Server, number: int, within_seconds: float) -> float:
@@ -148,7 +153,7 @@ async def test_kill_9_of_the_server_leaves_nothing_behind(prove: bool) -> None:
             psutil.Process(server.engine_pid("other")).suspend()
             killed_at = monotonic()
             os.kill(server.pid, signal.SIGKILL)
-            await eventually(lambda family=family: not alive(family), within_seconds=2, what="the end of every engine")
+            await eventually(partial(_gone, family), within_seconds=2, what="the end of every engine")
             times.append(monotonic() - killed_at)
             with pytest.raises(aiohttp.ClientError):
                 await stream
@@ -162,4 +167,4 @@ async def test_kill_9_while_engines_start_leaves_nothing_behind(tmp_path: Path) 
         await eventually(lambda: len(server.engine_pids()) == 2, what="both engines")
         family = server.family()
         os.kill(server.pid, signal.SIGKILL)
-        await eventually(lambda: not alive(family), within_seconds=2, what="the end of every engine")
+        await eventually(partial(_gone, family), within_seconds=2, what="the end of every engine")
