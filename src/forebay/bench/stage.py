@@ -23,7 +23,7 @@ from forebay.config import Model
 from forebay.dialects.openai.call import Context, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
 from forebay.errors import SetupError
-from forebay.replicas.commands import command_for
+from forebay.replicas.commands import command_for, traits_of
 from forebay.replicas.local_launcher import LocalLauncher
 
 _GUARD = Path(forebay.__file__).parent / "engines" / "guard.py"
@@ -56,7 +56,8 @@ async def staged(name: str, model: Model, path: Path | None, settings: str) -> A
         engine_url, engine_key, engine_pid = await stack.enter_async_context(_engine(name, model, path))
         server_url, server_key, server_pid = await stack.enter_async_context(_server(folder))
         server = Target("through", server_url, server_key, _for_server(name))
-        engine = Target("direct", engine_url, engine_key, _for_engine(name, model))
+        alive = traits_of(model).reuses_connections
+        engine = Target("direct", engine_url, engine_key, _for_engine(name, model), keeps_alive=alive)
         stack.callback(server.close)
         stack.callback(engine.close)
         yield Stage(server, engine, server_pid, (engine_pid, _child_of(_child_of(server_pid))))

@@ -130,10 +130,16 @@ class Wire(asyncio.Protocol):
 
 
 class Target:
-    """Somewhere to send requests: an address, a key, and how a prompt becomes a body there."""
+    """Somewhere to send requests: an address, a key, and how a prompt becomes a body there.
 
-    def __init__(self, name: str, url: str, key: str, body: Callable[[str, int, bool], bytes]) -> None:
+    Without `keeps_alive` each request has a connection of its own, for an engine that closes it after an answer.
+    """
+
+    def __init__(
+        self, name: str, url: str, key: str, body: Callable[[str, int, bool], bytes], *, keeps_alive: bool = True
+    ) -> None:
         self.name = name
+        self._keeps_alive = keeps_alive
         parts = urlsplit(url)
         assert parts.hostname is not None
         self._address = (parts.hostname, parts.port or 80)
@@ -158,8 +164,12 @@ class Target:
                 reply = await wire.ask(request, began)
         except (OSError, TimeoutError) as error:
             ended = now()
-            return Reply(began, ended, ended, 0, f"{type(error).__name__}: {error}")
-        if not wire.closed:
+            return Reply(began, ended, ended, 0, f"{self.name}: {type(error).__name__}: {error}")
+        if reply.trouble:
+            reply.trouble = f"{self.name}: {reply.trouble}"
+        if not self._keeps_alive:
+            wire.close()
+        elif not wire.closed:
             self._idle.append((wire, reply.ended))
         return reply
 
