@@ -31,7 +31,8 @@ class Traits:
 
     `probe_path` answers only while the engine's main loop turns. `confirms_stop`: it closes a half-closed connection
     once it has stopped; `stops_after_step`: it closes it when it has taken note, and stops before it answers its next
-    probe. `reuses_connections`: it keeps a connection open after an answer. `enforces_tool_choice`: it
+    probe. `reuses_connections`: it keeps a connection open after an answer, for
+    longer than we do; a request that meets the close of one would fail for nothing. `enforces_tool_choice`: it
     makes a model call a tool that must be called; llama.cpp takes `required` and lets the model chat on instead.
     """
 
@@ -52,9 +53,14 @@ def traits_of(model: Model) -> Traits:
         case FakeModel():
             return Traits("/slots")
         case VllmModel():
-            return Traits("/health")
+            return Traits("/health", reuses_connections=False)
         case CommandModel(options=options):
-            return Traits(options.health_path, health_path=options.health_path, remote_model=options.remote_model)
+            return Traits(
+                options.health_path,
+                health_path=options.health_path,
+                reuses_connections=False,
+                remote_model=options.remote_model,
+            )
         case UpstreamModel(options=upstream):
             return Traits("", confirms_stop=False, remote_model=upstream.remote_model)
         case _:

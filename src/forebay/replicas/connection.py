@@ -15,6 +15,7 @@ from aiohttp.tracing import Trace
 
 _ERROR_BODY_BYTES_MAX = 65_536
 _READ_BUFFER_BYTES = 65_536
+_KEEP_ALIVE_SECONDS = 4.0  # shorter than the 5 s after which common servers close
 
 _opening: ContextVar["EngineStream | None"] = ContextVar("opening", default=None)
 
@@ -33,7 +34,9 @@ class _Connector(aiohttp.TCPConnector):
 def open_session(*, reuses_connections: bool, connect_timeout_seconds: float = 10.0) -> aiohttp.ClientSession:
     """A session for engines. Its number of connections is bounded by permits, not here."""
     connector = (
-        _Connector(limit=0, keepalive_timeout=30) if reuses_connections else _Connector(limit=0, force_close=True)
+        _Connector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
+        if reuses_connections
+        else _Connector(limit=0, force_close=True)
     )
     return aiohttp.ClientSession(
         connector=connector,
