@@ -114,7 +114,7 @@ class PullSettings(_Section):
         60, description="Longest silence of a download before it is tried again from where it stopped."
     )
     attempts_max: Annotated[int, Field(ge=1, le=100)] = Field(
-        5, description="How often a cut download goes on before the pull fails."
+        5, description="Attempts in a row that bring less than 16 MiB each before the pull fails."
     )
     free_bytes_min: Annotated[int, Field(ge=0)] = Field(
         512 * 2**20, description="Disk space that must be left over after a pull."
@@ -405,6 +405,8 @@ def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[list[str
 def _put(tree: dict[str, Any], keys: list[str], value: str) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            return  # not a section; the schema says so in a sentence
     tree[keys[-1]] = value
 
 

@@ -76,6 +76,11 @@ def test_what_is_wrong_is_said_in_a_sentence(text: str, sentence: str, tmp_path:
     assert "Value error" not in str(refused.value)
 
 
+def test_a_section_that_is_none_is_a_sentence_though_the_environment_reaches_into_it(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="`http`: Input should be"):
+        load("http = 5", tmp_path, {"FOREBAY_HTTP_BODY_BYTES_MAX": "20"})
+
+
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="Check --config"):
         config.load(tmp_path / "none.toml", {})
