@@ -57,6 +57,16 @@ async def test_a_half_of_tls_is_refused() -> None:
             pass
 
 
+async def test_a_certificate_that_cannot_be_used_is_a_sentence(tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    key.write_text("rubbish", encoding="utf-8")
+    for certificate in (tmp_path / "none.pem", key):
+        with pytest.raises(AssertionError, match="Check tls_certificate and tls_key") as refused:
+            async with serving(environment={"FOREBAY_TLS_CERTIFICATE": str(certificate), "FOREBAY_TLS_KEY": str(key)}):
+                pass
+        assert "Traceback" not in str(refused.value)
+
+
 async def test_a_port_that_is_taken_is_a_sentence() -> None:
     async with serving() as server:
         port = server.url.rpartition(":")[2]

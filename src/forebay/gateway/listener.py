@@ -52,6 +52,7 @@ class Listener:
             ssl_certfile=settings.tls_certificate,
             ssl_keyfile=settings.tls_key,
         )
+        _load(config)
         self._server = _Server(config)
         scheme = "https" if settings.tls_certificate else "http"
         host, port = self._socket.getsockname()[:2]
@@ -67,6 +68,17 @@ class Listener:
     def stop(self) -> None:
         """Accept nothing more."""
         self._server.should_exit = True
+
+
+def _load(config: uvicorn.Config) -> None:
+    """Read the certificate and its key now, so that a wrong one is told in a sentence."""
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise SetupError(
+            f"The TLS certificate {config.ssl_certfile} and key {config.ssl_keyfile} cannot be used: "
+            f"{error.strerror or error}. Check tls_certificate and tls_key."
+        ) from None
 
 
 def _bind(host: str, port: int) -> socket.socket:
