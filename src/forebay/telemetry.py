@@ -3,6 +3,7 @@
 It refuses labels that a client chooses freely: only configured model names, fixed words and status codes become labels.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Iterable
@@ -115,9 +116,14 @@ class Log:
         getattr(self._logger, level)(event, **fields)
 
 
+def _forms(secret: str) -> set[str]:
+    """How `secret` may stand in a line: as it is, or escaped by one of the renderers."""
+    return {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]} if secret else set()
+
+
 def configure(form: Literal["text", "json"], level: str, secrets: Iterable[str] = ()) -> None:
     """Set up logging for the process; `secrets` are struck out wherever they turn up in a line."""
-    hidden = [secret for secret in secrets if secret]
+    hidden = sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True)
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if form == "json"
