@@ -24,8 +24,8 @@ from forebay.replicas.pull import Puller, PullState
 from tests.support.files_server import FilesServer, serve
 from tests.support.models import SMOLLM2, smollm2_path
 
-BODY = os.urandom(2_000_000)
-LOST_MAX = 300_000  # what may sit in buffers when a connection breaks
+BODY = os.urandom(8_000_000)
+LOST_MAX = 500_000  # what may sit in buffers when a connection breaks
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
@@ -76,7 +76,7 @@ async def test_a_file_is_pulled_and_nothing_else_is_left(tmp_path: Path) -> None
 
 async def test_a_cut_download_goes_on_where_it_stopped(tmp_path: Path) -> None:
     async with serve(BODY) as server:
-        server.cut_after = 900_000
+        server.cut_after = 3_000_000
         path = await _pull(_settings(tmp_path, _model(f"{server.url}/m.bin")))
         assert path.read_bytes() == BODY
         assert server.sent <= len(BODY) + LOST_MAX * (len(server.requests) - 1)
@@ -86,10 +86,19 @@ async def test_a_cut_download_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert server.requests[1][1]["If-Range"] == '"one"'
 
 
+async def test_attempts_that_bring_a_lot_do_not_count(tmp_path: Path) -> None:
+    large = BODY * 6
+    async with serve(large) as server:
+        server.cut_after = 20_000_000
+        path = await _pull(_settings(tmp_path, _model(f"{server.url}/m.bin", None), attempts_max=1))
+        assert path.read_bytes() == large
+        assert len(server.requests) >= 3
+
+
 async def test_attempts_are_bounded_and_the_next_pull_goes_on(tmp_path: Path) -> None:
     async with serve(BODY) as server:
         settings = _settings(tmp_path, _model(f"{server.url}/m.bin"), attempts_max=2)
-        server.cut_after = 900_000
+        server.cut_after = 3_000_000
         with pytest.raises(SetupError, match=r"stopped at \d+ bytes after 2 attempts .*goes on from there"):
             await _pull(settings)
         assert len(server.requests) == 2
@@ -102,7 +111,7 @@ async def test_attempts_are_bounded_and_the_next_pull_goes_on(tmp_path: Path) ->
 async def test_a_server_that_ignores_ranges_is_asked_for_everything_again(tmp_path: Path, *, announce: bool) -> None:
     async with serve(BODY) as server:
         settings = _settings(tmp_path, _model(f"{server.url}/m.bin"), attempts_max=1)
-        server.ranges, server.cut_after = False, 900_000
+        server.ranges, server.cut_after = False, 3_000_000
         with pytest.raises(SetupError, match="1 attempts"):
             await _pull(settings)
         server.cut_after, server.announce = None, announce
@@ -112,7 +121,7 @@ async def test_a_server_that_ignores_ranges_is_asked_for_everything_again(tmp_pa
 async def test_a_file_that_changes_in_between_is_fetched_from_its_beginning(tmp_path: Path) -> None:
     async with serve(BODY) as server:
         settings = _settings(tmp_path, _model(f"{server.url}/m.bin", sha256=None), attempts_max=1)
-        server.cut_after = 900_000
+        server.cut_after = 3_000_000
         with pytest.raises(SetupError):
             await _pull(settings)
         server.cut_after, server.etag, server.body = None, '"two"', BODY[::-1]
@@ -122,7 +131,7 @@ async def test_a_file_that_changes_in_between_is_fetched_from_its_beginning(tmp_
 @pytest.mark.parametrize("sha256", [SHA256, None])
 async def test_without_an_etag_only_a_checksum_makes_a_rest_trustworthy(tmp_path: Path, sha256: str | None) -> None:
     async with serve(BODY) as server:
-        server.etag, server.cut_after = None, 900_000
+        server.etag, server.cut_after = None, 3_000_000
         settings = _settings(tmp_path, _model(f"{server.url}/m.bin", sha256), attempts_max=4)
         if sha256 is not None:
             assert (await _pull(settings)).read_bytes() == BODY
@@ -135,7 +144,7 @@ async def test_without_an_etag_only_a_checksum_makes_a_rest_trustworthy(tmp_path
 async def test_a_range_that_was_not_asked_for_is_not_mixed_in(tmp_path: Path) -> None:
     async with serve(BODY) as server:
         settings = _settings(tmp_path, _model(f"{server.url}/m.bin"), attempts_max=1)
-        server.cut_after = 900_000
+        server.cut_after = 3_000_000
         with pytest.raises(SetupError):
             await _pull(settings)
         server.lie_range = 7
@@ -155,7 +164,7 @@ async def test_a_wrong_checksum_deletes_the_file(tmp_path: Path) -> None:
 async def test_a_damaged_part_is_noticed(tmp_path: Path) -> None:
     async with serve(BODY) as server:
         settings = _settings(tmp_path, _model(f"{server.url}/m.bin"), attempts_max=1)
-        server.cut_after = 900_000
+        server.cut_after = 3_000_000
         with pytest.raises(SetupError):
             await _pull(settings)
         part = next(tmp_path.glob("*.part"))
@@ -413,29 +422,29 @@ async def test_the_command_line(tmp_path: Path) -> None:
         configuration = tmp_path / "forebay.toml"
         configuration.write_text(
             f"data_dir = {json.dumps(str(tmp_path / 'elsewhere'))}\n"
-            f'[models.m]\nengine = "command"\nsource = "{server.url}/m.bin"\nsha256 = "{SHA256}"\nsize_bytes = 2000000\n'
+            f'[models.m]\nengine = "command"\nsource = "{server.url}/m.bin"\nsha256 = "{SHA256}"\nsize_bytes = 8000000\n'
             'preload = true\n[models.m.options]\nargv = ["engine"]\n'
             "[models.smollm2-135m-instruct]\nengine = 'fake'\n"
         )
         common = ("--config", str(configuration), "--data-dir", str(tmp_path / "data"))
         code, output, hint = await _models("list", *common)
         assert code == 0
-        assert "2.0 MB" in output
+        assert "8.0 MB" in output
         assert "not pulled" in output
         assert "forebay models pull qwen" in hint
         assert await _models("verify", "m", *common) == (
-            1, "", "The model `m` is not here. Run `forebay models pull m`.\n",
+            1, "", "forebay: The model `m` is not here. Run `forebay models pull m`.\n",
         )  # fmt: skip
         code, output, steps = await _models("pull", *common)
         assert code == 0
         assert output.startswith("m is here: ")
-        assert "m: 100 %, 2.0 MB" in steps
+        assert "m: 100 %, 8.0 MB" in steps
         assert (await _models("verify", *common))[1] == "m is sound (checksum and header).\n"
         assert list((tmp_path / "data" / "models").glob("m-*.bin"))
         code, _, complaint = await _models("remove", "../m", "m", *common)
-        assert (code, complaint.startswith("There is no model `../m`.")) == (1, True)
+        assert (code, complaint.startswith("forebay: There is no model `../m`.")) == (1, True)
         assert (await _models("remove", "m", *common))[1] == "m is removed.\n"
         server.status = 404
         code, _, complaint = await _models("pull", "m", *common)
         assert code == 1
-        assert complaint.splitlines()[-1].startswith("There is no file at http://127.0.0.1")
+        assert complaint.splitlines()[-1].startswith("forebay: There is no file at http://127.0.0.1")

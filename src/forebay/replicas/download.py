@@ -25,7 +25,7 @@ from forebay.replicas import sources
 
 Progress = Callable[[int, int | None], None]
 
-_CHUNK_BYTES = 2**20
+_FRESH_START_BYTES = 16 * 2**20
 _BUFFER_BYTES = 2**16  # small, for what is in it when the connection breaks is lost
 _HASH_BYTES = 8 * 2**20
 _NOTE_BYTES_MAX = 8192
@@ -129,20 +129,22 @@ async def download(remote: Remote, path: Path, settings: PullSettings, clock: Cl
     checksum; a wrong file is deleted. 4. Flush it to disk. Cancelled, it leaves a part that the next call takes up.
     """
     part = await _Part.open(path, remote.url)
+    attempt = 0
     async with _session(remote, settings) as session:
-        for attempt in range(1, settings.attempts_max + 1):
-            if part.complete:
-                break
+        while not part.complete:
+            attempt, before = attempt + 1, part.done
             try:
                 await _fetch(session, remote, part, settings, progress)
                 break
             except (_Cut, aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-                if attempt == settings.attempts_max:
+                if part.done - before >= _FRESH_START_BYTES:
+                    attempt = 0  # a large file over a bad line gets on; only attempts that bring little count
+                elif attempt >= settings.attempts_max:
                     raise SetupError(
                         f"The download of {remote.shown} stopped at {part.done} bytes after {attempt} attempts "
                         f"({_reason(error)}). Run the pull again: it goes on from there."
                     ) from None
-                pause = min(_BACKOFF_SECONDS_MIN * 2 ** (attempt - 1), _BACKOFF_SECONDS_MAX)
+                pause = min(_BACKOFF_SECONDS_MIN * 2 ** max(0, attempt - 1), _BACKOFF_SECONDS_MAX)
                 await clock.sleep(clock.jitter(pause))
     await _check_sum(part, remote)
     await in_thread(flush, path)
@@ -290,7 +292,8 @@ async def _receive(
     response: aiohttp.ClientResponse, part: _Part, total: int | None, settings: PullSettings, progress: Progress
 ) -> None:
     room_checked = part.done
-    async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+    # Not `iter_chunked`: it raises the reader's buffer to twice the chunk, and a cut loses what is in it.
+    while chunk := await response.content.readany():
         if total is not None and part.done + len(chunk) > total:
             raise _Cut("the server sent more than it announced")
         await part.write(chunk)
