@@ -1,5 +1,6 @@
 """Events of a generation: however the bytes are cut, relayed and gathered answers say the same."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -8,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay.dialects.openai.call import Call
-from forebay.dialects.openai.events import EVENT_BYTES_MAX, EventReader, Gatherer, Relay, error_event, legacy_logprobs
-from forebay.errors import EngineCrashed, EngineGarbled, InvalidRequest, ServerError
+from forebay.dialects.openai.events import (
+    ANSWER_BYTES_MAX,
+    EVENT_BYTES_MAX,
+    EventReader,
+    Gatherer,
+    Relay,
+    error_event,
+    legacy_logprobs,
+)
+from forebay.errors import EngineCrashed, EngineGarbled, ForebayError, InvalidRequest, ServerError
 from forebay.inference import Capability, Request
 
 TEXTS = st.lists(st.text(max_size=8), min_size=1, max_size=8)
@@ -187,6 +196,60 @@ def test_what_is_no_event_is_garbled(data: bytes) -> None:
         Relay(call(), rename=False).feed(data)
     with pytest.raises(EngineGarbled):
         Gatherer(call()).feed(data)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *({"delta": [1]}, {"delta": "x"}, {"delta": {"tool_calls": 5}}, {"delta": {"tool_calls": [5]}}),
+        *({"delta": {"tool_calls": [{"function": made}]}} for made in ("x", {"name": 5}, {"arguments": {}})),
+        *({"text": "x", "logprobs": {"content": [{"top_logprobs": top}]}} for top in (5, [5], [{"token": [1]}])),
+    ],
+    ids=str,
+)
+def test_a_choice_of_another_shape_is_garbled_and_no_bug_of_ours(choice: dict[str, Any]) -> None:
+    data = wire([{"choices": [choice]}])
+    for one in (call(), call(forced=True), call(kind="completion", legacy=True)):
+        with pytest.raises(EngineGarbled):
+            Relay(one, rename=True).feed(data)
+        with pytest.raises(EngineGarbled):
+            Gatherer(one).feed(data)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    *("index", "delta", "text", "content", "tool_calls", "function", "name", "arguments", "id"),
+                    *("logprobs", "top_logprobs", "token", "finish_reason", "usage", "reasoning_content"),
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["choices", "usage", "error"]), JSON), max_size=3), st.booleans())
+def test_whatever_json_an_engine_sends_the_error_is_one_of_ours(events: list[dict[str, Any]], choices: bool) -> None:
+    data = wire([{"choices": [event]} if choices else event for event in events])
+    for one in (call(usage=True), call(forced=True), call(kind="completion", legacy=True)):
+        with contextlib.suppress(ForebayError):
+            Relay(one, rename=True).feed(data)
+        with contextlib.suppress(ForebayError):
+            gathered(one, [data])
+
+
+def test_an_answer_without_an_end_is_not_put_together_for_ever() -> None:
+    gatherer = Gatherer(call())
+    piece = wire([chunk({"content": "x" * 2**20})], done=False)
+    with pytest.raises(EngineGarbled, match="Ask for a stream"):
+        for _ in range(ANSWER_BYTES_MAX // 2**20 + 1):
+            gatherer.feed(piece)
 
 
 @given(st.binary(max_size=300), CUTS)

@@ -15,6 +15,7 @@ from forebay.errors import EngineGarbled, ForebayError
 from forebay.inference import Usage
 
 EVENT_BYTES_MAX = 4 * 2**20
+ANSWER_BYTES_MAX = 64 * 2**20  # of events, where they are put together into one body
 DONE = b"data: [DONE]\n\n"
 _HEAD = b"data: {"
 _CONTENT_MARKS = (b'"content":"', b'"text":"', b'"tool_calls"', b'"reasoning_content"')
@@ -67,7 +68,7 @@ class EventReader:
             code = event["error"].get("code") if isinstance(event["error"], dict) else None
             raise from_engine(code if isinstance(code, int) and 400 <= code < 600 else 500, payload)
         choices = event.get("choices")
-        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        if not isinstance(choices, list) or not all(_is_sound(choice) for choice in choices):
             raise EngineGarbled
         return event
 
@@ -162,8 +163,10 @@ class Relay:
 
     def _hold_tool_text(self, choice: dict[str, Any]) -> None:
         """Keep the text of a forced tool call until it is whole, then turn it into the call."""
-        index, delta = _count(choice.get("index")), choice.setdefault("delta", {})
-        self._tool_texts[index] = text = self._tool_texts.get(index, "") + (delta.pop("content", None) or "")
+        index, delta = _count(choice.get("index")), choice.get("delta") or {}
+        choice["delta"] = delta
+        content = delta.pop("content", None)
+        self._tool_texts[index] = text = self._tool_texts.get(index, "") + (content if isinstance(content, str) else "")
         if len(text) > EVENT_BYTES_MAX:
             raise EngineGarbled
         if choice.get("finish_reason") is None:
@@ -194,6 +197,7 @@ class Gatherer:
         self.progress = Progress()
         self._call = call
         self._reader = EventReader()
+        self._bytes = 0
         self._head: dict[str, Any] = {}
         self._choices: dict[int, _Choice] = {}
 
@@ -204,6 +208,9 @@ class Gatherer:
 
     def feed(self, data: bytes) -> None:
         """Take in `data`. Raises EngineGarbled, or what an error event means."""
+        self._bytes += len(data)
+        if self._bytes > ANSWER_BYTES_MAX:
+            raise EngineGarbled("The engine's answer is larger than this server puts together. Ask for a stream.")
         for event in self._reader.feed(data):
             self.progress.events += 1
             self.progress.note_usage(event)
@@ -313,9 +320,36 @@ def _has_content(event: dict[str, Any]) -> bool:
     return False
 
 
-def _add_tool_call(calls: dict[int, dict[str, Any]], wire: Any) -> None:
-    if not isinstance(wire, dict):
-        raise EngineGarbled
+def _is_sound(choice: Any) -> bool:
+    """Whether what is read of a choice further on has the shape that it is taken to have there."""
+    if not isinstance(choice, dict):
+        return False
+    delta, logprobs = choice.get("delta"), choice.get("logprobs")
+    if delta is not None and not (isinstance(delta, dict) and _are_tool_calls(delta.get("tool_calls"))):
+        return False
+    entries = logprobs.get("content") if isinstance(logprobs, dict) else None
+    return not isinstance(entries, list) or all(
+        _are_dicts(entry.get("top_logprobs"), token=str) for entry in entries if isinstance(entry, dict)
+    )
+
+
+def _are_tool_calls(calls: Any) -> bool:
+    if not _are_dicts(calls, id=str, function=dict):
+        return False
+    return _are_dicts([call.get("function") or {} for call in calls or ()], name=str, arguments=str)
+
+
+def _are_dicts(value: Any, **kinds: type) -> bool:
+    """Whether `value` is absent or a list of objects whose fields of these names, where they are set, are of these kinds."""
+    if value is None:
+        return True
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and all(isinstance(item.get(key), kind | None) for key, kind in kinds.items())
+        for item in value
+    )
+
+
+def _add_tool_call(calls: dict[int, dict[str, Any]], wire: dict[str, Any]) -> None:
     call = calls.setdefault(
         _count(wire.get("index")), {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
     )
