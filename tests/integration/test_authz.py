@@ -246,6 +246,7 @@ async def test_the_request_of_another_project_cannot_be_cancelled(server: Server
 
 async def test_requests_per_minute(server: Server, store: KeyStore) -> None:
     _, key = await store.create_key(requests_per_minute=3)
+    before = await server.metric("forebay_rejections_total", model="fake", reason="rate_limit_exceeded")
     for left in (2, 1, 0):
         reply = await ask(server, "POST", "/v1/chat/completions", key)
         assert reply.status == 200
@@ -256,6 +257,7 @@ async def test_requests_per_minute(server: Server, store: KeyStore) -> None:
     assert (reply.status, reply.json["error"]["code"]) == (429, "rate_limit_exceeded")
     assert 1 <= int(reply.headers["retry-after"]) <= 20
     assert reply.headers["x-ratelimit-remaining-requests"] == "0"
+    assert await server.metric("forebay_rejections_total", model="fake", reason="rate_limit_exceeded") == before + 1
     assert (await ask(server, "GET", "/v1/models", key)).status == 200
 
 

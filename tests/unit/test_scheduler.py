@@ -374,3 +374,17 @@ async def test_a_refused_input_never_joins(hall: tuple[Room, Scheduler, FakeCloc
     await settle()
     assert isinstance(visitor.error, Quarantined)
     assert scheduler.load(MODEL) == (0, 0)
+
+
+async def test_whoever_is_turned_away_is_counted_by_reason() -> None:
+    clock, metrics = FakeClock(), Metrics()
+    room = Room(clock, problem=EngineUnavailable())
+    scheduler = Scheduler(room, {MODEL: Limits(1, 2, QUEUE_SECONDS)}, SchedulerSettings(), 1.0, clock, metrics)
+    Visitor(scheduler, request(1))
+    await settle()
+    scheduler.close()
+    Visitor(scheduler, request(2))
+    await settle()
+    for reason in ("engine_unavailable", "shutting_down"):
+        labels = {"model": MODEL, "reason": reason}
+        assert metrics.registry.get_sample_value("forebay_rejections_total", labels) == 1

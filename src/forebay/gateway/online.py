@@ -159,6 +159,12 @@ class Door:
         if isinstance(error, ServerError):
             self.log.warning("request.failed", code=code, model=request.model, reason=str(error))
 
+    def refuse(self, call: Call, error: ForebayError) -> None:
+        """Write down that `call` was turned away before it became a visit."""
+        request = call.request
+        self._metrics.requests.labels(request.model, request.capability.value, error.code).inc()
+        self._metrics.rejections.labels(request.model, error.code).inc()
+
     def _sweep(self, visit: Visit, now: float) -> None:
         stuck = now - visit.since
         if visit.waiting is Waiting.ENGINE and stuck > self._engine_stall_seconds:
@@ -193,10 +199,11 @@ class OnlineAnswer(Response):
         """Serve the call; every way that it can end comes out here."""
         visit = Visit(self._call, self._principal, self._tokens_estimate, self._arrived_at)
         watcher = asyncio.create_task(visit.watch(receive))
-        error: ForebayError | None = None
+        error: ForebayError | None = ServerError(code="internal_error")  # what a bug of ours is written down as
         with self._door.visiting(visit):
             try:
                 await self._serve(visit, send)
+                error = None
             except ForebayError as failure:
                 error = failure
             except asyncio.CancelledError:
@@ -205,7 +212,7 @@ class OnlineAnswer(Response):
                 self._uncancel()
             finally:
                 watcher.cancel()
-        self._door.settle(visit, error)
+                self._door.settle(visit, error)
         if error is not None and visit.interrupted_by not in {"client_gone", "client_stalled"}:
             await self._send_error(error, scope, receive, send)
 

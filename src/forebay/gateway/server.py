@@ -137,6 +137,7 @@ def _serve(request: Request, caller: Principal, call: Call) -> Response:
     try:
         headers = door.rates.check(caller, estimate)
     except RateLimited as error:
+        door.refuse(call, error)
         return error_answer(error, door.rates.headers(caller))
     model = request.app.state.catalog.get(call.request.model)
     return OnlineAnswer(door, call, caller, model, estimate, headers)

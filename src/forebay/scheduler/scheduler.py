@@ -164,10 +164,11 @@ class Scheduler:
 
     def _join(self, hall: _Hall, request: Request) -> tuple[Ticket, int]:
         """(1) closed; (2) quarantined; (3) no hope of a replica; (4) room at once; (5) room in line; (6) full."""
-        if self._closed:
-            raise ShuttingDown
-        self._fleet.check(request)
-        self._fleet.summon(request.model)
+        try:
+            self._let_in(request)
+        except ForebayError as error:
+            self._metrics.rejections.labels(request.model, error.code).inc()
+            raise
         self._number += 1
         now = self._clock.monotonic()
         ticket = Ticket(self._number, request.model, request.priority, request.places, now)
@@ -182,6 +183,12 @@ class Scheduler:
             self._metrics.rejections.labels(request.model, "queue_full").inc()
             raise Overloaded(retry_after_seconds=self._retry_after(hall))
         return ticket, position(ticket, hall.line, now, self._settings.ageing_seconds)
+
+    def _let_in(self, request: Request) -> None:
+        if self._closed:
+            raise ShuttingDown
+        self._fleet.check(request)
+        self._fleet.summon(request.model)
 
     async def _wait(self, hall: _Hall, ticket: Ticket) -> Replica:
         granted = hall.grants[ticket.number]
