@@ -331,6 +331,40 @@ async def test_the_back_office_waits_outside_and_comes_in_when_there_is_room(
     await settle()
 
 
+@pytest.mark.parametrize("places", [0, 1, 2])
+@pytest.mark.parametrize("how", ["finish", "leave the line", "are dismissed"])
+async def test_the_back_office_is_not_forgotten_outside_however_the_line_empties(places: int, how: str) -> None:
+    clock = FakeClock()
+    room = Room(clock)
+    limits = {MODEL: Limits(1, places, QUEUE_SECONDS)}
+    scheduler = Scheduler(room, limits, SchedulerSettings(), 1.0, clock, Metrics())
+    async with aiohttp.ClientSession() as session:
+        room.open(1, session)
+        running, *waiting = (Visitor(scheduler, request(n)) for n in range(1 + places))
+        await settle()
+        batch = Visitor(scheduler, request(9, Priority.BATCH), patient=True)
+        await settle()
+        assert (batch.permit, batch.error) == (None, None)
+        if how == "leave the line":
+            for visitor in waiting:
+                visitor.task.cancel()
+        elif how == "are dismissed":
+            room.problem = EngineUnavailable()
+            scheduler.changed(MODEL)
+            room.problem = None
+        await settle()
+        running.leave()
+        await settle()
+        if how == "finish":
+            for visitor in waiting:
+                visitor.leave()
+                await settle()
+        assert batch.permit is not None
+        batch.leave()
+        await settle()
+        assert scheduler.load(MODEL) == (0, 0)
+
+
 async def test_nobody_starves_however_many_go_first(hall: tuple[Room, Scheduler, FakeClock]) -> None:
     _, scheduler, clock = hall
     current = Visitor(scheduler, request(0, Priority.HIGH))

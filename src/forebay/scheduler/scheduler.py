@@ -8,7 +8,7 @@ to admit anybody once it is closed.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,7 +21,7 @@ from forebay.replicas.replica import Replica
 from forebay.scheduler.permit import Permit
 from forebay.scheduler.policy import next_grant, position, retry_after_seconds
 from forebay.scheduler.queue import Line, Ticket
-from forebay.scheduler.router import Seats
+from forebay.scheduler.router import Seats, pick_replica
 from forebay.telemetry import Metrics
 
 _FIRST_GUESS_SECONDS = 2.0
@@ -127,7 +127,8 @@ class Scheduler:
     async def admit_when_room(self, request: Request) -> AsyncIterator[Permit]:
         """The same, but wait outside while the line is full."""
         hall = self._halls[request.model]
-        while hall.line.full and not self._closed:
+        while hall.line.full and not self._closed and not self._runs_at_once(hall, request):
+            self._fleet.summon(request.model)
             hall.room.clear()
             await hall.room.wait()
         async with self.admit(request) as permit:
@@ -229,14 +230,20 @@ class Scheduler:
             del hall.running[replica.id]
         self._grant(ticket.model, hall)
 
+    def _runs_at_once(self, hall: _Hall, request: Request) -> bool:
+        """Whether nobody waits and a replica has room: the only way in where a line has no places at all."""
+        replicas = self._fleet.replicas(request.model)
+        return not len(hall.line) and pick_replica(request.places, _seats(hall, replicas)) is not None
+
     def _grant(self, model: str, hall: _Hall) -> None:
         """Give every free place to whoever is first in line for it."""
         if not len(hall.line):
+            hall.room.set()
             return
         replicas = {replica.id: replica for replica in self._fleet.replicas(model)}
         now = self._clock.monotonic()
         while True:
-            seats = [Seats(key, replica.slots, hall.running.get(key, 0)) for key, replica in replicas.items()]
+            seats = _seats(hall, replicas.values())
             # A caller that left has a cancelled grant until its own clean-up runs.
             waiting = [ticket for ticket in hall.line if not hall.grants[ticket.number].done()]
             grant = next_grant(waiting, seats, now, self._settings.ageing_seconds)
@@ -265,3 +272,7 @@ class Scheduler:
     def _retry_after(self, hall: _Hall) -> float:
         longest = self._settings.retry_after_seconds_max
         return retry_after_seconds(len(hall.line), hall.limits.slots, hall.mean_run_seconds, longest)
+
+
+def _seats(hall: _Hall, replicas: Iterable[Replica]) -> list[Seats]:
+    return [Seats(replica.id, replica.slots, hall.running.get(replica.id, 0)) for replica in replicas]
