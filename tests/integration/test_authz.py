@@ -244,6 +244,13 @@ async def test_the_request_of_another_project_cannot_be_cancelled(server: Server
         assert b"client_closed_request" in await asyncio.wait_for(line.reader.readuntil(b"0\r\n\r\n"), 5)
 
 
+@pytest.mark.parametrize("name", ["nope", "x" * 6_000, "%2e%2e%2fetc%2fpasswd", "/etc/passwd", "fake%00"])
+async def test_a_name_that_is_no_model_is_not_found(server: Server, keys: dict[str, str], name: str) -> None:
+    reply = await ask(server, "GET", f"/v1/models/{name}", keys["read only"])
+    assert (reply.status, reply.json["error"]["code"]) == (404, "model_not_found")
+    assert len(reply.json["error"]["message"]) < 500
+
+
 async def test_requests_per_minute(server: Server, store: KeyStore) -> None:
     _, key = await store.create_key(requests_per_minute=3)
     before = await server.metric("forebay_rejections_total", model="fake", reason="rate_limit_exceeded")
