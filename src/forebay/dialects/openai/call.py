@@ -57,7 +57,7 @@ class Sampling(Wire):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: Stop | Annotated[tuple[Stop, ...], Field(max_length=STOPS_MAX)] | None = None
+    stop: Stop | Annotated[tuple[Stop, ...], Field(max_length=STOPS_MAX, fail_fast=True)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -169,16 +169,18 @@ def _param(location: tuple[int | str, ...]) -> str:
         tagged, before = isinstance(before, int) or before == "response_format", part
         if isinstance(part, int):
             text += f"[{part}]"
-        elif tagged and part in _DISCRIMINATORS:
+        elif part in _UNION_TAGS or (tagged and part in _DISCRIMINATORS):
             continue
-        elif part.isidentifier() and part not in _UNION_TAGS:
+        elif part.isidentifier():
             text += f".{part}" if text else part
         elif not part.isidentifier() and "[" not in part:
             text += f".{part[:64]}" if text else part[:64]
     return text
 
 
-_UNION_TAGS = frozenset({"str", "tuple", "int", "float", "bool", "list"})
+_UNION_TAGS = frozenset(
+    {"str", "tuple", "int", "float", "bool", "list", "constrained-str", "texts", "tokens", "token_lists"}
+)
 _DISCRIMINATORS = frozenset(
     {"system", "developer", "user", "assistant", "tool", "text", "image_url", "refusal", "json_object", "json_schema"}
 )

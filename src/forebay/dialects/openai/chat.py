@@ -57,7 +57,7 @@ class RefusalPart(Wire):
 
 
 Part = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
-Content = str | Annotated[tuple[Part, ...], Field(max_length=1_024)]
+Content = str | Annotated[tuple[Part, ...], Field(max_length=1_024, fail_fast=True)]
 
 
 class FunctionCall(Wire):
@@ -89,7 +89,7 @@ class AssistantMessage(Wire):
     role: Literal["assistant"]
     content: Content | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
-    tool_calls: Annotated[tuple[ToolCall, ...], Field(max_length=TOOLS_MAX)] | None = None
+    tool_calls: Annotated[tuple[ToolCall, ...], Field(max_length=TOOLS_MAX, fail_fast=True)] | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
     annotations: tuple[Any, ...] | None = None
@@ -175,15 +175,15 @@ class ChatBody(Sampling):
     `prompt_cache_key`, `prompt_cache_retention`, `reasoning_effort`, `verbosity`.
     """
 
-    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=MESSAGES_MAX)]
+    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=TOKENS_MAX)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
-    tools: Annotated[tuple[Tool, ...], Field(max_length=TOOLS_MAX)] | None = None
+    tools: Annotated[tuple[Tool, ...], Field(max_length=TOOLS_MAX, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    modalities: tuple[Literal["text"], ...] | None = None
+    modalities: Annotated[tuple[Literal["text"], ...], Field(max_length=1, fail_fast=True)] | None = None
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
     store: bool | None = None
     safety_identifier: Annotated[str, Field(max_length=512)] | None = None
