@@ -25,8 +25,8 @@ def json_answer(content: Any, status: int = 200, headers: Mapping[str, str] | No
 def error_answer(error: ForebayError, headers: Mapping[str, str] | None = None) -> Response:
     """`error` in OpenAI's shape, with what a client needs to decide whether to try again."""
     fields = dict(headers or {})
-    if error.retry_after_seconds is not None:
-        seconds = min(RETRY_AFTER_SECONDS_MAX, max(1, math.ceil(error.retry_after_seconds)))
+    if error.retry_after_seconds is not None or error.status in {429, 503}:
+        seconds = min(RETRY_AFTER_SECONDS_MAX, max(1, math.ceil(error.retry_after_seconds or 1)))
         fields["retry-after"] = str(seconds)
     if isinstance(error, Quarantined):
         fields["x-should-retry"] = "false"

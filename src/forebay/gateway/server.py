@@ -43,7 +43,7 @@ def _takes(body: type[Sampling]) -> dict[str, Any]:
 
 def create_app(settings: Settings) -> FastAPI:
     """The application. `app.state` is filled in by `forebay.app`, which builds the rooms."""
-    app = FastAPI(title="Forebay", openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Forebay", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.settings = settings
     app.state.stopping = False
     app.include_router(health.open_router)
