@@ -176,6 +176,27 @@ def test_legacy_logprobs_have_four_columns() -> None:
     assert legacy_logprobs({"tokens": ["a"]}) == {"tokens": ["a"]}
 
 
+def test_logprobs_that_are_legacy_already_are_put_together_too() -> None:
+    def piece(token: str, offset: int) -> dict[str, Any]:
+        columns = {
+            "tokens": [token],
+            "token_logprobs": [-0.5],
+            "top_logprobs": [{token: -0.5}],
+            "text_offset": [offset],
+        }
+        return {"choices": [{"index": 0, "text": token, "logprobs": columns, "finish_reason": None}]}
+
+    data = wire([piece("He", 0), piece("llo", 2), {"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}])
+    choice = gathered(call(kind="completion", legacy=True), [data])["choices"][0]
+    assert choice["text"] == "Hello"
+    assert choice["logprobs"] == {
+        "tokens": ["He", "llo"],
+        "token_logprobs": [-0.5, -0.5],
+        "top_logprobs": [{"He": -0.5}, {"llo": -0.5}],
+        "text_offset": [0, 2],
+    }
+
+
 @pytest.mark.parametrize(
     "data",
     [

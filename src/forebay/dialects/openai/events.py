@@ -18,6 +18,7 @@ EVENT_BYTES_MAX = 4 * 2**20
 ANSWER_BYTES_MAX = 64 * 2**20  # of events, where they are put together into one body
 DONE = b"data: [DONE]\n\n"
 _HEAD = b"data: {"
+_LEGACY_COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 _CONTENT_MARKS = (b'"content":"', b'"text":"', b'"tool_calls"', b'"reasoning_content"')
 
 
@@ -187,6 +188,7 @@ class _Choice:
     reasoning: list[str] = field(default_factory=list)
     tool_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
     logprobs: list[Any] = field(default_factory=list)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
     finish_reason: str | None = None
 
 
@@ -254,6 +256,10 @@ class Gatherer:
         logprobs = wire.get("logprobs")
         if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
             choice.logprobs += logprobs["content"]
+        elif isinstance(logprobs, dict):  # already in the form of /v1/completions
+            for key in _LEGACY_COLUMNS:
+                if isinstance(logprobs.get(key), list):
+                    choice.columns.setdefault(key, []).extend(logprobs[key])
         choice.finish_reason = wire.get("finish_reason") or choice.finish_reason
 
     def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
@@ -264,7 +270,7 @@ class Gatherer:
         logprobs = {"content": choice.logprobs, "refusal": None} if choice.logprobs else None
         head = {"index": index, "finish_reason": choice.finish_reason}
         if self._call.kind == "completion":
-            return {**head, "text": text, "logprobs": legacy_logprobs(logprobs)}
+            return {**head, "text": text, "logprobs": legacy_logprobs(logprobs) or choice.columns or None}
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if choice.tool_calls else "")}
         message["refusal"] = None
         if choice.reasoning:
