@@ -5,7 +5,9 @@ run here. The far server is another Forebay.
 """
 
 import json
+import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import aiohttp
 import openai
 import pytest
 
+from forebay.config import FakeModel
+from forebay.replicas.commands import command_for
 from tests.support.server import ADMIN_KEY, FAKE, eventually, serving
 
 COMMAND = f"""
@@ -74,6 +78,17 @@ async def test_any_command_line_that_speaks_the_dialect_is_an_engine() -> None:
         (pid,) = server.engine_pids()
         assert await server.stop() == 0
         await eventually(lambda: not Path(f"/proc/{pid}/cmdline").exists(), what="the end of the engine")
+
+
+def test_a_file_beside_the_server_is_no_part_of_an_engine(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')\n")
+    model = FakeModel.model_validate({"engine": "fake", "options": {"fail_start": "exit"}})
+    command = command_for("m", model, 1, None, "key", 0)
+    ended = subprocess.run(
+        command.argv, check=False, capture_output=True, cwd=tmp_path, env={**os.environ, **command.environment}
+    )
+    assert b"shadowed" not in ended.stderr
+    assert b"asked to fail at the start" in ended.stderr
 
 
 async def test_vllm_is_started_with_its_own_options_and_a_key_that_no_process_list_shows(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def _memory(device: dict[str, Any]) -> str:
 
 def _describe() -> dict[str, Any] | None:
     """What the engine's own program says of its library; None if it cannot be loaded."""
-    command = (sys.executable, "-m", "forebay.engines.llama_cpp", "--describe")
+    command = (sys.executable, "-P", "-m", "forebay.engines.llama_cpp", "--describe")
     try:
         answer = subprocess.run(command, capture_output=True, timeout=_DESCRIBE_SECONDS, check=True)
         said: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])

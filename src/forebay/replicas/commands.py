@@ -86,7 +86,8 @@ def command_for(name: str, model: Model, slots: int, path: Path | None, key: str
 
 def _ours(program: str, spec: dict[str, object], key: str) -> EngineCommand:
     environment = {"FOREBAY_ENGINE_SPEC": json.dumps(spec), "FOREBAY_ENGINE_KEY": key}
-    return EngineCommand((sys.executable, "-m", f"forebay.engines.{program}"), environment)
+    # -P: a json.py in the folder where the server was started is no part of the engine.
+    return EngineCommand((sys.executable, "-P", "-m", f"forebay.engines.{program}"), environment)
 
 
 def _llama_cpp_spec(name: str, options: LlamaCppOptions, slots: int, path: Path | None) -> dict[str, object]:
