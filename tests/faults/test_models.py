@@ -13,6 +13,7 @@ import pytest
 
 from tests.faults.test_engine_death import begin
 from tests.support.answers import ask
+from tests.support.models import smollm2_path
 from tests.support.server import Server, eventually, serving
 
 JSON_LOG = {"FOREBAY_LOG_FORMAT": "json"}
@@ -40,6 +41,9 @@ def _bad(what: str, folder: Path) -> str:
         return f'[models.bad]\nengine = "llama.cpp"\nsource = "file:{folder}/missing.gguf"\n'
     if what == "missing_program":
         return '[models.bad]\nengine = "command"\noptions.argv = ["no-such-program-here"]\n'
+    if what == "missing_template":
+        options = f'options.chat_template_file = "{folder}/missing.jinja"\n'
+        return f'[models.bad]\nengine = "llama.cpp"\nsource = "file:{smollm2_path()}"\n{options}'
     return f'[models.bad]\nengine = "fake"\noptions.fail_start = "{what}"\n'
 
 
@@ -48,7 +52,7 @@ def _config(what: str, folder: Path) -> str:
     return base + _bad(what, folder)
 
 
-WAYS = ["exit", "oom", "never_ready", "wrong_gguf", "missing_file", "missing_program"]
+WAYS = ["exit", "oom", "never_ready", "wrong_gguf", "missing_file", "missing_program", "missing_template"]
 
 
 @pytest.mark.parametrize("what", WAYS)

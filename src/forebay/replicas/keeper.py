@@ -184,9 +184,9 @@ class Keeper:
             shop.session(self._name, traits, self._model),
             shop.quarantine,
         )
-        self.replica = replica
         oom_before = kernel_oom_kills()
         process = await self._launch(replica)
+        self.replica = replica
         cause: Cause | None = None
         try:
             cause = await self._start(replica, process) or await self._serve(replica, process)
