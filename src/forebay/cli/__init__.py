@@ -18,14 +18,20 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and leave.")] = False,
-) -> None:
-    """One self-hosted server in front of your own AI models."""
-    if version:
+def _show_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"forebay {forebay.__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and leave."),
+    ] = False,
+) -> None:
+    """One self-hosted server in front of your own AI models."""
 
 
 app.command("serve")(serve.serve)

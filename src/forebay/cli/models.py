@@ -54,7 +54,7 @@ def list_models(config_file: ConfigFile = None, data_dir: DataFolder = None) -> 
                 Text(model.description),
             )
         console.print(table)
-        typer.echo(f"Pull one with `forebay models pull NAME`; `{_suggestion(catalog)}` is a good start.", err=True)
+        typer.echo(_suggestion(catalog), err=True)
 
 
 @app.command("pull")
@@ -174,7 +174,7 @@ def _state(catalog: Catalog, name: str) -> str:
 
 
 def _suggestion(catalog: Catalog) -> str:
-    """The command for a real model: the smallest absent one that is more than a toy."""
+    """How to get more: the smallest absent model that is more than a toy, if there is one."""
     toy_bytes = 10**9
     absent = [
         (catalog.get(name).size_bytes or 0, name)
@@ -182,4 +182,6 @@ def _suggestion(catalog: Catalog) -> str:
         if catalog.needs_file(name) and not catalog.present(name)
     ]
     real = sorted(pair for pair in absent if pair[0] > toy_bytes)
-    return f"forebay models pull {real[0][1] if real else 'NAME'}"
+    if real:
+        return f"Pull one with `forebay models pull NAME`; `forebay models pull {real[0][1]}` is a good start."
+    return "Pull one with `forebay models pull NAME`." if absent else "There is nothing to pull."
