@@ -117,6 +117,15 @@ async def test_a_hung_engine_does_not_hold_up_the_end() -> None:
         assert took < 15
 
 
+async def test_a_hung_guard_does_not_hold_up_the_end() -> None:
+    async with serving(CONFIG.format(drain=1), environment=JSON_LOG) as server:
+        psutil.Process(server.guard_pid()).suspend()
+        psutil.Process(server.engine_pid()).suspend()
+        took = await _end(server, signal.SIGTERM, 30)
+        print(f"SIGTERM with a stopped guard: gone after {took:.2f} s")
+        assert took < 20
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_server_that_still_loads_ends_at_once(number: signal.Signals) -> None:
     config = CONFIG.format(drain=20) + "options.start_delay_seconds = 30\n"

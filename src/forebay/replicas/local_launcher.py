@@ -18,6 +18,7 @@ from forebay.replicas.launcher import ANNOUNCEMENT, EngineCommand
 _GUARD = Path(forebay.__file__).parent / "engines" / "guard.py"
 _READ_BYTES = 16_384
 _PIPE_GRACE_SECONDS = 1.0
+_LEASH_SECONDS = 4.0  # the guard itself needs two at most
 
 
 class LocalProcess:
@@ -35,6 +36,7 @@ class LocalProcess:
         self._on_line = on_line
         self._line_bytes_max = line_bytes_max
         self._lines: deque[str] = deque(maxlen=lines_max)
+        self._last_resort: asyncio.TimerHandle | None = None
         self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         if address:
             self._address.set_result(address)
@@ -73,13 +75,22 @@ class LocalProcess:
             self._guard.terminate()
 
     def kill(self) -> None:
-        """Let go of the leash: the guard kills the whole process group."""
+        """Let go of the leash: the guard kills the whole process group. One that does not even do that goes first."""
         if self._guard.stdin is not None:
             self._guard.stdin.close()
+        if self._last_resort is None and self._guard.returncode is None:
+            self._last_resort = asyncio.get_running_loop().call_later(_LEASH_SECONDS, self._kill_guard)
+
+    def _kill_guard(self) -> None:
+        """It is stopped, or waits for an engine that hangs inside the kernel; the kernel kills its child with it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._guard.kill()
 
     async def _watch(self) -> int:
         code = await self._guard.wait()
         self.kill()
+        if self._last_resort is not None:
+            self._last_resort.cancel()
         # A stray grandchild may hold the pipes open; its lines are not worth waiting for.
         await asyncio.wait(self._readers, timeout=_PIPE_GRACE_SECONDS)
         for reader in self._readers:
