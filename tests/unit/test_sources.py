@@ -1,5 +1,6 @@
 """The forms of a model source, and the catalogue that is built from them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from forebay.errors import ModelNotFound, SetupError
 from forebay.replicas import sources
 from forebay.replicas.catalog import DEFAULT_MODELS, Catalog
 from forebay.replicas.sources import FileSource, HubSource, PackageSource, WebSource
+from tests.unit.test_gguf import _header, _write
 
 
 @pytest.mark.parametrize(
@@ -144,3 +146,17 @@ def test_a_file_source_is_used_in_place_and_only_when_it_is_sound(tmp_path: Path
     assert not catalog.present("m")
     path.write_bytes(b"not a model")
     assert not catalog.present("m")
+
+
+def test_an_unsound_file_is_not_read_again_until_it_changes(tmp_path: Path) -> None:
+    path = _write(tmp_path / "m.gguf", _header(), 4096)
+    sound, before = path.read_bytes(), path.stat()
+    catalog = _catalog(tmp_path, m=_llama(f"file:{path}"))
+    path.write_bytes(b"X" * len(sound))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not catalog.present("m")
+    path.write_bytes(sound)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not catalog.present("m")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert catalog.present("m")

@@ -94,7 +94,7 @@ class Catalog:
         self.folder = settings.models_folder
         self._models = {**(DEFAULT_MODELS if settings.default_models else {}), **settings.models}
         self._sources = {name: _source(name, model) for name, model in self._models.items()}
-        self._sound: dict[Path, tuple[int, int]] = {}
+        self._sound: dict[Path, tuple[int, int, bool]] = {}
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -143,15 +143,16 @@ class Catalog:
     def _is_sound(self, path: Path) -> bool:
         """The header check of a file that somebody else put there, repeated only when the file has changed."""
         status = path.stat()
-        stamp = (status.st_mtime_ns, status.st_size)
-        if self._sound.get(path) == stamp:
-            return True
+        known = self._sound.get(path)
+        if known is not None and known[:2] == (status.st_mtime_ns, status.st_size):
+            return known[2]
         try:
             gguf.check(path)
+            sound = True
         except SetupError:
-            return False
-        self._sound[path] = stamp
-        return True
+            sound = False
+        self._sound[path] = (status.st_mtime_ns, status.st_size, sound)
+        return sound
 
 
 def _source(name: str, model: Model) -> Source | None:
