@@ -1,5 +1,6 @@
 """What every engine program promises to the server, over the fake one and llama.cpp's."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,11 +13,26 @@ from typing import Any
 
 import pytest
 
+from forebay.config import LlamaCppModel, LlamaCppOptions
+from forebay.replicas.commands import command_for
 from tests.support import models
 from tests.support.engines import KEY, Engine, alive, chat, environment, eventually, guarded
 
 LONG = "Tell a long story about a dog and a cat. [[fake tokens=100000 rate=200]]"
 PLANTED = "zebrafinch"
+
+_SHOW_PARAMETERS = """
+import json, os, xllamacpp
+from forebay.engines import llama_cpp
+p = llama_cpp._parameters(llama_cpp.Spec(**json.loads(os.environ["SPEC"])), "key", xllamacpp)
+print(json.dumps({
+    "slots": p.n_parallel, "context": p.n_ctx, "threads": [p.cpuparams.n_threads, p.cpuparams_batch.n_threads],
+    "gpu_layers": p.n_gpu_layers, "tensor_split": list(p.tensor_split)[:3], "main_gpu": p.main_gpu,
+    "kv": [p.cache_type_k == xllamacpp.ggml_type.GGML_TYPE_Q8_0, p.cache_type_v == p.cache_type_k],
+    "flash": p.flash_attn_type == xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "batch": p.n_batch, "cache": p.cache_ram_mib, "template": p.chat_template, "embeddings": p.embedding,
+}))
+"""
 
 Start = Callable[..., Engine]
 
@@ -243,6 +259,24 @@ def test_llama_cpp_keeps_its_other_doors_shut(engine: Engine) -> None:
     ):
         status, _ = engine.ask(method, path, {"filename": "x"} if method == "POST" else None)
         assert status >= 400, path
+
+
+def test_every_option_reaches_llama_cpp() -> None:
+    options = LlamaCppOptions(
+        context=512, threads=5, gpu_layers=7, tensor_split=(0.25, 0.75), main_gpu=1, kv_type="q8_0",
+        flash_attention="on", batch=256, cache_ram_bytes=64 * 2**20, embeddings=True,
+    )  # fmt: skip
+    model = LlamaCppModel(engine="llama.cpp", source="file:/m.gguf", options=options)
+    command = command_for("m", model, 3, Path("/m.gguf"), "key", 0)
+    told = json.loads(command.environment["FOREBAY_ENGINE_SPEC"]) | {"chat_template": "T"}
+    said = subprocess.run(
+        [sys.executable, "-c", _SHOW_PARAMETERS],
+        env={**os.environ, "SPEC": json.dumps(told)}, capture_output=True, check=True,
+    )  # fmt: skip
+    assert json.loads(said.stdout) == {
+        "slots": 3, "context": 1536, "threads": [5, 5], "gpu_layers": 7, "tensor_split": [0.25, 0.75, 0], "main_gpu": 1,
+        "kv": [True, True], "flash": True, "batch": 256, "cache": 64, "template": "T", "embeddings": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ["llama_cpp"], indirect=True)
