@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -450,10 +450,11 @@ def secrets_of(settings: Settings, environment: Mapping[str, str]) -> list[str]:
     """Every secret that the settings hold or point to, to be struck out of logs."""
     held = (settings.admin_key, settings.database_url, settings.pull.hub_token)
     found = [secret.get_secret_value() for secret in held if secret is not None]
-    found += [urlsplit(url).password or "" for url in found if "://" in url]
+    passwords = [urlsplit(url).password or "" for url in found if "://" in url]
+    found += passwords + [unquote(password) for password in passwords]
     for model in settings.models.values():
         if isinstance(model, UpstreamModel):
-            found.append(upstream_key(model.options, environment) or "")
+            found += [upstream_key(model.options, environment) or "", *model.options.headers.values()]
     return [secret for secret in found if secret]
 
 

@@ -1,5 +1,6 @@
 """Bodies as wide as the body limit allows: refused for their first mistake, and soon, for all callers wait meanwhile."""
 
+import json
 import time
 from typing import Any
 
@@ -54,3 +55,24 @@ def test_a_prompt_has_no_other_form(prompt: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse(CompletionBody, f'{{"model":"m","prompt":{prompt}}}'.encode())
     assert (refused.value.param or "").startswith("prompt")
+
+
+@pytest.mark.parametrize("colon", [b":", b" \n\t:"])
+@pytest.mark.parametrize("inside", ["", "logit_bias", "metadata"])
+def test_a_body_of_very_many_fields_is_refused_before_it_is_parsed(colon: bytes, inside: str) -> None:
+    fields = b",".join(b'"%d"%b1' % (number, colon) for number in range(60_000))
+    many = fields if not inside else b'"%b":{%b}' % (inside.encode(), fields)
+    with pytest.raises(InvalidRequest, match="more than 50000 fields"):
+        parse(ChatBody, b'{"model":"m",' + HI + b"," + many + b"}")
+
+
+def test_json_inside_a_text_is_not_taken_for_fields() -> None:
+    text = '"a": 1, ' * 60_000
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": text}]}).encode()
+    assert parse(ChatBody, body).messages[0].content == text
+
+
+def test_names_that_end_in_a_backslash_are_fields_too() -> None:
+    fields = b",".join(b'"%d\\\\":1' % number for number in range(60_000))
+    with pytest.raises(InvalidRequest, match="more than 50000 fields"):
+        parse(ChatBody, b'{"model":"m",' + HI + b"," + fields + b"}")

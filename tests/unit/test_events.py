@@ -28,7 +28,7 @@ CUTS = st.lists(st.integers(1, 300), max_size=30)
 def call(
     *, stream: bool = True, usage: bool = False, kind: Any = "chat", forced: bool = False, legacy: bool = False
 ) -> Call:
-    request = Request("req_1", "p", "mine", Capability.CHAT, "/v1/chat/completions", b"{}")
+    request = Request("req_1", "p", "mine", Capability.CHAT, "/v1/chat/completions", b"{}", places=3)
     return Call(request, kind, stream, usage, "default", legacy_logprobs=legacy, forced_tool=forced)
 
 
@@ -311,3 +311,12 @@ def test_comments_and_other_fields_of_events_are_passed_over() -> None:
 def test_our_error_event_is_what_clients_raise() -> None:
     event = json.loads(error_event(EngineCrashed()).removeprefix(b"data: "))
     assert event["error"]["code"] == "engine_crashed"
+
+
+@pytest.mark.parametrize("index", [3, 10**9])
+def test_an_answer_that_was_not_asked_for_is_garbage(index: int) -> None:
+    data = wire([chunk({"content": "x"}, index=index)])
+    with pytest.raises(EngineGarbled):
+        Gatherer(call(stream=False)).feed(data)
+    with pytest.raises(EngineGarbled):
+        Relay(call(forced=True), rename=False).feed(data)

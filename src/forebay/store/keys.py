@@ -178,7 +178,9 @@ class KeyStore:
         find = sa.select(projects.c.id, projects.c.name, projects.c.created_at).where(projects.c.name == name)
         row = (await connection.execute(find)).one_or_none()
         if row is None:
-            values = {"id": new_id("proj"), "name": name, "created_at": self._clock.now()}
+            # The default project has a known id, so that the admin key of the settings belongs to it too.
+            identity = DEFAULT_PROJECT if name == DEFAULT_PROJECT else new_id("proj")
+            values = {"id": identity, "name": name, "created_at": self._clock.now()}
             await connection.execute(_CREATE_PROJECT, values)
             row = (await connection.execute(find)).one()
         return Project(row.id, row.name, row.created_at)

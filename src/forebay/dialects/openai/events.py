@@ -164,7 +164,7 @@ class Relay:
 
     def _hold_tool_text(self, choice: dict[str, Any]) -> None:
         """Keep the text of a forced tool call until it is whole, then turn it into the call."""
-        index, delta = _count(choice.get("index")), choice.get("delta") or {}
+        index, delta = _index(choice, self._call), choice.get("delta") or {}
         choice["delta"] = delta
         content = delta.pop("content", None)
         self._tool_texts[index] = text = self._tool_texts.get(index, "") + (content if isinstance(content, str) else "")
@@ -244,7 +244,7 @@ class Gatherer:
         )
 
     def _add(self, wire: dict[str, Any]) -> None:
-        index = _count(wire.get("index"))
+        index = _index(wire, self._call)
         choice = self._choices.setdefault(index, _Choice())
         delta = wire.get("delta")
         if isinstance(delta, dict):
@@ -368,6 +368,14 @@ def _add_tool_call(calls: dict[int, dict[str, Any]], wire: dict[str, Any]) -> No
 def _append(parts: list[str], text: Any) -> None:
     if isinstance(text, str) and text:
         parts.append(text)
+
+
+def _index(choice: dict[str, Any], call: Call) -> int:
+    """Which of the answers that were asked for this is a part of; raises EngineGarbled for any other."""
+    index = _count(choice.get("index"))
+    if index >= call.request.places:
+        raise EngineGarbled
+    return index
 
 
 def _count(value: Any) -> int:
