@@ -489,6 +489,11 @@ def _nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     return f" Did you mean `{match[0]}`?" if match else ""
 
 
+def environment_for_others() -> dict[str, str]:
+    """The environment without our own settings, secrets among them, for programs that are not ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
+
+
 def environment() -> dict[str, str]:
     """The process environment: the only place that reads it."""
     return dict(os.environ)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.models import smollm2_path
 from tests.support.server import eventually, serving
 
 NO_ADMIN_KEY = {"FOREBAY_ADMIN_KEY": ""}
@@ -95,3 +96,19 @@ async def test_the_first_start_shows_a_key_and_the_second_does_not(tmp_path: Pat
         server.key = key[1]
         async with await server.chat("[[fake tokens=1]]") as response:
             assert response.status == 200
+
+
+async def test_an_embedding_model_is_not_asked_to_chat() -> None:
+    path = smollm2_path()
+    config = f"""
+default_models = false
+[models.embed]
+engine = "llama.cpp"
+source = "file:{path}"
+options = {{ embeddings = true }}
+"""
+    async with serving(config) as server:
+        async with await server.chat("hello", model="embed") as response:
+            error = (await response.json())["error"]
+        assert (response.status, error["code"], error["param"]) == (400, "capability_not_supported", "model")
+        assert server.engine_pids() == [], "it is refused before anything is loaded"

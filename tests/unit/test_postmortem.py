@@ -28,6 +28,13 @@ def test_causes_are_told_apart(exit_code: int, lines: tuple[str, ...], oom_kills
     assert classify(exit_code, lines, oom_kills) is cause
 
 
+def test_an_engine_that_prints_what_callers_write_is_not_taken_at_its_word() -> None:
+    lines = ("prompt: out of memory",)
+    assert classify(-11, lines, 0) is Cause.OUT_OF_MEMORY
+    assert classify(-11, lines, 0, log_is_clean=False) is Cause.CRASH
+    assert classify(86, lines, 0, log_is_clean=False) is Cause.OUT_OF_MEMORY
+
+
 @pytest.mark.parametrize(
     ("cause", "status", "code"),
     [

@@ -23,7 +23,7 @@ from forebay.gateway.auth import Principal, may_create, principal, role_at_least
 from forebay.gateway.online import Door, OnlineAnswer
 from forebay.inference import Capability
 from forebay.replicas.catalog import Catalog
-from forebay.replicas.commands import traits_of
+from forebay.replicas.commands import capabilities_of, traits_of
 from forebay.store.key_format import Role
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -60,14 +60,14 @@ def create_app(settings: Settings) -> FastAPI:
 async def chat_completions(request: Request, caller: CanChat) -> Response:
     """Answer a conversation."""
     body = parse(ChatBody, await _read(request))
-    return _serve(request, caller, chat_call(body, _context(request, caller, body)))
+    return _serve(request, caller, chat_call(body, _context(request, caller, body, Capability.CHAT)))
 
 
 @router.post("/completions", openapi_extra=_takes(CompletionBody))
 async def completions(request: Request, caller: CanComplete) -> Response:
     """Continue a text."""
     body = parse(CompletionBody, await _read(request))
-    return _serve(request, caller, completion_call(body, _context(request, caller, body)))
+    return _serve(request, caller, completion_call(body, _context(request, caller, body, Capability.COMPLETION)))
 
 
 @router.post("/requests/{request_id}/cancel")
@@ -115,8 +115,12 @@ async def _read(request: Request) -> bytes:
     return await read_body(request, request.app.state.settings.http.body_bytes_max)
 
 
-def _context(request: Request, caller: Principal, body: Sampling) -> Context:
+def _context(request: Request, caller: Principal, body: Sampling, wanted: Capability) -> Context:
     model = request.app.state.catalog.get(body.model)
+    if wanted not in capabilities_of(model):
+        raise InvalidRequest(
+            f"The model {body.model} does not serve {wanted.value}.", param="model", code="capability_not_supported"
+        )
     traits = traits_of(model)
     trace = request.headers.get("traceparent", "")
     return Context(

@@ -20,6 +20,7 @@ from forebay.config import (
     VllmModel,
 )
 from forebay.errors import SetupError
+from forebay.inference import Capability
 from forebay.replicas.launcher import EngineCommand
 
 _TEMPLATE_BYTES_MAX = 1_048_576
@@ -27,13 +28,13 @@ _TEMPLATE_BYTES_MAX = 1_048_576
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """How an engine behaves on the wire.
+    """How an engine behaves.
 
     `probe_path` answers only while the engine's main loop turns. `confirms_stop`: it closes a half-closed connection
     once it has stopped; `stops_after_step`: it closes it when it has taken note, and stops before it answers its next
-    probe. `reuses_connections`: it keeps a connection open after an answer, for
-    longer than we do; a request that meets the close of one would fail for nothing. `enforces_tool_choice`: it
-    makes a model call a tool that must be called; llama.cpp takes `required` and lets the model chat on instead.
+    probe. `reuses_connections`: it keeps a connection open after an answer, for longer than we do; a request that meets
+    the close of one would fail for nothing. `enforces_tool_choice`: it makes a model call a tool that must be called;
+    llama.cpp takes `required` and lets the model chat on instead. `log_is_clean`: it prints nothing that a caller wrote.
     """
 
     probe_path: str
@@ -42,6 +43,7 @@ class Traits:
     stops_after_step: bool = False
     reuses_connections: bool = True
     enforces_tool_choice: bool = True
+    log_is_clean: bool = True
     remote_model: str | None = None
 
 
@@ -59,12 +61,20 @@ def traits_of(model: Model) -> Traits:
                 options.health_path,
                 health_path=options.health_path,
                 reuses_connections=False,
+                log_is_clean=False,
                 remote_model=options.remote_model,
             )
         case UpstreamModel(options=upstream):
             return Traits("", confirms_stop=False, remote_model=upstream.remote_model)
         case _:
             assert_never(model)
+
+
+def capabilities_of(model: Model) -> frozenset[Capability]:
+    """What a model can be asked for."""
+    if isinstance(model, LlamaCppModel) and model.options.embeddings:
+        return frozenset({Capability.EMBEDDING})
+    return frozenset({Capability.CHAT, Capability.COMPLETION})
 
 
 def command_for(name: str, model: Model, slots: int, path: Path | None, key: str, port: int) -> EngineCommand:

@@ -364,7 +364,7 @@ class Keeper:
             replica.death.set_result(Death(Cause.CRASH, exit_code))
             return
         if cause in {Cause.CRASH, Cause.FAILED_START}:
-            told = classify(exit_code, lines[-20:], oom_kills)
+            told = classify(exit_code, lines[-20:], oom_kills, log_is_clean=replica.traits.log_is_clean)
             cause = told if cause is Cause.CRASH or told is not Cause.CRASH else cause
         death = Death(cause, exit_code, lines)
         self._count(replica, death)

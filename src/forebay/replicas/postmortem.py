@@ -63,15 +63,16 @@ class Death:
                 return EngineCrashed()
 
 
-def classify(exit_code: int, last_lines: Iterable[str], oom_kills: int) -> Cause:
+def classify(exit_code: int, last_lines: Iterable[str], oom_kills: int, *, log_is_clean: bool = True) -> Cause:
     """The cause that an exit status and the last words point to.
 
-    `oom_kills` is how many processes the kernel killed for memory while the engine lived.
+    `oom_kills` is how many processes the kernel killed for memory while the engine lived. `log_is_clean` says that the
+    engine prints no text of callers, so that nobody can put words into its mouth.
     """
     lines = " ".join(last_lines).lower()
     if exit_code == EXIT_WRONG_SETUP:
         return Cause.WRONG_SETUP
-    if exit_code == EXIT_OUT_OF_MEMORY or any(word in lines for word in _OOM_WORDS):
+    if exit_code == EXIT_OUT_OF_MEMORY or (log_is_clean and any(word in lines for word in _OOM_WORDS)):
         return Cause.OUT_OF_MEMORY
     if exit_code == -_SIGKILL and oom_kills > 0:
         return Cause.OUT_OF_MEMORY

@@ -190,6 +190,10 @@ class Puller:
         except SetupError as error:
             self._pulls[name].reason = str(error)
             raise
+        except (OSError, ValueError, RuntimeError) as error:
+            # Nobody foresaw it; without a reason the supervisor would pull again on every tick.
+            self._pulls[name].reason = f"the pull met {type(error).__name__}; pull it by hand to see more."
+            raise
         finally:
             # Nobody has to wait for a pull: its failure is in `reason`, so asyncio need not complain of it.
             self._pulls[name].run.add_done_callback(_take_notice)

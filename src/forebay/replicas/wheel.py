@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from forebay import config
 from forebay.clock import Clock
 from forebay.errors import SetupError
 from forebay.replicas.download import in_thread
@@ -105,7 +106,7 @@ async def _run(arguments: tuple[str, ...], clock: Clock) -> tuple[int, bytes, st
     """Run Python with bounded time and output; nothing of it is left behind, however this ends."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, *arguments,
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        env=config.environment_for_others(), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stderr is not None
