@@ -121,6 +121,135 @@ class PullSettings(_Section):
     )
 
 
+class JobSettings(_Section):
+    """The back office: who works on durable jobs, how long, how often."""
+
+    enabled: bool = Field(True, description="Work on jobs inside `forebay serve`; otherwise only `forebay worker` does.")
+    lease_seconds: Seconds = Field(
+        15, description="How long a worker that is not heard of keeps a job; it renews three times as often."
+    )
+    poll_seconds: Seconds = Field(1, description="How often a worker looks for jobs that nobody told it of.")
+    live_max: Count = Field(100_000, description="Unfinished jobs in all; a submit beyond it gets 429.")
+    batches_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
+        2, description="Batches that one worker checks or puts together at once."
+    )
+    chunks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
+        4, description="Chunks of batches that one worker runs at once."
+    )
+    webhooks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
+        16, description="Webhooks that one worker delivers at once."
+    )
+    attempts_max: Annotated[int, Field(ge=1, le=100)] = Field(
+        5, description="Failed attempts without progress before a job is given up."
+    )
+    rescues_max: Annotated[int, Field(ge=1, le=1000)] = Field(
+        20, description="Workers that may die on a job without progress before it is given up."
+    )
+    backoff_seconds_min: Seconds = Field(1, description="Wait after a first failed attempt; it doubles with each.")
+    backoff_seconds_max: Seconds = Field(300, description="Longest wait between attempts.")
+    group_wait_seconds: Seconds = Field(
+        60, description="Longest time that chunks of other models wait while a worker stays with a loaded one."
+    )
+    stuck_seconds: Seconds = Field(300, description="A running job without progress for this long raises the alarm.")
+    drain_seconds: Annotated[float, Field(ge=0, le=25)] = Field(
+        5, description="Time for running jobs to write down what they have at shutdown; the rest runs again."
+    )
+    keep_seconds: Annotated[float, Field(gt=0, le=315_360_000)] = Field(
+        2_592_000, description="How long finished jobs, their logs and dead letters are kept."
+    )
+    prune_seconds: Seconds = Field(60, description="How often what has expired is removed.")
+    prune_rows_max: Count = Field(1000, description="Rows of a kind that are removed at once.")
+    log_lines_max: Count = Field(200, description="Log lines that are kept of one job.")
+    watchers_max: Count = Field(200, description="Open streams of job events; further ones get 429.")
+    watch_seconds: Seconds = Field(0.5, description="How often a stream of job events looks for news.")
+
+
+class BatchSettings(_Section):
+    """Batches: how large, how they are cut, how often a line is tried."""
+
+    lines_max: Count = Field(50_000, description="Lines of one batch.")
+    bytes_max: Bytes = Field(200 * 2**20, description="Size of one input file.")
+    line_bytes_max: Bytes = Field(8 * 2**20, description="Size of one line.")
+    live_per_project_max: Count = Field(100, description="Unfinished batches of one project; a further one gets 429.")
+    chunk_lines: Annotated[int, Field(ge=1, le=10_000)] = Field(256, description="Lines that are leased together.")
+    segment_lines: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        64, description="Results that are written together: what a crash may have to run again."
+    )
+    segment_bytes: Bytes = Field(4 * 2**20, description="Size at which results are written at once.")
+    segment_seconds: Seconds = Field(1, description="Longest time that a result waits to be written.")
+    line_attempts_max: Annotated[int, Field(ge=1, le=20)] = Field(
+        3, description="Attempts at a line whose engine fails; then it is an error line and a dead letter."
+    )
+    line_backoff_seconds: Seconds = Field(0.5, description="Wait before a line is tried again; it doubles with each.")
+    window_seconds_min: Seconds = Field(10, description="Shortest `completion_window`.")
+
+
+class FileSettings(_Section):
+    """Files and Uploads."""
+
+    bytes_max: Bytes = Field(512 * 2**20, description="Size of one file; a larger one gets 413.")
+    upload_bytes_max: Bytes = Field(8 * 2**30, description="Size of a file that is put together from parts.")
+    part_bytes_max: Bytes = Field(64 * 2**20, description="Size of one part.")
+    parts_max: Annotated[int, Field(ge=1, le=10_000)] = Field(1024, description="Parts of one upload.")
+    project_bytes_max: Bytes = Field(256 * 2**30, description="Bytes in files of one project; more gets 507.")
+    free_bytes_min: Annotated[int, Field(ge=0)] = Field(
+        256 * 2**20, description="Disk space that must be left over; a file that would go below it gets 507."
+    )
+    batch_keep_seconds: Annotated[int, Field(ge=3600, le=315_360_000)] = Field(
+        2_592_000, description="How long files for batches are kept where their creator does not say."
+    )
+    upload_keep_seconds: Seconds = Field(3600, description="How long an upload may take.")
+    receive_bytes_per_second_min: Bytes = Field(
+        16_384, description="Slowest sender of a file or part, after `http.body_timeout_seconds`; a slower one is cut off."
+    )
+
+
+class BlobSettings(_Section):
+    """The cellar: where the bytes of files and results are."""
+
+    url: str | None = Field(
+        None,
+        pattern=r"^(s3://|file:)",
+        description="`s3://bucket/prefix` or `file:/folder`; `blobs` inside the data folder if absent.",
+    )
+    endpoint: str | None = Field(None, description="Address of an S3-compatible store; Amazon's own if absent.")
+    region: str | None = Field(None, description="Region of the bucket.")
+    access_key_id: str | None = Field(None, description="Access key; the usual AWS variables and roles if absent.")
+    secret_access_key: SecretStr | None = Field(None, description="Secret of the access key.")
+    secret_access_key_file: Path | None = Field(None, description="File that holds the secret of the access key.")
+    allow_http: bool = Field(False, description="Speak plain HTTP to the endpoint.")
+    timeout_seconds: Seconds = Field(30, description="Longest wait for one answer of the store.")
+    retries_max: Annotated[int, Field(ge=0, le=20)] = Field(3, description="Further tries after an answer of 5xx.")
+
+
+class WebhookSettings(_Section):
+    """Telling others that a job has ended."""
+
+    endpoints_max: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="Webhook endpoints of one project.")
+    timeout_seconds: Seconds = Field(20, description="Time for a receiver to answer.")
+    response_bytes_max: Bytes = Field(16_384, description="Bytes of an answer that are read.")
+    secret_overlap_seconds: Annotated[float, Field(ge=0, le=604_800)] = Field(
+        86_400, description="How long an old secret still signs after a rotation."
+    )
+
+
+class OutboundSettings(_Section):
+    """The one way out to addresses that users supply."""
+
+    allowed_networks: tuple[str, ...] = Field(
+        (), description="Networks such as `10.0.0.0/8` that may be reached although they are not public."
+    )
+    connect_timeout_seconds: Seconds = Field(5, description="Time to resolve and to reach an address.")
+
+
+class RehearsalSettings(_Section):
+    """For rehearsing a crash, never for service."""
+
+    kill_at: str | None = Field(
+        None, description="Commit point, or `name:n` for its n-th passing, at which the process kills itself."
+    )
+
+
 class LogSettings(_Section):
     """What is written to standard error."""
 
@@ -312,6 +441,13 @@ class Settings(_Section):
     supervisor: SupervisorSettings = SupervisorSettings()
     auth: AuthSettings = AuthSettings()
     pull: PullSettings = PullSettings()
+    jobs: JobSettings = JobSettings()
+    batches: BatchSettings = BatchSettings()
+    files: FileSettings = FileSettings()
+    blobs: BlobSettings = BlobSettings()
+    webhooks: WebhookSettings = WebhookSettings()
+    outbound: OutboundSettings = OutboundSettings()
+    rehearsal: RehearsalSettings = RehearsalSettings()
     log: LogSettings = LogSettings()
     models: dict[Annotated[str, Field(pattern=MODEL_NAME)], Model] = Field(
         {}, description="The catalogue, by API name."
@@ -412,8 +548,10 @@ def _put(tree: dict[str, Any], keys: list[str], value: str) -> None:
 
 def _read_secret_files(tree: dict[str, Any]) -> None:
     """Replace each `*_file` of a secret by what the file holds; giving both is a mistake."""
-    pull = tree.get("pull")
-    places = [(tree, "admin_key"), (tree, "database_url"), (pull if isinstance(pull, dict) else {}, "hub_token")]
+    places = [(tree, "admin_key"), (tree, "database_url")]
+    for section, name in (("pull", "hub_token"), ("blobs", "secret_access_key")):
+        table = tree.get(section)
+        places.append((table if isinstance(table, dict) else {}, name))
     for table, name in places:
         given = table.get(f"{name}_file")
         if given is None:
@@ -448,7 +586,7 @@ def upstream_key(options: UpstreamOptions, environment: Mapping[str, str]) -> st
 
 def secrets_of(settings: Settings, environment: Mapping[str, str]) -> list[str]:
     """Every secret that the settings hold or point to, to be struck out of logs."""
-    held = (settings.admin_key, settings.database_url, settings.pull.hub_token)
+    held = (settings.admin_key, settings.database_url, settings.pull.hub_token, settings.blobs.secret_access_key)
     found = [secret.get_secret_value() for secret in held if secret is not None]
     passwords = [urlsplit(url).password or "" for url in found if "://" in url]
     found += passwords + [unquote(password) for password in passwords]

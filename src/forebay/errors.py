@@ -7,6 +7,7 @@ ForebayError
 │   ├── PermissionDenied        403
 │   ├── NotFound                404
 │   │   └── ModelNotFound       404
+│   ├── Conflict                409  something else is there already
 │   ├── PayloadTooLarge         413
 │   └── Quarantined             422  this input was in flight at two engine deaths
 ├── Overloaded                  429  the line for the model is full, or the wait in it too long
@@ -17,8 +18,10 @@ ForebayError
 │   ├── EngineUnavailable       503  no engine for the model is up, and none could be started
 │   ├── ModelNotReady           503  the model is still being pulled
 │   ├── ShuttingDown            503  the server is stopping
-│   ├── StoreUnavailable        503  the database cannot be reached
-│   └── EngineTimeout           504  the engine did not answer in time
+│   ├── StoreUnavailable        503  the database or the blob store cannot be reached
+│   ├── EngineTimeout           504  the engine did not answer in time
+│   ├── InsufficientStorage     507  there is no space left to keep it
+│   └── LeaseLost               500  another worker has the job; nothing of this attempt may be written
 ├── RequestCancelled            499  somebody cancelled it, or its caller has gone
 └── SetupError                  ---  the server cannot start or a command cannot go on; the message says what to do
 
@@ -88,6 +91,13 @@ class ModelNotFound(NotFound):
     """No such model is configured. GET /v1/models lists the ones that are."""
 
     code = "model_not_found"
+
+
+class Conflict(CallerError):
+    """This clashes with what is there already."""
+
+    status = 409
+    code = "conflict"
 
 
 class PayloadTooLarge(CallerError):
@@ -161,7 +171,7 @@ class ShuttingDown(ServerError):
 
 
 class StoreUnavailable(ServerError):
-    """The database cannot be reached right now. Try again later."""
+    """The store cannot be reached right now. Try again later."""
 
     status = 503
     code = "store_unavailable"
@@ -172,6 +182,19 @@ class EngineTimeout(ServerError):
 
     status = 504
     code = "request_timeout"
+
+
+class InsufficientStorage(ServerError):
+    """There is no space left on this server to keep that. Delete files, or ask its operator for more."""
+
+    status = 507
+    code = "insufficient_storage"
+
+
+class LeaseLost(ServerError):
+    """Another worker has taken this job over."""
+
+    code = "lease_lost"
 
 
 class RequestCancelled(ForebayError):

@@ -20,7 +20,8 @@ from forebay.errors import InvalidRequest, NotFound, SetupError, StoreUnavailabl
 from forebay.inference import Capability
 from forebay.store.database import Database
 from forebay.store.key_format import Role, hash_key
-from forebay.store.keys import KeyStore, metadata
+from forebay.store.keys import KeyStore
+from forebay.store.tables import metadata
 from tests.support import postgres
 from tests.support.clock import FakeClock
 

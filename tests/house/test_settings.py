@@ -15,7 +15,7 @@ from tests.house import source
 
 PAGE = source.ROOT / "docs" / "configure.md"
 EXAMPLE = source.ROOT / "forebay.example.toml"
-SECRETS = ("admin_key", "database_url", "hub_token")
+SECRETS = ("admin_key", "database_url", "hub_token", "secret_access_key")
 
 MODEL_TABLES: dict[str, type[BaseModel]] = {
     "every model": config.ModelSettings,
@@ -107,7 +107,8 @@ def test_the_example_shows_every_setting_with_its_default() -> None:
     assert set(flat) == {name for name, _ in config.setting_names()}
     for name, field in config.setting_names():
         if field.default is not None:
-            assert flat[name] == (str(field.default) if isinstance(field.default, Path) else field.default), name
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert flat[name] == (str(default) if isinstance(default, Path) else default), name
     for title, model in MODEL_TABLES.items():
         assert set(model.model_fields) <= shown[title] | {"engine", "options"}, title
 

@@ -14,40 +14,12 @@ from forebay.errors import InvalidRequest, NotFound
 from forebay.inference import Capability
 from forebay.store.database import Database
 from forebay.store.key_format import Role, hash_key, make_key
+from forebay.store.tables import api_keys, projects
 
 DEFAULT_PROJECT = "default"
 PAGE_SIZE_MAX = 100
 _PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEY_NAME_CHARS_MAX = 128
-
-metadata = sa.MetaData()
-
-projects = sa.Table(
-    "projects",
-    metadata,
-    sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("name", sa.String(64), nullable=False, unique=True),
-    sa.Column("created_at", sa.Double, nullable=False),
-)
-
-api_keys = sa.Table(
-    "api_keys",
-    metadata,
-    sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False, index=True),
-    sa.Column("prefix", sa.String(16), nullable=False, unique=True),
-    sa.Column("hash", sa.LargeBinary(32), nullable=False),
-    sa.Column("last4", sa.String(4), nullable=False),
-    sa.Column("name", sa.String(128), nullable=False),
-    sa.Column("role", sa.String(16), nullable=False),
-    sa.Column("scopes", sa.String(512), nullable=False),
-    sa.Column("expires_at", sa.Double),
-    sa.Column("revoked_at", sa.Double),
-    sa.Column("created_at", sa.Double, nullable=False),
-    sa.Column("requests_per_minute", sa.BigInteger),
-    sa.Column("tokens_per_minute", sa.BigInteger),
-    sa.Index("ix_api_keys_created_at", "created_at", "id"),
-)
 
 _RECORDS = sa.select(api_keys, projects.c.name.label("project")).join(projects)
 # The one spelling of "insert unless it is there" that both databases share.

@@ -1,0 +1,276 @@
+"""Every table of the store, as the newest migration leaves it.
+
+It refuses to know what is done with them: statements are kept beside their nouns. Times are seconds since the epoch.
+"""
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+
+NO_DEADLINE = 253_402_300_799.0  # the last second of the year 9999, so that a deadline can always be compared
+
+projects = sa.Table(
+    "projects",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False, unique=True),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False, index=True),
+    sa.Column("prefix", sa.String(16), nullable=False, unique=True),
+    sa.Column("hash", sa.LargeBinary(32), nullable=False),
+    sa.Column("last4", sa.String(4), nullable=False),
+    sa.Column("name", sa.String(128), nullable=False),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("scopes", sa.String(512), nullable=False),
+    sa.Column("expires_at", sa.Double),
+    sa.Column("revoked_at", sa.Double),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("requests_per_minute", sa.BigInteger),
+    sa.Column("tokens_per_minute", sa.BigInteger),
+    sa.Index("ix_api_keys_created_at", "created_at", "id"),
+)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False),
+    sa.Column("parent_id", sa.String(64), index=True),  # the batch of a chunk, the job that a webhook tells of
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("stage", sa.String(32), nullable=False, default=""),
+    sa.Column("priority", sa.Integer, nullable=False, default=0),  # the lower value goes first
+    sa.Column("model", sa.String(128)),  # for grouping; none where a job is not about one model
+    sa.Column("attempt", sa.Integer, nullable=False, default=0),  # the fence: grows with every lease
+    sa.Column("failures", sa.Integer, nullable=False, default=0),  # failed attempts since the last progress
+    sa.Column("rescues", sa.Integer, nullable=False, default=0),  # lost leases since the last progress
+    sa.Column("run_at", sa.Double, nullable=False),  # not before
+    sa.Column("deadline_at", sa.Double, nullable=False, default=NO_DEADLINE),
+    sa.Column("node", sa.String(64)),  # who holds the lease
+    sa.Column("lease_expires_at", sa.Double),
+    sa.Column("cancel_requested_at", sa.Double),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("started_at", sa.Double),
+    sa.Column("finished_at", sa.Double),
+    sa.Column("progress_at", sa.Double),  # the last sign of progress, for the alarm on stuck jobs
+    sa.Column("total", sa.Integer, nullable=False, default=0),
+    sa.Column("completed", sa.Integer, nullable=False, default=0),
+    sa.Column("failed", sa.Integer, nullable=False, default=0),
+    sa.Column("payload", sa.JSON, nullable=False),  # the kind's own input
+    sa.Column("errors", sa.JSON, nullable=False),  # the last failed attempts, oldest first
+    sa.Column("error_code", sa.String(64)),
+    sa.Column("error_message", sa.Text),
+    sa.Column("webhook_url", sa.Text),
+    sa.Column("webhook_secret", sa.String(128)),
+    sa.Index("ix_jobs_available", "state", "kind", "priority", "deadline_at", "created_at"),
+    sa.Index("ix_jobs_running", "state", "lease_expires_at"),
+    sa.Index("ix_jobs_project", "project_id", "created_at", "id"),
+    sa.Index("ix_jobs_finished", "finished_at"),
+)
+
+job_log = sa.Table(
+    "job_log",
+    metadata,
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("event", sa.String(64), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+)
+
+batches = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("id", sa.String(64), sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False),
+    sa.Column("endpoint", sa.String(64), nullable=False),
+    sa.Column("input_file_id", sa.String(64), nullable=False),
+    sa.Column("completion_window", sa.String(16), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("metadata", sa.JSON),
+    sa.Column("output_expires_after_seconds", sa.Integer),
+    sa.Column("errors", sa.JSON),  # of the whole file, from validation
+    sa.Column("model", sa.String(128)),  # none where lines name several
+    sa.Column("output_file_id", sa.String(64)),
+    sa.Column("error_file_id", sa.String(64)),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+    sa.Column("in_progress_at", sa.Double),
+    sa.Column("finalizing_at", sa.Double),
+    sa.Column("completed_at", sa.Double),
+    sa.Column("failed_at", sa.Double),
+    sa.Column("expired_at", sa.Double),
+    sa.Column("cancelling_at", sa.Double),
+    sa.Column("cancelled_at", sa.Double),
+    sa.Column("total", sa.Integer, nullable=False, default=0),
+    sa.Column("completed", sa.Integer, nullable=False, default=0),
+    sa.Column("failed", sa.Integer, nullable=False, default=0),
+    sa.Column("input_tokens", sa.BigInteger, nullable=False, default=0),
+    sa.Column("cached_tokens", sa.BigInteger, nullable=False, default=0),
+    sa.Column("output_tokens", sa.BigInteger, nullable=False, default=0),
+    sa.Column("reasoning_tokens", sa.BigInteger, nullable=False, default=0),
+    sa.Column("chunks_left", sa.Integer, nullable=False, default=0),
+    sa.Index("ix_batches_project", "project_id", "created_at", "id"),
+)
+
+# A chunk is a job of kind `chunk` whose parent is the batch.
+chunks = sa.Table(
+    "chunks",
+    metadata,
+    sa.Column("id", sa.String(64), sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("batch_id", sa.String(64), nullable=False, index=True),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("lines", sa.LargeBinary, nullable=False),  # packed places of its lines in the input file, in run order
+)
+
+# What an attempt at a chunk has written: the lines in it are done, and no other attempt runs them again.
+segments = sa.Table(
+    "segments",
+    metadata,
+    sa.Column("chunk_id", sa.String(64), sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("batch_id", sa.String(64), nullable=False, index=True),
+    sa.Column("lines", sa.LargeBinary, nullable=False),  # packed line numbers
+    sa.Column("output_key", sa.String(256)),
+    sa.Column("output_bytes", sa.BigInteger, nullable=False, default=0),
+    sa.Column("error_key", sa.String(256)),
+    sa.Column("error_bytes", sa.BigInteger, nullable=False, default=0),
+)
+
+# Lines a second of each model in batches, measured, for estimates.
+line_rates = sa.Table(
+    "line_rates",
+    metadata,
+    sa.Column("model", sa.String(128), primary_key=True),
+    sa.Column("lines_per_second", sa.Double, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
+)
+
+files = sa.Table(
+    "files",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),  # uploading, ready, deleted: the last two steps of a file's blob
+    sa.Column("filename", sa.String(512), nullable=False),
+    sa.Column("purpose", sa.String(32), nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64)),
+    sa.Column("blob_key", sa.String(256), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double),
+    sa.Index("ix_files_project", "project_id", "created_at", "id"),
+    sa.Index("ix_files_expires_at", "state", "expires_at"),
+)
+
+uploads = sa.Table(
+    "uploads",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("filename", sa.String(512), nullable=False),
+    sa.Column("purpose", sa.String(32), nullable=False),
+    sa.Column("mime_type", sa.String(128), nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("file_id", sa.String(64)),
+    sa.Column("file_expires_after_seconds", sa.Integer),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+    sa.Index("ix_uploads_expires_at", "status", "expires_at"),
+    sa.Index("ix_uploads_project", "project_id", "created_at", "id"),
+)
+
+upload_parts = sa.Table(
+    "upload_parts",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("upload_id", sa.String(64), sa.ForeignKey("uploads.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("state", sa.String(16), nullable=False),  # as that of a file
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("blob_key", sa.String(256), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+
+idempotency_keys = sa.Table(
+    "idempotency_keys",
+    metadata,
+    sa.Column("project_id", sa.String(64), primary_key=True),
+    sa.Column("key", sa.String(255), primary_key=True),
+    sa.Column("fingerprint", sa.String(64), nullable=False),  # of method, path and body
+    sa.Column("status", sa.Integer, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False, index=True),
+)
+
+webhook_endpoints = sa.Table(
+    "webhook_endpoints",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False, index=True),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("events", sa.JSON, nullable=False),  # names; none means every one
+    sa.Column("description", sa.String(512), nullable=False),
+    sa.Column("secret", sa.String(128), nullable=False),
+    sa.Column("previous_secret", sa.String(128)),
+    sa.Column("previous_secret_expires_at", sa.Double),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("disabled_at", sa.Double),
+    sa.Column("disabled_reason", sa.String(256)),
+)
+
+# A delivery is a job of kind `webhook` with the same id; its parent is the job whose end it tells.
+webhook_deliveries = sa.Table(
+    "webhook_deliveries",
+    metadata,
+    sa.Column("id", sa.String(64), sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("project_id", sa.String(64), nullable=False, index=True),
+    sa.Column("endpoint_id", sa.String(64), index=True),  # none for the `webhook_url` of a single job
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("secret", sa.String(128)),  # of a `webhook_url`; an endpoint's own is looked up when it is sent
+    sa.Column("event_id", sa.String(64), nullable=False),
+    sa.Column("event_type", sa.String(64), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+
+webhook_attempts = sa.Table(
+    "webhook_attempts",
+    metadata,
+    sa.Column(
+        "delivery_id", sa.String(64), sa.ForeignKey("webhook_deliveries.id", ondelete="CASCADE"), primary_key=True
+    ),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("duration_seconds", sa.Double, nullable=False),
+    sa.Column("status", sa.Integer),  # none where there was no answer
+    sa.Column("error", sa.String(256)),
+)
+
+dead_letters = sa.Table(
+    "dead_letters",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False),
+    sa.Column("kind", sa.String(32), nullable=False),  # `batch` for a line, otherwise the kind of the job
+    sa.Column("job_id", sa.String(64), nullable=False, index=True),  # the batch of a line, otherwise the job
+    sa.Column("endpoint", sa.String(64)),
+    sa.Column("custom_id", sa.String(512)),
+    sa.Column("line", sa.Integer),  # its number in the input file, from 1
+    sa.Column("source_file_id", sa.String(64)),  # where a line's input is, so that it is not kept twice
+    sa.Column("source_offset", sa.BigInteger),
+    sa.Column("source_bytes", sa.Integer),
+    sa.Column("error_code", sa.String(64), nullable=False),
+    sa.Column("error_message", sa.Text, nullable=False),
+    sa.Column("attempts", sa.JSON, nullable=False),  # of each: at, status, code, message
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("requeued_at", sa.Double),
+    sa.Column("requeued_as", sa.String(64)),  # the job that took it up again
+    sa.Index("ix_dead_letters_project", "project_id", "created_at", "id"),
+)
