@@ -124,7 +124,9 @@ class PullSettings(_Section):
 class JobSettings(_Section):
     """The back office: who works on durable jobs, how long, how often."""
 
-    enabled: bool = Field(True, description="Work on jobs inside `forebay serve`; otherwise only `forebay worker` does.")
+    enabled: bool = Field(
+        True, description="Work on jobs inside `forebay serve`; otherwise only `forebay worker` does."
+    )
     lease_seconds: Seconds = Field(
         15, description="How long a worker that is not heard of keeps a job; it renews three times as often."
     )
@@ -200,7 +202,8 @@ class FileSettings(_Section):
     )
     upload_keep_seconds: Seconds = Field(3600, description="How long an upload may take.")
     receive_bytes_per_second_min: Bytes = Field(
-        16_384, description="Slowest sender of a file or part, after `http.body_timeout_seconds`; a slower one is cut off."
+        16_384,
+        description="Slowest sender of a file or part, after `http.body_timeout_seconds`; a slower one is cut off.",
     )
 
 

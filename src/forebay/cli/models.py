@@ -3,7 +3,6 @@
 It refuses every name that is not in the catalogue, and never deletes a file that was not pulled.
 """
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from forebay.cli.options import PIPED_WIDTH, ConfigFile, DataFolder, load_settings, sentences
+from forebay.cli.options import PIPED_WIDTH, ConfigFile, DataFolder, load_settings, run, sentences
 from forebay.clock import SystemClock
 from forebay.config import LlamaCppModel, Model, Settings
 from forebay.errors import SetupError
@@ -77,7 +76,7 @@ def pull_models(
             total = sum(catalog.get(name).size_bytes or 0 for name in missing)
             typer.echo(f"{len(missing)} models to pull, {decimal(total)} in all.")
         for name in missing:
-            path = asyncio.run(_pull(name, catalog, settings))
+            path = run(_pull(name, catalog, settings))
             typer.echo(f"{name} is here: {path}")
 
 
@@ -95,7 +94,7 @@ def verify(
             catalog.path(name)
         here = [name for name in catalog.names() if catalog.needs_file(name) and catalog.present(name)]
         for name in here if every or not names else names:
-            asyncio.run(pull.verify(name, catalog))
+            run(pull.verify(name, catalog))
             checked = "checksum and header" if catalog.get(name).sha256 else "header; the catalogue has no checksum"
             typer.echo(f"{name} is sound ({checked}).")
 

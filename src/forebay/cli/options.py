@@ -3,11 +3,13 @@
 It refuses to let a trace reach a person for anything that went wrong in a way we know.
 """
 
+import asyncio
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -17,6 +19,7 @@ from forebay.errors import ForebayError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+_T = TypeVar("_T")
 PIPED_WIDTH = 240  # wide enough for every column of a table, so that a script sees whole values
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file.")]
@@ -43,6 +46,25 @@ def leave(sentence: str, status: int) -> NoReturn:
     """End the command with a last sentence."""
     typer.echo(sentence, err=True)
     raise typer.Exit(status) from None
+
+
+def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
+    """Run `coroutine` to its end; Ctrl-C cancels it and comes out as KeyboardInterrupt.
+
+    The loop takes the signal through its wake-up pipe. The handler that `asyncio.run` sets up is called between two
+    byte codes, so a signal that arrives just before the loop goes to sleep would be noticed when it wakes, if ever.
+    """
+
+    async def interruptible() -> _T:
+        current = asyncio.current_task()
+        if current is not None and sys.platform != "win32":
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, current.cancel)
+        return await coroutine
+
+    try:
+        return asyncio.run(interruptible())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 def loop_factory() -> Any:
