@@ -6,6 +6,7 @@ It refuses to let a trace reach a person for anything that went wrong in a way w
 import asyncio
 import signal
 import sys
+import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,8 @@ def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
 
     async def interruptible() -> _T:
         current = asyncio.current_task()
-        if current is not None and sys.platform != "win32":
+        on_main_thread = threading.current_thread() is threading.main_thread()  # signals come to no other
+        if current is not None and on_main_thread and sys.platform != "win32":
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, current.cancel)
         return await coroutine
 
