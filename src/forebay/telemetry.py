@@ -38,6 +38,14 @@ EVENTS = {
     "input.quarantined": "An input was in flight at two engine deaths and is refused for a while.",
     "supervisor.bug": "A step of the supervisor ended in an exception that nobody foresaw. This is a bug.",
     "key.created": "A first API key was made.",
+    "job.attempt_failed": "An attempt at a job failed; the job is tried again, or given up.",
+    "job.lease_lost": "Another worker has the job; what this one did of it since its last segment is dropped.",
+    "job.rescued": "Jobs were taken back from a worker that is gone.",
+    "job.bug": "An attempt at a job ended in an exception that nobody foresaw. This is a bug.",
+    "worker.store_away": "The database does not answer; the worker tries again.",
+    "worker.store_back": "The database answers again.",
+    "pruner.removed": "What had outlived its time was removed.",
+    "pruner.failed": "A sweep met trouble; the next round tries again.",
 }
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -63,6 +71,10 @@ class Metrics:
         self.engine_starts = self._counter("engine_starts", "Engine processes launched.", "model")
         self.engine_deaths = self._counter("engine_deaths", "Engine processes that ended unasked.", "model", "kind")
         self.quarantined = self._counter("quarantined_inputs", "Inputs put into quarantine.", "model")
+        self.jobs_live = self._gauge("jobs", "Unfinished jobs, by kind and state.", "kind", "state")
+        self.jobs_settled = self._counter("jobs_settled", "Attempts at jobs, by how they ended.", "kind", "outcome")
+        self.jobs_rescued = self._counter("jobs_rescued", "Jobs taken back from workers that are gone.")
+        self.jobs_stuck = self._gauge("jobs_stuck", "Running jobs without progress for `jobs.stuck_seconds`.")
         self.loop_lag = Histogram(
             "forebay_event_loop_lag_seconds", "Delay of a timer.", registry=self.registry, buckets=_SECONDS
         )

@@ -84,6 +84,7 @@ job_log = sa.Table(
     sa.Column("detail", sa.Text, nullable=False),
 )
 
+# A batch is a job of kind `batch` with the same id: its state and its counts are those of the job.
 batches = sa.Table(
     "batches",
     metadata,
@@ -92,7 +93,6 @@ batches = sa.Table(
     sa.Column("endpoint", sa.String(64), nullable=False),
     sa.Column("input_file_id", sa.String(64), nullable=False),
     sa.Column("completion_window", sa.String(16), nullable=False),
-    sa.Column("status", sa.String(16), nullable=False),
     sa.Column("metadata", sa.JSON),
     sa.Column("output_expires_after_seconds", sa.Integer),
     sa.Column("errors", sa.JSON),  # of the whole file, from validation
@@ -100,22 +100,12 @@ batches = sa.Table(
     sa.Column("output_file_id", sa.String(64)),
     sa.Column("error_file_id", sa.String(64)),
     sa.Column("created_at", sa.Double, nullable=False),
-    sa.Column("expires_at", sa.Double, nullable=False),
     sa.Column("in_progress_at", sa.Double),
     sa.Column("finalizing_at", sa.Double),
-    sa.Column("completed_at", sa.Double),
-    sa.Column("failed_at", sa.Double),
-    sa.Column("expired_at", sa.Double),
-    sa.Column("cancelling_at", sa.Double),
-    sa.Column("cancelled_at", sa.Double),
-    sa.Column("total", sa.Integer, nullable=False, default=0),
-    sa.Column("completed", sa.Integer, nullable=False, default=0),
-    sa.Column("failed", sa.Integer, nullable=False, default=0),
     sa.Column("input_tokens", sa.BigInteger, nullable=False, default=0),
     sa.Column("cached_tokens", sa.BigInteger, nullable=False, default=0),
     sa.Column("output_tokens", sa.BigInteger, nullable=False, default=0),
     sa.Column("reasoning_tokens", sa.BigInteger, nullable=False, default=0),
-    sa.Column("chunks_left", sa.Integer, nullable=False, default=0),
     sa.Index("ix_batches_project", "project_id", "created_at", "id"),
 )
 

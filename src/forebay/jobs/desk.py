@@ -1,0 +1,121 @@
+"""The desk: where jobs are handed in, looked at, cancelled and tried again.
+
+It refuses what there is no room for: the number of live jobs is bounded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from forebay.clock import Clock
+from forebay.config import JobSettings
+from forebay.errors import Conflict, InvalidRequest, NotFound, Overloaded
+from forebay.jobs.kinds import Kind
+from forebay.jobs.outcome import Cancelled, verdict
+from forebay.jobs.settlement import Settlement
+from forebay.store.database import Transaction
+from forebay.store.job_state import JobState
+from forebay.store.jobs import Job, JobStore, NewJob
+
+_COUNT_SECONDS = 1.0
+_FULL_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What can be said of a live job: how many go before it, and how long it will still take, if that is known."""
+
+    queue_position: int | None
+    eta_seconds: float | None
+
+
+class Desk:
+    """The front of the back office."""
+
+    def __init__(
+        self,
+        jobs: JobStore,
+        settlement: Settlement,
+        kinds: Mapping[str, Kind],
+        settings: JobSettings,
+        clock: Clock,
+    ) -> None:
+        self.jobs = jobs
+        self._settlement = settlement
+        self._kinds = kinds
+        self._settings = settings
+        self._clock = clock
+        self._live = 0
+        self._counted_at = float("-inf")
+
+    @property
+    def public_kinds(self) -> list[str]:
+        """The kinds that callers see; chunks are an inner matter of their batch."""
+        return [name for name, kind in self._kinds.items() if not kind.waits_for_it]
+
+    async def check_room(self, count: int = 1) -> None:
+        """Raise Overloaded if there are too many live jobs. The count may be a second old."""
+        now = self._clock.monotonic()
+        if now - self._counted_at > _COUNT_SECONDS:
+            self._live = sum((await self.jobs.counts()).values())
+            self._counted_at = now
+        if self._live + count > self._settings.live_max:
+            raise Overloaded(
+                "There are too many unfinished jobs. Try again later.",
+                code="job_queue_full",
+                retry_after_seconds=_FULL_SECONDS,
+            )
+        self._live += count
+
+    async def submit(self, transaction: Transaction, new: Sequence[NewJob]) -> list[str]:
+        """Hand in jobs in the caller's transaction, after `check_room`; their ids."""
+        return await self.jobs.insert(transaction, new)
+
+    async def get(self, project_id: str, job_id: str) -> Job:
+        """A project's job. Raises NotFound."""
+        job = await self.jobs.get(project_id, job_id)
+        if job.kind not in self.public_kinds:
+            raise NotFound("There is no such job.")
+        return job
+
+    async def cancel(self, project_id: str, job_id: str) -> Job:
+        """Stop a job: at once if nobody runs it, otherwise as soon as its engines have stopped. Raises NotFound."""
+        await self.get(project_id, job_id)
+        async with self.jobs.database.begin() as transaction:
+            job = await self.jobs.lock(transaction, job_id)
+            if job is not None and not job.finished:
+                await self._cancel(transaction, job)
+        return await self.jobs.get(project_id, job_id)
+
+    async def _cancel(self, transaction: Transaction, job: Job) -> None:
+        kind = self._kinds[job.kind]
+        joining = kind.children is not None and job.stage == kind.joins_at
+        if joining:
+            return  # its work is done; what is left is to put the results together
+        await self.jobs.note(transaction, job.id, "job.cancel_requested")
+        if job.state is JobState.AVAILABLE:
+            ending = verdict(job, Cancelled(), kind.retry, self.jobs.now())
+            await self._settlement.end(transaction, job, ending)
+        elif job.state is JobState.WAITING and kind.children is not None:
+            await self.jobs.end_available_children(transaction, job.id, kind.children, JobState.CANCELLED)
+            await self.jobs.request_cancel(transaction, job.id, children_of=job.id)
+            await self._settlement.wake(transaction, job.id, kind.children)
+        else:
+            await self.jobs.request_cancel(transaction, job.id)
+
+    async def retry(self, project_id: str, job_id: str) -> Job:
+        """Try a job again that was given up, cancelled or too late, with all its attempts before it.
+
+        Raises NotFound, Conflict if it has not ended or has ended well, InvalidRequest for a kind that is not retried.
+        """
+        job = await self.get(project_id, job_id)
+        if not self._kinds[job.kind].has_dead_letter:
+            raise InvalidRequest(
+                f"A {job.kind} is not tried again as a whole. Requeue its dead letters, or submit a new one.",
+                code="not_retryable",
+            )
+        await self.check_room()
+        async with self.jobs.database.begin() as transaction:
+            if not await self.jobs.revive(transaction, job):
+                raise Conflict(f"The job is {job.state.value}, so there is nothing to try again.")
+            await self.jobs.note(transaction, job_id, "job.retried")
+        return await self.jobs.get(project_id, job_id)

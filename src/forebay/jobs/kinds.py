@@ -1,0 +1,59 @@
+"""What a kind of job is: who performs it, how many at once, how it is tried again, and what hangs on its end.
+
+It refuses to know any kind by name: they are listed in `forebay.app`, and do not know each other.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from forebay.jobs.outcome import Interruption, Outcome
+from forebay.jobs.retry import Delay
+from forebay.store.database import Transaction
+from forebay.store.job_state import JobState
+from forebay.store.jobs import Job, Lease
+
+
+@dataclass(slots=True)
+class Run:
+    """One attempt while it lasts. `interruption` is set before the attempt's asyncio task is cancelled.
+
+    `performing` is true while the kind is at work: only then does an interruption cancel anything.
+    """
+
+    lease: Lease
+    interruption: Interruption | None = None
+    performing: bool = False
+
+
+Perform = Callable[[Lease, Run], Awaitable[Outcome]]
+Settled = Callable[[Transaction, Job, JobState], Awaitable[None]]
+
+
+async def _nothing(_transaction: Transaction, _job: Job, _state: JobState) -> None:
+    return
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of job.
+
+    `perform` makes one attempt. When it is cancelled it has `jobs.drain_seconds` to write down what it has, unless the
+    interruption is LEASE_LOST, and then lets the cancellation go on.
+    `retry` gives the wait after so many failures in a row, None for no more.
+    `children` is the kind of the jobs that it waits for, `joins_at` its stage when they have ended.
+    `waits_for_it` says that its parent does.
+    `event` is the first word of its webhook events, such as `batch` in `batch.completed`; none tells nobody.
+    `has_dead_letter` says that a job given up becomes a dead letter itself.
+    `on_finished` joins the transaction that ends a job, however it ends.
+    """
+
+    name: str
+    perform: Perform
+    at_once: int
+    retry: Delay
+    children: str | None = None
+    joins_at: str = ""
+    waits_for_it: bool = False
+    event: str | None = None
+    has_dead_letter: bool = False
+    on_finished: Settled = field(default=_nothing)

@@ -1,0 +1,164 @@
+"""Dead letters as rows: what was given up, with every attempt at it, until somebody reads, edits and requeues it.
+
+It refuses to keep the input of a batch line twice: it keeps its place in the input file.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from forebay.clock import Clock, new_id
+from forebay.errors import NotFound
+from forebay.store.database import Database, Transaction
+from forebay.store.jobs import ERRORS_MAX, Job, Verdict
+from forebay.store.tables import dead_letters
+
+_MESSAGE_CHARS_MAX = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class LostLine:
+    """A line of a batch that was given up. `attempts` has of each: at, status, code, message."""
+
+    custom_id: str
+    line: int
+    source_offset: int
+    source_bytes: int
+    error_code: str
+    error_message: str
+    attempts: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A row of the table."""
+
+    id: str
+    project_id: str
+    kind: str
+    job_id: str
+    endpoint: str | None
+    custom_id: str | None
+    line: int | None
+    source_file_id: str | None
+    source_offset: int | None
+    source_bytes: int | None
+    error_code: str
+    error_message: str
+    attempts: list[dict[str, Any]]
+    created_at: float
+    requeued_at: float | None
+    requeued_as: str | None
+
+
+class DeadLetterStore:
+    """Every statement about dead letters."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self.database = database
+        self._clock = clock
+
+    async def add_job(self, transaction: Transaction, job: Job, verdict: Verdict) -> None:
+        """Keep a job that was given up."""
+        code, message = verdict.error or ("internal_error", "")
+        last = {"attempt": job.attempt, "at": self._clock.now(), "code": code, "message": message}
+        await self._insert(
+            transaction,
+            [
+                {
+                    "project_id": job.project_id,
+                    "kind": job.kind,
+                    "job_id": job.id,
+                    "error_code": code,
+                    "error_message": message[:_MESSAGE_CHARS_MAX],
+                    "attempts": [*job.errors, last][-ERRORS_MAX:],
+                }
+            ],
+        )
+
+    async def add_lines(
+        self, transaction: Transaction, batch: Job, endpoint: str, source_file_id: str, lines: Collection[LostLine]
+    ) -> None:
+        """Keep lines of a batch that were given up."""
+        rows = [
+            {
+                "project_id": batch.project_id,
+                "kind": batch.kind,
+                "job_id": batch.id,
+                "endpoint": endpoint,
+                "custom_id": line.custom_id,
+                "line": line.line,
+                "source_file_id": source_file_id,
+                "source_offset": line.source_offset,
+                "source_bytes": line.source_bytes,
+                "error_code": line.error_code,
+                "error_message": line.error_message[:_MESSAGE_CHARS_MAX],
+                "attempts": [dict(attempt) for attempt in line.attempts],
+            }
+            for line in lines
+        ]
+        await self._insert(transaction, rows)
+
+    async def _insert(self, transaction: Transaction, rows: Sequence[Mapping[str, Any]]) -> None:
+        if rows:
+            now = self._clock.now()
+            known = [{"id": new_id("dead"), "created_at": now, **row} for row in rows]
+            await transaction.execute(sa.insert(dead_letters), known)
+
+    async def get(self, project_id: str, letter_id: str) -> DeadLetter:
+        """A project's dead letter. Raises NotFound, also for another project's."""
+        query = sa.select(dead_letters).where(dead_letters.c.id == letter_id, dead_letters.c.project_id == project_id)
+        async with self.database.read() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            raise NotFound("There is no such dead letter.")
+        return DeadLetter(**row._mapping)  # noqa: SLF001  # SQLAlchemy's documented name
+
+    async def list(
+        self,
+        project_id: str,
+        *,
+        kind: str | None = None,
+        job_id: str | None = None,
+        code: str | None = None,
+        waiting_only: bool = False,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> list[DeadLetter]:
+        """A page of a project's dead letters, newest first. Raises NotFound if there is none to continue after."""
+        query = sa.select(dead_letters).where(dead_letters.c.project_id == project_id)
+        for column, value in ((dead_letters.c.kind, kind), (dead_letters.c.job_id, job_id)):
+            query = query if value is None else query.where(column == value)
+        query = query if code is None else query.where(dead_letters.c.error_code == code)
+        query = query.where(dead_letters.c.requeued_at.is_(None)) if waiting_only else query
+        if after is not None:
+            place = await self.get(project_id, after)
+            key = sa.tuple_(dead_letters.c.created_at, dead_letters.c.id)
+            query = query.where(key < sa.tuple_(place.created_at, place.id))
+        query = query.order_by(dead_letters.c.created_at.desc(), dead_letters.c.id.desc()).limit(limit)
+        async with self.database.read() as connection:
+            return [DeadLetter(**row._mapping) for row in await connection.execute(query)]  # noqa: SLF001
+
+    async def mark_requeued(self, transaction: Transaction, ids: Collection[str], job_id: str) -> int:
+        """Say that a job has taken these up again; how many had not been taken up before."""
+        query = (
+            sa.update(dead_letters)
+            .where(dead_letters.c.id.in_(ids), dead_letters.c.requeued_at.is_(None))
+            .values(requeued_at=self._clock.now(), requeued_as=job_id)
+        )
+        return int((await transaction.execute(query)).rowcount)
+
+    async def delete(self, project_id: str, letter_id: str) -> None:
+        """Remove a dead letter. Raises NotFound."""
+        await self.get(project_id, letter_id)
+        async with self.database.begin() as transaction:
+            await transaction.execute(sa.delete(dead_letters).where(dead_letters.c.id == letter_id))
+
+    async def prune(self, created_before: float, limit: int) -> int:
+        """Remove old dead letters; how many."""
+        old = sa.select(dead_letters.c.id).where(dead_letters.c.created_at < created_before).limit(limit)
+        async with self.database.begin() as transaction:
+            query = sa.delete(dead_letters).where(dead_letters.c.id.in_(old.scalar_subquery()))
+            return int((await transaction.execute(query)).rowcount)

@@ -1,0 +1,550 @@
+"""Jobs as rows: made, leased, renewed, settled, rescued, watched.
+
+It refuses a write that does not name the attempt that it belongs to: a worker that was given up for dead cannot
+overwrite the work of the one that replaced it. Whoever changes both a job and its parent takes the parent first.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+from forebay.clock import Clock, new_id
+from forebay.errors import LeaseLost, NotFound
+from forebay.store.database import Database, Transaction
+from forebay.store.job_state import FINISHED, LIVE, JobState, sources
+from forebay.store.tables import NO_DEADLINE, job_log, jobs
+
+NEWS = "jobs"  # the channel on which workers hear of work
+CANCELS = "cancels"  # the channel on which workers hear of cancelled jobs
+PAGE_SIZE_MAX = 100
+ERRORS_MAX = 10
+_DETAIL_CHARS_MAX = 1000
+
+_Rows = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job to be made. `priority`: the lower value goes first."""
+
+    kind: str
+    project_id: str
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+    parent_id: str | None = None
+    stage: str = ""
+    priority: int = 0
+    model: str | None = None
+    deadline_at: float = NO_DEADLINE
+    run_at: float | None = None
+    total: int = 0
+    webhook_url: str | None = None
+    webhook_secret: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A row of the table. Times are seconds since the epoch."""
+
+    id: str
+    kind: str
+    project_id: str
+    parent_id: str | None
+    state: JobState
+    stage: str
+    priority: int
+    model: str | None
+    attempt: int
+    failures: int
+    rescues: int
+    run_at: float
+    deadline_at: float
+    node: str | None
+    lease_expires_at: float | None
+    cancel_requested_at: float | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    progress_at: float | None
+    total: int
+    completed: int
+    failed: int
+    payload: dict[str, Any]
+    errors: list[dict[str, Any]]
+    error_code: str | None
+    error_message: str | None
+    webhook_url: str | None
+    webhook_secret: str | None = field(repr=False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self.state in FINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to work on `job` and to write about it, as long as it is the job's last attempt."""
+
+    job: Job
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self.job.id
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt: the fence."""
+        return self.job.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How an attempt, or a job that never ran, is written down.
+
+    `error` is (code, message) of a failure; `counts_as_failure` that it uses up one of the attempts.
+    """
+
+    state: JobState
+    run_at: float
+    stage: str | None = None
+    error: tuple[str, str] | None = None
+    counts_as_failure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """What a heartbeat brings back of one job."""
+
+    attempt: int
+    cancel_requested: bool
+
+
+class JobStore:
+    """Every statement about jobs."""
+
+    def __init__(self, database: Database, clock: Clock, log_lines_max: int = 200) -> None:
+        self.database = database
+        self._clock = clock
+        self._log_lines_max = log_lines_max
+
+    def now(self) -> float:
+        """The time by which leases are kept: the database's, where several machines share one."""
+        return self.database.now(self._clock)
+
+    # Making.
+
+    async def insert(self, transaction: Transaction, new: Sequence[NewJob]) -> list[str]:
+        """Make jobs, ready to be leased, and tell the workers; the ids in the same order."""
+        if not new:
+            return []
+        now = self.now()
+        rows = [_new_row(each, now) for each in new]
+        await transaction.execute(sa.insert(jobs), rows)
+        await self.database.notify(transaction, NEWS)
+        return [row["id"] for row in rows]
+
+    # Leasing.
+
+    async def lease(
+        self,
+        room: Mapping[str, int],
+        node: str,
+        lease_seconds: float,
+        *,
+        warm: Collection[str] = (),
+        group_wait_seconds: float = 0.0,
+    ) -> list[Lease]:
+        """Lease what goes first of each kind, at most `room[kind]` jobs of it.
+
+        The order: priority; then jobs of a `warm` model, and those that have waited for `group_wait_seconds`; then the
+        deadline; then age.
+        """
+        wanted = {kind: count for kind, count in room.items() if count > 0}
+        if not wanted or not await self._any_due(wanted):
+            return []
+        leases: list[Lease] = []
+        async with self.database.begin() as transaction:
+            for kind, count in wanted.items():
+                query = self._lease(kind, count, node, lease_seconds, warm, group_wait_seconds)
+                leases += [Lease(_job(row)) for row in await transaction.execute(query)]
+        leases.sort(key=lambda lease: (lease.job.priority, lease.job.deadline_at, lease.job.created_at))
+        return leases
+
+    async def _any_due(self, kinds: Iterable[str]) -> bool:
+        """A look that takes no lock, so that an idle worker does not write."""
+        due = sa.select(sa.exists().where(jobs.c.state == JobState.AVAILABLE, jobs.c.kind.in_(kinds), self._is_due()))
+        async with self.database.read() as connection:
+            return bool(await connection.scalar(due))
+
+    def _is_due(self) -> sa.ColumnElement[bool]:
+        return jobs.c.run_at <= self.now()
+
+    def _lease(
+        self, kind: str, count: int, node: str, lease_seconds: float, warm: Collection[str], group_wait_seconds: float
+    ) -> sa.Executable:
+        now = self.now()
+        order = [jobs.c.priority]
+        if warm:
+            first = sa.or_(jobs.c.model.in_(warm), jobs.c.created_at < now - group_wait_seconds)
+            order.append(sa.case((first, 0), else_=1))  # type: ignore[arg-type]  # a column list of mixed types
+        chosen = (
+            sa.select(jobs.c.id)
+            .where(jobs.c.state == JobState.AVAILABLE, jobs.c.kind == kind, self._is_due())
+            .order_by(*order, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id)
+            .limit(count)
+            .with_for_update(skip_locked=True)
+        )
+        return (
+            sa.update(jobs)
+            .where(jobs.c.id.in_(chosen.scalar_subquery()), jobs.c.state.in_(sources(JobState.RUNNING)))
+            .values(
+                state=JobState.RUNNING,
+                attempt=jobs.c.attempt + 1,
+                node=node,
+                lease_expires_at=now + lease_seconds,
+                started_at=sa.func.coalesce(jobs.c.started_at, now),
+                progress_at=now,
+            )
+            .returning(*jobs.columns)
+        )
+
+    async def renew(self, node: str, ids: Collection[str], lease_seconds: float) -> dict[str, Renewed]:
+        """Renew the leases of `node` on these jobs; a job that is not in the answer is lost."""
+        query = (
+            sa.update(jobs)
+            .where(jobs.c.id.in_(ids), jobs.c.state == JobState.RUNNING, jobs.c.node == node)
+            .values(lease_expires_at=self.now() + lease_seconds)
+            .returning(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested_at)
+        )
+        async with self.database.begin() as transaction:
+            rows = (await transaction.execute(query)).all()
+        return {row.id: Renewed(row.attempt, row.cancel_requested_at is not None) for row in rows}
+
+    # Writing under a lease.
+
+    async def fence(self, transaction: Transaction, lease: Lease) -> None:
+        """Hold the job for this transaction as a sign of progress. Raises LeaseLost if another attempt has it."""
+        await self._fenced(transaction, lease, {"progress_at": self.now(), "failures": 0, "rescues": 0})
+
+    async def progress(
+        self, transaction: Transaction, lease: Lease, *, stage: str | None = None, total: int | None = None
+    ) -> None:
+        """The same, and write down where the job is. Raises LeaseLost."""
+        values: dict[str, Any] = {"progress_at": self.now(), "failures": 0, "rescues": 0}
+        values |= {name: value for name, value in (("stage", stage), ("total", total)) if value is not None}
+        await self._fenced(transaction, lease, values)
+
+    async def count(self, transaction: Transaction, job_id: str, *, completed: int = 0, failed: int = 0) -> None:
+        """Add to the counts of a job, under a lease of a child of it: counts never go down."""
+        assert completed >= 0, completed
+        assert failed >= 0, failed
+        values = {
+            "completed": jobs.c.completed + completed,
+            "failed": jobs.c.failed + failed,
+            "progress_at": self.now(),
+        }
+        await transaction.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
+
+    async def settle(self, transaction: Transaction, lease: Lease, verdict: Verdict) -> None:
+        """Close the attempt. Raises LeaseLost if another attempt has the job."""
+        await self._fenced(transaction, lease, self._closing(lease.job, verdict))
+        if verdict.state is JobState.AVAILABLE:
+            await self.database.notify(transaction, NEWS)
+
+    async def _fenced(self, transaction: Transaction, lease: Lease, values: Mapping[str, Any]) -> None:
+        query = (
+            sa.update(jobs)
+            .where(jobs.c.id == lease.id, jobs.c.attempt == lease.attempt, jobs.c.state == JobState.RUNNING)
+            .values(values)
+        )
+        if (await transaction.execute(query)).rowcount != 1:
+            raise LeaseLost
+
+    async def settle_completed(self, transaction: Transaction, leases: Collection[Lease]) -> set[str]:
+        """Close many attempts that ended well and have nothing else to write; the ids of those that still held."""
+        pairs = [(lease.id, lease.attempt) for lease in leases]
+        query = (
+            sa.update(jobs)
+            .where(sa.tuple_(jobs.c.id, jobs.c.attempt).in_(pairs), jobs.c.state == JobState.RUNNING)
+            .values(state=JobState.COMPLETED, finished_at=self.now(), lease_expires_at=None, node=None)
+            .returning(jobs.c.id)
+        )
+        return set((await transaction.execute(query)).scalars())
+
+    def _closing(self, job: Job, verdict: Verdict) -> dict[str, Any]:
+        assert job.state in sources(verdict.state), f"{job.state} -> {verdict.state}"
+        values: dict[str, Any] = {"state": verdict.state, "run_at": verdict.run_at}
+        values |= {"lease_expires_at": None, "node": None}
+        if verdict.state in FINISHED:
+            values["finished_at"] = self.now()
+        if verdict.stage is not None:
+            values["stage"] = verdict.stage
+        if verdict.counts_as_failure:
+            values["failures"] = jobs.c.failures + 1
+        if verdict.error is not None:
+            code, message = verdict.error
+            entry = {"attempt": job.attempt, "at": self.now(), "code": code, "message": message[:_DETAIL_CHARS_MAX]}
+            values |= {"errors": [*job.errors, entry][-ERRORS_MAX:]}
+            values |= {"error_code": code, "error_message": message[:_DETAIL_CHARS_MAX]}
+        return values
+
+    # Parents and children.
+
+    async def lock(self, transaction: Transaction, job_id: str) -> Job | None:
+        """Hold a job's row until the transaction ends; its newest state, or None if there is no such job."""
+        query = sa.select(jobs).where(jobs.c.id == job_id).with_for_update()
+        row = (await transaction.execute(query)).one_or_none()
+        return None if row is None else _job(row)
+
+    async def wake_parent(self, transaction: Transaction, parent_id: str, kind: str, stage: str) -> bool:
+        """Make a waiting parent available again at `stage` if none of its children of `kind` is left; whether it was.
+
+        The caller holds the parent's row, so that two last children cannot both see each other.
+        """
+        child = jobs.alias("child")
+        left = sa.exists().where(child.c.parent_id == parent_id, child.c.kind == kind, child.c.state.in_(LIVE))
+        query = (
+            sa.update(jobs)
+            .where(jobs.c.id == parent_id, jobs.c.state == JobState.WAITING, ~left)
+            .values(state=JobState.AVAILABLE, stage=stage, run_at=self.now(), progress_at=self.now())
+        )
+        woken = (await transaction.execute(query)).rowcount == 1
+        if woken:
+            await self.database.notify(transaction, NEWS)
+        return woken
+
+    async def end_available_children(self, transaction: Transaction, parent_id: str, kind: str, state: JobState) -> int:
+        """End every child of `kind` that is not running; how many."""
+        assert JobState.AVAILABLE in sources(state), state
+        query = (
+            sa.update(jobs)
+            .where(jobs.c.parent_id == parent_id, jobs.c.kind == kind, jobs.c.state == JobState.AVAILABLE)
+            .values(state=state, finished_at=self.now())
+        )
+        return int((await transaction.execute(query)).rowcount)
+
+    async def request_cancel(self, transaction: Transaction, job_id: str, *, children_of: str | None = None) -> None:
+        """Ask the workers of a job, or of all running children of `children_of`, to stop."""
+        now = self.now()
+        chosen = jobs.c.id == job_id
+        if children_of is not None:
+            chosen = sa.or_(chosen, sa.and_(jobs.c.parent_id == children_of, jobs.c.state == JobState.RUNNING))
+        query = (
+            sa.update(jobs)
+            .where(chosen, jobs.c.state.in_(LIVE), jobs.c.cancel_requested_at.is_(None))
+            .values(cancel_requested_at=now)
+        )
+        await transaction.execute(query)
+        await self.database.notify(transaction, CANCELS)
+
+    async def end_available(self, transaction: Transaction, job: Job, verdict: Verdict) -> bool:
+        """End a job that nobody runs; whether it still was so."""
+        query = (
+            sa.update(jobs)
+            .where(jobs.c.id == job.id, jobs.c.state == JobState.AVAILABLE, jobs.c.attempt == job.attempt)
+            .values(self._closing(job, verdict))
+        )
+        return bool((await transaction.execute(query)).rowcount == 1)
+
+    async def revive(self, transaction: Transaction, job: Job, stage: str | None = None) -> bool:
+        """Make a finished job available again, with all its attempts before it; whether it was finished."""
+        query = (
+            sa.update(jobs)
+            .where(jobs.c.id == job.id, jobs.c.state.in_(sources(JobState.AVAILABLE) & FINISHED))
+            .values(
+                state=JobState.AVAILABLE,
+                stage=job.stage if stage is None else stage,
+                run_at=self.now(),
+                failures=0,
+                rescues=0,
+                finished_at=None,
+                cancel_requested_at=None,
+                error_code=None,
+                error_message=None,
+            )
+        )
+        revived = (await transaction.execute(query)).rowcount == 1
+        if revived:
+            await self.database.notify(transaction, NEWS)
+        return revived
+
+    # Rescuing and pruning.
+
+    async def lost(self, limit: int, node: str | None = None) -> list[Job]:
+        """Running jobs whose lease has run out; with `node`, those of a node that is known to be dead."""
+        gone = jobs.c.lease_expires_at < self.now() if node is None else jobs.c.node == node
+        query = sa.select(jobs).where(jobs.c.state == JobState.RUNNING, gone).limit(limit)
+        async with self.database.read() as connection:
+            return [_job(row) for row in await connection.execute(query)]
+
+    async def take_back(self, transaction: Transaction, lost: Collection[Job]) -> int:
+        """Make lost jobs available again; how many of them were still lost."""
+        query = (
+            sa.update(jobs)
+            .where(
+                sa.tuple_(jobs.c.id, jobs.c.attempt, jobs.c.lease_expires_at).in_(
+                    [(job.id, job.attempt, job.lease_expires_at) for job in lost]
+                ),
+                jobs.c.state == JobState.RUNNING,
+            )
+            .values(
+                state=JobState.AVAILABLE,
+                rescues=jobs.c.rescues + 1,
+                run_at=self.now(),
+                lease_expires_at=None,
+                node=None,
+            )
+        )
+        count = int((await transaction.execute(query)).rowcount)
+        if count:
+            await self.database.notify(transaction, NEWS)
+        return count
+
+    async def overdue(self, kinds: Collection[str], limit: int) -> list[Job]:
+        """Jobs that nobody runs and whose deadline has passed."""
+        query = (
+            sa.select(jobs)
+            .where(
+                jobs.c.state.in_((JobState.AVAILABLE, JobState.WAITING)),
+                jobs.c.kind.in_(kinds),
+                jobs.c.deadline_at <= self.now(),
+            )
+            .limit(limit)
+        )
+        async with self.database.read() as connection:
+            return [_job(row) for row in await connection.execute(query)]
+
+    async def prune(self, finished_before: float, limit: int) -> int:
+        """Remove finished jobs, and all that hangs on them; how many."""
+        live_parent = jobs.alias("parent")
+        needed = sa.exists().where(live_parent.c.id == jobs.c.parent_id, live_parent.c.state.in_(LIVE))
+        old = sa.select(jobs.c.id).where(jobs.c.finished_at < finished_before, jobs.c.state.in_(FINISHED), ~needed)
+        async with self.database.begin() as transaction:
+            query = sa.delete(jobs).where(jobs.c.id.in_(old.limit(limit).scalar_subquery()))
+            return int((await transaction.execute(query)).rowcount)
+
+    # The log of one job.
+
+    async def note(self, transaction: Transaction, job_id: str, event: str, detail: str = "") -> None:
+        """Add a line to the job's log; the oldest ones make room."""
+        last = sa.select(sa.func.coalesce(sa.func.max(job_log.c.number), 0)).where(job_log.c.job_id == job_id)
+        number = int(await transaction.scalar(last) or 0) + 1
+        line = {"job_id": job_id, "number": number, "at": self.now(), "event": event}
+        await transaction.execute(sa.insert(job_log).values(**line, detail=detail[:_DETAIL_CHARS_MAX]))
+        oldest = number - self._log_lines_max
+        if oldest > 0:
+            gone = sa.delete(job_log).where(job_log.c.job_id == job_id, job_log.c.number <= oldest)
+            await transaction.execute(gone)
+
+    async def log(self, job_id: str) -> list[dict[str, Any]]:
+        """The lines of the job's log, oldest first."""
+        query = sa.select(job_log).where(job_log.c.job_id == job_id).order_by(job_log.c.number)
+        async with self.database.read() as connection:
+            return [
+                {"number": row.number, "at": row.at, "event": row.event, "detail": row.detail}
+                for row in await connection.execute(query)
+            ]
+
+    # Looking.
+
+    async def get(self, project_id: str, job_id: str) -> Job:
+        """A project's job. Raises NotFound, also for another project's."""
+        query = sa.select(jobs).where(jobs.c.id == job_id, jobs.c.project_id == project_id)
+        async with self.database.read() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            raise NotFound("There is no such job.")
+        return _job(row)
+
+    async def list(
+        self,
+        project_id: str,
+        *,
+        kinds: Collection[str] = (),
+        states: Collection[JobState] = (),
+        after: str | None = None,
+        limit: int = PAGE_SIZE_MAX,
+    ) -> list[Job]:
+        """A page of a project's jobs, newest first: those behind `after`. Raises NotFound if there is no such job."""
+        query = sa.select(jobs).where(jobs.c.project_id == project_id)
+        query = query.where(jobs.c.kind.in_(kinds)) if kinds else query
+        query = query.where(jobs.c.state.in_(states)) if states else query
+        if after is not None:
+            place = await self.get(project_id, after)
+            query = query.where(sa.tuple_(jobs.c.created_at, jobs.c.id) < sa.tuple_(place.created_at, place.id))
+        query = query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+        async with self.database.read() as connection:
+            return [_job(row) for row in await connection.execute(query)]
+
+    async def ahead(self, job: Job) -> int:
+        """How many live jobs of the same kind go before this one."""
+        key = sa.tuple_(jobs.c.priority, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id)
+        query = (
+            sa.select(sa.func.count())
+            .select_from(jobs)
+            .where(jobs.c.kind == job.kind, jobs.c.state.in_(LIVE))
+            .where(key < sa.tuple_(job.priority, job.deadline_at, job.created_at, job.id))
+        )
+        async with self.database.read() as connection:
+            return int(await connection.scalar(query) or 0)
+
+    async def counts(self) -> dict[tuple[str, JobState], int]:
+        """How many live jobs there are, by kind and state."""
+        query = (
+            sa.select(jobs.c.kind, jobs.c.state, sa.func.count())
+            .where(jobs.c.state.in_(LIVE))
+            .group_by(jobs.c.kind, jobs.c.state)
+        )
+        async with self.database.read() as connection:
+            return {(kind, JobState(state)): count for kind, state, count in await connection.execute(query)}
+
+    async def live(self, project_id: str, kind: str) -> int:
+        """How many jobs of a kind a project has that have not ended."""
+        query = (
+            sa.select(sa.func.count())
+            .select_from(jobs)
+            .where(jobs.c.project_id == project_id, jobs.c.kind == kind, jobs.c.state.in_(LIVE))
+        )
+        async with self.database.read() as connection:
+            return int(await connection.scalar(query) or 0)
+
+    async def stuck(self, seconds: float) -> int:
+        """How many running jobs have made no progress for so long."""
+        query = (
+            sa.select(sa.func.count())
+            .select_from(jobs)
+            .where(jobs.c.state == JobState.RUNNING, jobs.c.progress_at < self.now() - seconds)
+        )
+        async with self.database.read() as connection:
+            return int(await connection.scalar(query) or 0)
+
+
+def _new_row(new: NewJob, now: float) -> dict[str, Any]:
+    return {
+        "id": new.id or new_id("job"),
+        "kind": new.kind,
+        "project_id": new.project_id,
+        "parent_id": new.parent_id,
+        "state": JobState.AVAILABLE,
+        "stage": new.stage,
+        "priority": new.priority,
+        "model": new.model,
+        "run_at": now if new.run_at is None else new.run_at,
+        "deadline_at": new.deadline_at,
+        "created_at": now,
+        "total": new.total,
+        "payload": dict(new.payload),
+        "errors": [],
+        "webhook_url": new.webhook_url,
+        "webhook_secret": new.webhook_secret,
+    }
+
+
+def _job(row: sa.Row[Any]) -> Job:
+    values = dict(row._mapping)  # noqa: SLF001  # SQLAlchemy's documented name
+    values["state"] = JobState(values["state"])
+    return Job(**values)
