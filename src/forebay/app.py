@@ -21,6 +21,7 @@ from forebay.gateway.listener import Listener
 from forebay.gateway.online import Door
 from forebay.gateway.rates import Rates
 from forebay.gateway.server import create_app
+from forebay.replicas.calls import Calls
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.local_launcher import LocalLauncher
 from forebay.replicas.pull import Puller
@@ -79,6 +80,7 @@ class House:
             self._scheduler,
             self._door,
         )
+        state.calls = Calls(catalog)
         state.metrics, state.started_at = metrics, self._clock.now()
         state.authenticator = Authenticator(self.keys, settings.auth, settings.admin_key, self._clock)
         self._state = state

@@ -20,7 +20,6 @@ from forebay.errors import (
     EngineGarbled,
     EngineTimeout,
     ForebayError,
-    InvalidRequest,
     NotFound,
     RequestCancelled,
     ServerError,
@@ -220,7 +219,6 @@ class OnlineAnswer(Response):
         call, door = self._call, self._door
         body = b""
         async with door.scheduler.admit(call.request) as permit:
-            self._check_tools(permit)
             visit.admitted_at = door.clock.monotonic()
             visit.waiting = Waiting.FIRST_BYTES
             headers = self._head_fields(permit)
@@ -278,15 +276,6 @@ class OnlineAnswer(Response):
             await error_answer(error, self._rate_headers)(scope, receive, send)
         elif self._call.stream:
             await send({"type": "http.response.body", "body": error_event(error)})
-
-    def _check_tools(self, permit: Permit) -> None:
-        if self._call.request.tools and permit.replica.tools is False:
-            raise InvalidRequest(
-                f"The chat template of {permit.request.model} has no tools. Choose another model, or give it a chat "
-                "template with tools (`chat_template_file`).",
-                param="tools",
-                code="capability_not_supported",
-            )
 
     def _head_fields(self, permit: Permit) -> list[tuple[bytes, bytes]]:
         fields = {

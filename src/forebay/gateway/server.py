@@ -12,9 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from forebay.config import Settings
-from forebay.dialects.openai.call import Call, Context, Sampling, parse
-from forebay.dialects.openai.chat import ChatBody, chat_call
-from forebay.dialects.openai.completions import CompletionBody, completion_call
 from forebay.dialects.openai.errors import sanitise
 from forebay.errors import ForebayError, InvalidRequest, NotFound, RateLimited
 from forebay.gateway import admin, health
@@ -22,8 +19,8 @@ from forebay.gateway.answers import error_answer, json_answer, read_body
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least
 from forebay.gateway.online import Door, OnlineAnswer
 from forebay.inference import Capability
+from forebay.replicas.calls import CHAT_COMPLETIONS, COMPLETIONS, ENDPOINTS
 from forebay.replicas.catalog import Catalog
-from forebay.replicas.commands import capabilities_of, traits_of
 from forebay.store.key_format import Role
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -36,9 +33,10 @@ CanComplete = Annotated[Principal, Depends(may_create(Capability.COMPLETION))]
 Member = Annotated[Principal, Depends(role_at_least(Role.MEMBER))]
 
 
-def _takes(body: type[Sampling]) -> dict[str, Any]:
+def _takes(path: str) -> dict[str, Any]:
     """The OpenAPI description of a body that the route parses by itself."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
+    schema = ENDPOINTS[path].body.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -56,18 +54,16 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-@router.post("/chat/completions", openapi_extra=_takes(ChatBody))
+@router.post("/chat/completions", openapi_extra=_takes(CHAT_COMPLETIONS))
 async def chat_completions(request: Request, caller: CanChat) -> Response:
     """Answer a conversation."""
-    body = parse(ChatBody, await _read(request))
-    return _serve(request, caller, chat_call(body, _context(request, caller, body, Capability.CHAT)))
+    return await _answer(request, caller, CHAT_COMPLETIONS)
 
 
-@router.post("/completions", openapi_extra=_takes(CompletionBody))
+@router.post("/completions", openapi_extra=_takes(COMPLETIONS))
 async def completions(request: Request, caller: CanComplete) -> Response:
     """Continue a text."""
-    body = parse(CompletionBody, await _read(request))
-    return _serve(request, caller, completion_call(body, _context(request, caller, body, Capability.COMPLETION)))
+    return await _answer(request, caller, COMPLETIONS)
 
 
 @router.post("/requests/{request_id}/cancel")
@@ -111,30 +107,15 @@ def _model(request: Request, name: str) -> dict[str, Any]:
     }
 
 
-async def _read(request: Request) -> bytes:
-    return await read_body(request, request.app.state.settings.http.body_bytes_max)
-
-
-def _context(request: Request, caller: Principal, body: Sampling, wanted: Capability) -> Context:
-    model = request.app.state.catalog.get(body.model)
-    if wanted not in capabilities_of(model):
-        raise InvalidRequest(
-            f"The model {body.model} does not serve {wanted.value}.", param="model", code="capability_not_supported"
-        )
-    traits = traits_of(model)
+async def _answer(request: Request, caller: Principal, path: str) -> Response:
     trace = request.headers.get("traceparent", "")
-    return Context(
+    call = request.app.state.calls.prepare(
+        path,
+        await read_body(request, request.app.state.settings.http.body_bytes_max),
         request_id=request.scope["request_id"],
         project=caller.project_id,
         traceparent=trace if _TRACEPARENT.fullmatch(trace) else None,
-        max_tokens=model.max_tokens,
-        slots=model.slots,
-        remote_model=traits.remote_model,
-        enforces_tool_choice=traits.enforces_tool_choice,
     )
-
-
-def _serve(request: Request, caller: Principal, call: Call) -> Response:
     door: Door = request.app.state.door
     estimate = len(call.request.body) // _BYTES_PER_TOKEN
     try:

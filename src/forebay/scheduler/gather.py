@@ -1,0 +1,48 @@
+"""Runs a permit to the whole answer, for whoever does not relay it as it comes.
+
+It refuses to wait for ever: the whole answer has a deadline, and so has every step of it after the first.
+"""
+
+from dataclasses import dataclass
+
+from forebay.clock import Clock
+from forebay.dialects.openai.call import Call
+from forebay.dialects.openai.events import Gatherer
+from forebay.errors import EngineTimeout
+from forebay.inference import Usage
+from forebay.replicas.connection import EngineStream
+from forebay.scheduler.permit import Permit
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A whole answer as JSON, and what it used if the engine said so."""
+
+    body: bytes
+    usage: Usage | None
+
+
+async def gather(permit: Permit, call: Call, *, timeout_seconds: float, stall_seconds: float, clock: Clock) -> Gathered:
+    """The answer to `call`, which `permit` was given for.
+
+    Before the first bytes only `timeout_seconds` counts: a long prompt looks like a hang. Raises EngineTimeout at
+    either limit, and whatever else becomes of the run.
+    """
+    gatherer = Gatherer(call)
+    try:
+        async with clock.timeout(timeout_seconds), permit.run() as stream:
+            data = await stream.read()
+            while data:
+                gatherer.feed(data)
+                data = await _read(stream, stall_seconds, clock)
+    except TimeoutError:
+        raise EngineTimeout from None
+    return Gathered(gatherer.body(), gatherer.progress.usage)
+
+
+async def _read(stream: EngineStream, stall_seconds: float, clock: Clock) -> bytes:
+    try:
+        async with clock.timeout(stall_seconds):
+            return await stream.read()
+    except TimeoutError:
+        raise EngineTimeout("The engine stopped making progress on this request.") from None
