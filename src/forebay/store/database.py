@@ -4,14 +4,15 @@ It refuses to know what is stored: tables and statements are kept beside their n
 """
 
 import asyncio
+import importlib
 import importlib.util
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias, TypeVar
 
 import filelock
 import sqlalchemy as sa
@@ -28,6 +29,7 @@ from sqlalchemy.pool import NullPool
 
 from forebay.config import Settings
 from forebay.errors import SetupError, StoreUnavailable
+from forebay.store.signals import PostgresEar, Signals, tell_others
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 _CONNECT_SECONDS = 5
@@ -37,7 +39,11 @@ _POOL_CONNECTIONS = 8
 _POOL_SECONDS = 10
 _ADVISORY_LOCK = 0x666F7265626179  # "forebay"
 _READ = {"forebay_read": True}
+_CHANNELS = "forebay_channels"  # the execution option that holds whom a transaction wakes when it commits
 _MIGRATIONS = Path(__file__).parent / "migrations"
+
+Transaction: TypeAlias = AsyncConnection  # what `begin` and `read` give, for rooms that do not know the library
+T = TypeVar("T")
 
 # Alembic keeps what it works on in module globals, so one process migrates one database at a time.
 _migrating = threading.Lock()
@@ -48,6 +54,8 @@ class Database:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self._signals = Signals()
+        self._ear: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, settings: Settings) -> Self:
@@ -70,21 +78,60 @@ class Database:
             ) from None
         return cls(_connect(url, pool_size=_POOL_CONNECTIONS, max_overflow=0, pool_timeout=_POOL_SECONDS))
 
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether it is a file, which other processes may write to without a word to this one."""
+        return _is_sqlite(self._engine.url)
+
     async def close(self) -> None:
         """Close every connection."""
+        if self._ear is not None:
+            self._ear.cancel()
+            await asyncio.wait([self._ear])
         await self._engine.dispose()
 
     @asynccontextmanager
-    async def begin(self) -> AsyncIterator[AsyncConnection]:
+    async def begin(self) -> AsyncIterator[Transaction]:
         """A transaction that may write: committed (and on disk) when the block ends, rolled back when it raises.
 
         Raises StoreUnavailable when the database cannot be reached, is locked or is full.
         """
-        async with self._connection() as connection, _available(), connection.begin():
-            yield connection
+        channels: set[str] = set()
+        async with self._connection() as connection, _available():
+            await connection.execution_options(**{_CHANNELS: channels})
+            async with connection.begin():
+                yield connection
+                if channels and not self.is_sqlite:
+                    await connection.run_sync(tell_others, channels)
+        self._signals.wake(channels)
+
+    async def write(self, function: Callable[[sa.Connection], T]) -> T:
+        """Run `function` in a transaction as `begin` does, away from the event loop where that is faster."""
+        async with self.begin() as transaction:
+            return await transaction.run_sync(function)
+
+    async def notify(self, transaction: Transaction, channel: str) -> None:
+        """Wake those who listen to `channel` when `transaction` commits: here, and on PostgreSQL in every process.
+
+        On SQLite other processes are not woken; they have to look from time to time.
+        """
+        assert transaction.sync_connection is not None
+        self.notify_sync(transaction.sync_connection, channel)
+
+    def notify_sync(self, connection: sa.Connection, channel: str) -> None:
+        """The same for a function that `write` runs."""
+        channels: set[str] = connection.get_execution_options()[_CHANNELS]
+        channels.add(channel)
+
+    def listen(self, channel: str) -> AbstractContextManager[asyncio.Event]:
+        """An event that is set at each notify of `channel`, and sometimes without one; the listener clears it."""
+        if self._ear is None and not self.is_sqlite:
+            engine = _connect(self._engine.url, poolclass=NullPool)
+            self._ear = asyncio.create_task(PostgresEar(engine, self._signals, _driver_errors()).run())
+        return self._signals.listen(channel)
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
+    async def read(self) -> AsyncIterator[Transaction]:
         """A transaction that only reads; on SQLite it never waits for a writer."""
         async with self._connection() as connection, _available():
             await connection.execution_options(**_READ)
@@ -130,6 +177,11 @@ def _parse(address: str) -> URL:
     if not _is_sqlite(url) and importlib.util.find_spec("asyncpg") is None:
         raise SetupError("PostgreSQL needs a driver that is not installed. Run `pip install 'forebay[postgres]'`.")
     return url
+
+
+def _driver_errors() -> tuple[type[Exception], ...]:
+    asyncpg = importlib.import_module("asyncpg")
+    return asyncpg.PostgresError, asyncpg.InterfaceError
 
 
 def _is_sqlite(url: URL) -> bool:
