@@ -15,6 +15,7 @@ ForebayError
 ├── ServerError                 our fault, or an engine's
 │   ├── EngineCrashed           502  the engine process died under this request
 │   ├── EngineGarbled           502  the engine answered with something that is not an answer
+│   ├── Unreachable             502  an address that a user supplied does not answer
 │   ├── EngineUnavailable       503  no engine for the model is up, and none could be started
 │   ├── ModelNotReady           503  the model is still being pulled
 │   ├── ShuttingDown            503  the server is stopping
@@ -147,6 +148,13 @@ class EngineGarbled(ServerError):
 
     status = 502
     code = "engine_garbled"
+
+
+class Unreachable(ServerError):
+    """The address cannot be reached."""
+
+    status = 502
+    code = "url_unreachable"
 
 
 class EngineUnavailable(ServerError):
