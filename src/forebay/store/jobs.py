@@ -197,10 +197,12 @@ class JobStore:
             .order_by(*order, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id)
             .limit(count)
             .with_for_update(skip_locked=True)
+            # PostgreSQL may run a locking subquery again for each row, and lease more than the limit; a CTE runs once.
+            .cte("chosen")
         )
         return (
             sa.update(jobs)
-            .where(jobs.c.id.in_(chosen.scalar_subquery()), jobs.c.state.in_(sources(JobState.RUNNING)))
+            .where(jobs.c.id.in_(sa.select(chosen.c.id)), jobs.c.state.in_(sources(JobState.RUNNING)))
             .values(
                 state=JobState.RUNNING,
                 attempt=jobs.c.attempt + 1,
