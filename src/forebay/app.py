@@ -28,6 +28,7 @@ from forebay.replicas.pull import Puller
 from forebay.replicas.supervisor import Supervisor
 from forebay.scheduler.scheduler import Limits, Scheduler
 from forebay.store.database import Database
+from forebay.store.idempotency import IdempotencyStore
 from forebay.store.key_format import Role
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
 from forebay.telemetry import Log, Metrics
@@ -83,6 +84,7 @@ class House:
         state.calls = Calls(catalog)
         state.metrics, state.started_at = metrics, self._clock.now()
         state.authenticator = Authenticator(self.keys, settings.auth, settings.admin_key, self._clock)
+        state.idempotency = IdempotencyStore(database, self._clock)
         self._state = state
         self._listener = Listener(Envelope(app, self._clock, access_log=settings.log.access), settings, metrics)
 
