@@ -38,7 +38,7 @@ def store(database: Database, clock: FakeClock) -> IdempotencyStore:
 async def make(store: IdempotencyStore, key: str, made: str, *, project: str = "p", fingerprint: str = "f") -> bool:
     """Make `made` if nobody has the key; whether it was made."""
     async with store.database.begin() as transaction:
-        if not await store.claim(transaction, project, key, fingerprint):
+        if await store.claim(transaction, project, key, fingerprint) is not None:
             return False
         await transaction.execute(MAKE, {"id": made})
         await store.keep(transaction, project, key, 200, made)
@@ -68,7 +68,7 @@ async def test_keys_are_per_project(store: IdempotencyStore) -> None:
 async def test_nothing_is_kept_of_what_was_rolled_back(store: IdempotencyStore) -> None:
     with pytest.raises(ZeroDivisionError):
         async with store.database.begin() as transaction:
-            assert await store.claim(transaction, "p", "k", "f")
+            assert await store.claim(transaction, "p", "k", "f") is None
             await store.keep(transaction, "p", "k", 200, "x")
             raise ZeroDivisionError
     assert await store.find("p", "k") is None
@@ -91,7 +91,7 @@ async def test_a_shorter_time_can_be_asked_for(store: IdempotencyStore, clock: F
     assert await store.find("p", "k", 10) is None
     assert await store.find("p", "k", 11) is not None
     async with store.database.begin() as transaction:
-        assert await store.claim(transaction, "p", "k", "f", 10)
+        assert await store.claim(transaction, "p", "k", "f", 10) is None
 
 
 async def test_old_keys_are_pruned_a_few_at_a_time(store: IdempotencyStore, clock: FakeClock) -> None:

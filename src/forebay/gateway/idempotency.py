@@ -4,7 +4,6 @@ It refuses a key that is used for another request, and to remember a request tha
 """
 
 import hashlib
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from fastapi import Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from forebay.errors import Conflict, InvalidRequest, StoreUnavailable
+from forebay.errors import Conflict, InvalidRequest
 from forebay.gateway.auth import Principal
 from forebay.store.database import Transaction
 from forebay.store.idempotency import KEEP_SECONDS, Answered, IdempotencyStore
@@ -25,10 +24,6 @@ _KEY_CHARS_MAX = 255
 _RETRY_COUNT = "x-stainless-retry-count"  # of the official clients: 1 for the first automatic retry
 
 Perform = Callable[[Transaction], Awaitable[Any]]
-
-
-class _Taken(Exception):
-    """Leaves the transaction, so that it is rolled back, when another request has the key."""
 
 
 def idempotency_key(request: Request) -> str | None:
@@ -68,27 +63,15 @@ async def create(
         return _answer(content)
     found = await store.find(caller.project_id, key, keep_seconds)
     if found is None:
-        try:
-            return await _first(store, caller.project_id, key, digest, keep_seconds, perform)
-        except _Taken:
-            found = await store.find(caller.project_id, key, math.inf)
-    return _again(found, digest)
+        async with store.database.begin() as transaction:
+            found = await store.claim(transaction, caller.project_id, key, digest, keep_seconds)
+            if found is None:
+                content = to_json(await perform(transaction))
+                await store.keep(transaction, caller.project_id, key, _STATUS, content.decode())
+    return _answer(content) if found is None else _again(found, digest)
 
 
-async def _first(
-    store: IdempotencyStore, project_id: str, key: str, digest: str, keep_seconds: float, perform: Perform
-) -> Response:
-    async with store.database.begin() as transaction:
-        if not await store.claim(transaction, project_id, key, digest, keep_seconds):
-            raise _Taken
-        content = to_json(await perform(transaction)).decode()
-        await store.keep(transaction, project_id, key, _STATUS, content)
-    return _answer(content)
-
-
-def _again(found: Answered | None, digest: str) -> Response:
-    if found is None:
-        raise StoreUnavailable  # it was removed for its age in this very moment
+def _again(found: Answered, digest: str) -> Response:
     if found.fingerprint != digest:
         raise Conflict(
             "This Idempotency-Key was used for another request. Use a new one for each request.",

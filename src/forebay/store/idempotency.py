@@ -3,6 +3,7 @@
 It refuses to keep an answer apart from what it tells of: both are committed together or not at all.
 """
 
+import math
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -33,20 +34,24 @@ class IdempotencyStore:
 
     async def find(self, project_id: str, key: str, keep_seconds: float = KEEP_SECONDS) -> Answered | None:
         """The answer that a project's key has, if it has one."""
+        async with self.database.read() as connection:
+            return await self._find(connection, project_id, key, self._clock.now() - keep_seconds)
+
+    async def _find(self, connection: Transaction, project_id: str, key: str, after: float) -> Answered | None:
         keys = idempotency_keys.c
         query = sa.select(keys.fingerprint, keys.status, keys.body).where(
-            keys.project_id == project_id, keys.key == key, keys.created_at > self._clock.now() - keep_seconds
+            keys.project_id == project_id, keys.key == key, keys.created_at > after
         )
-        async with self.database.read() as connection:
-            row = (await connection.execute(query)).one_or_none()
+        row = (await connection.execute(query)).one_or_none()
         return None if row is None else Answered(row.fingerprint, row.status, row.body)
 
     async def claim(
         self, transaction: Transaction, project_id: str, key: str, fingerprint: str, keep_seconds: float = KEEP_SECONDS
-    ) -> bool:
-        """Take a key for the request of this transaction; False if another request has it, which has then committed.
+    ) -> Answered | None:
+        """Take a key for the request of this transaction; if another request has it, that one's answer.
 
-        The unique key decides between two at once: the second one waits here for the first.
+        The unique key decides between two at once: the second one waits here for the first. The answer counts once this
+        transaction is committed, since the two may share a commit.
         """
         now = self._clock.now()
         insert = sqlite.insert if self.database.is_sqlite else postgresql.insert
@@ -61,7 +66,11 @@ class IdempotencyStore:
             )
             .returning(idempotency_keys.c.key)
         )
-        return await transaction.scalar(query) is not None
+        if await transaction.scalar(query) is not None:
+            return None
+        found = await self._find(transaction, project_id, key, -math.inf)
+        assert found is not None, "The statement above holds the row."
+        return found
 
     async def keep(self, transaction: Transaction, project_id: str, key: str, status: int, body: str) -> None:
         """Write down the answer to the request that has claimed the key in this transaction."""
