@@ -16,7 +16,7 @@ from alembic.migration import MigrationContext
 from pydantic import SecretStr
 
 from forebay.config import Settings
-from forebay.errors import InvalidRequest, NotFound, SetupError, StoreUnavailable
+from forebay.errors import InsufficientStorage, InvalidRequest, NotFound, SetupError, StoreUnavailable
 from forebay.inference import Capability
 from forebay.store.database import Database
 from forebay.store.key_format import Role, hash_key
@@ -294,7 +294,7 @@ async def test_a_full_disk_is_said_and_got_over(tmp_path: Path) -> None:
     database = await Database.open(Settings(data_dir=tmp_path))
     keys = KeyStore(database, FakeClock())
     record, _ = await keys.create_key()
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(InsufficientStorage):
         async with database.begin() as connection:
             await connection.execute(sa.text("PRAGMA max_page_count = 1"))  # cut to what there is already
             for number in range(1000):

@@ -25,21 +25,31 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, StaticPool
 
+from forebay.clock import Clock, SystemClock
 from forebay.config import Settings
-from forebay.errors import SetupError, StoreUnavailable
+from forebay.errors import InsufficientStorage, SetupError, StoreUnavailable
+from forebay.store import sqlite
 from forebay.store.signals import PostgresEar, Signals, tell_others
+from forebay.store.writer import Writer
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 _CONNECT_SECONDS = 5
 _STATEMENT_SECONDS = 30
+_SKEW_SECONDS = 60  # how long a comparison of clocks is good for
+_SKEW_SECONDS_MIN = 0.1  # a smaller difference may be the network's
+_DATABASE_TIME = sa.text("SELECT extract(epoch FROM clock_timestamp())::float8")
 _LOCK_SECONDS = 60  # the longest wait for another process that migrates
 _POOL_CONNECTIONS = 8
 _POOL_SECONDS = 10
 _ADVISORY_LOCK = 0x666F7265626179  # "forebay"
 _READ = {"forebay_read": True}
 _CHANNELS = "forebay_channels"  # the execution option that holds whom a transaction wakes when it commits
+# PostgreSQL's SQLSTATE, from the front: connection lost, clash with another transaction, resources, operator, system;
+# a standby that takes no writes; a lock that was not to be had.
+_PASSING_STATES = ("08", "40", "53", "57", "58", "25006", "55P03")
+_DISK_FULL_STATE = "53100"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 Transaction: TypeAlias = AsyncConnection  # what `begin` and `read` give, for rooms that do not know the library
@@ -56,10 +66,17 @@ class Database:
         self._engine = engine
         self._signals = Signals()
         self._ear: asyncio.Task[None] | None = None
+        self._skew = 0.0
+        self._compared_at = float("-inf")
+        self._writer: Writer | None = None
+        self._writing: asyncio.Task[None] | None = None
+        if self.is_sqlite:
+            self._writer = Writer(_connect_writer(engine.url), _CHANNELS, self._signals.wake)
+            self._writing = asyncio.create_task(self._writer.run())
 
     @classmethod
     async def open(cls, settings: Settings) -> Self:
-        """Create what is missing, migrate to the newest schema and connect.
+        """Create what is missing, migrate to the newest schema, connect, and compare clocks.
 
         Any number of processes may do this at once. Raises SetupError with the remedy; the message has no password.
         """
@@ -67,16 +84,24 @@ class Database:
         _create_folder(settings.data_dir)
         try:
             await asyncio.to_thread(_migrate, url)
+            return await cls._connected(url)
         except filelock.Timeout:
             raise SetupError(
                 f"Another process has been migrating {_shown(url)} for {_LOCK_SECONDS} s. Stop it and try again."
             ) from None
-        except (SQLAlchemyError, CommandError, OSError, TimeoutError) as error:
+        except (SQLAlchemyError, CommandError, OSError, TimeoutError, StoreUnavailable) as error:
             raise SetupError(
                 f"The database {_shown(url)} cannot be opened: {_reason(url, error)}. "
                 "Check FOREBAY_DATABASE_URL and FOREBAY_DATA_DIR, and that the database is running."
             ) from None
-        return cls(_connect(url, pool_size=_POOL_CONNECTIONS, max_overflow=0, pool_timeout=_POOL_SECONDS))
+
+    @classmethod
+    async def _connected(cls, url: URL) -> Self:
+        database = cls(_connect(url, pool_size=_POOL_CONNECTIONS, max_overflow=0, pool_timeout=_POOL_SECONDS))
+        if not database.is_sqlite:
+            async with database.read():  # compares the clocks
+                pass
+        return database
 
     @property
     def is_sqlite(self) -> bool:
@@ -84,31 +109,49 @@ class Database:
         return _is_sqlite(self._engine.url)
 
     async def close(self) -> None:
-        """Close every connection."""
-        if self._ear is not None:
-            self._ear.cancel()
-            await asyncio.wait([self._ear])
+        """Close every connection; who still waits to write gets StoreUnavailable."""
+        for running in filter(None, (self._ear, self._writing)):
+            running.cancel()
+            await asyncio.wait([running])
         await self._engine.dispose()
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[Transaction]:
-        """A transaction that may write: committed (and on disk) when the block ends, rolled back when it raises.
+        """A transaction that may write: committed and on disk when the block ends, rolled back when it raises.
 
-        Raises StoreUnavailable when the database cannot be reached, is locked or is full.
+        On SQLite blocks run one after the other and share their commits, see `store.writer`: do nothing in one but SQL.
+        Raises StoreUnavailable when the database cannot be reached or is locked, and InsufficientStorage when it is
+        full. After either, or a cancellation while the block ends, nobody knows whether the transaction was committed.
         """
-        channels: set[str] = set()
-        async with self._connection() as connection, _available():
-            await connection.execution_options(**{_CHANNELS: channels})
-            async with connection.begin():
-                yield connection
-                if channels and not self.is_sqlite:
-                    await connection.run_sync(tell_others, channels)
+        async with _available():
+            if self._writer is not None:
+                async with self._writer.begin() as connection:
+                    yield connection
+                return
+            channels: set[str] = set()
+            async with self._connection() as connection:
+                await connection.execution_options(**{_CHANNELS: channels})
+                async with connection.begin():
+                    yield connection
+                    if channels:
+                        await connection.run_sync(tell_others, channels)
         self._signals.wake(channels)
 
     async def write(self, function: Callable[[sa.Connection], T]) -> T:
-        """Run `function` in a transaction as `begin` does, away from the event loop where that is faster."""
+        """Run `function` in a transaction as `begin` does, and return what it returns.
+
+        On SQLite it runs on the writer's thread, which is several times faster than `begin`: it may use nothing but
+        its connection and what belongs to it alone.
+        """
+        if self._writer is not None:
+            async with _available():
+                return await self._writer.write(function)
         async with self.begin() as transaction:
             return await transaction.run_sync(function)
+
+    def now(self, clock: Clock) -> float:
+        """The time on the database's clock, which all machines that share it agree on."""
+        return clock.now() + self._skew
 
     async def notify(self, transaction: Transaction, channel: str) -> None:
         """Wake those who listen to `channel` when `transaction` commits: here, and on PostgreSQL in every process.
@@ -136,7 +179,17 @@ class Database:
         async with self._connection() as connection, _available():
             await connection.execution_options(**_READ)
             async with connection.begin():
+                if not self.is_sqlite and SystemClock().monotonic() - self._compared_at > _SKEW_SECONDS:
+                    await self._compare_clocks(connection)
                 yield connection
+
+    async def _compare_clocks(self, connection: AsyncConnection) -> None:
+        clock = SystemClock()
+        self._compared_at = clock.monotonic()
+        before = clock.now()
+        theirs = float(await connection.scalar(_DATABASE_TIME))
+        skew = theirs - (before + clock.now()) / 2
+        self._skew = skew if abs(skew) >= _SKEW_SECONDS_MIN else 0.0
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection]:
@@ -152,13 +205,17 @@ class Database:
 
 @asynccontextmanager
 async def _available() -> AsyncIterator[None]:
-    """Turn what the driver says of a database that is away into StoreUnavailable."""
+    """Turn what the driver says of a database that is away or full into StoreUnavailable or InsufficientStorage."""
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeout) as error:
-        raise StoreUnavailable from error
-    except DBAPIError as error:
-        if error.connection_invalidated:
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        state = str(getattr(cause, "sqlstate", None) or "")
+        if sqlite.is_full(cause) or state == _DISK_FULL_STATE:
+            raise InsufficientStorage from error
+        if isinstance(error, (OperationalError, InterfaceError, PoolTimeout)) or state.startswith(_PASSING_STATES):
+            raise StoreUnavailable from error
+        if isinstance(error, DBAPIError) and error.connection_invalidated:
             raise StoreUnavailable from error
         raise
 
@@ -215,22 +272,34 @@ def _create_folder(folder: Path) -> None:
 
 def _connect(url: URL, **options: Any) -> AsyncEngine:
     if _is_sqlite(url):
-        engine = create_async_engine(url, hide_parameters=True, connect_args={"timeout": _CONNECT_SECONDS}, **options)
-        sa.event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+        engine = create_async_engine(
+            url, hide_parameters=True, connect_args={"timeout": sqlite.BUSY_SECONDS}, **options
+        )
+        sa.event.listen(engine.sync_engine, "connect", sqlite.prepare)
         sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
         return engine
     arguments = {"timeout": _CONNECT_SECONDS, "command_timeout": _STATEMENT_SECONDS}
-    return create_async_engine(url, hide_parameters=True, pool_pre_ping=True, connect_args=arguments, **options)
+    engine = create_async_engine(url, hide_parameters=True, pool_pre_ping=True, connect_args=arguments, **options)
+    sa.event.listen(engine.sync_engine, "handle_error", _name_silence)
+    return engine
 
 
-def _prepare_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # so that the driver begins no transaction behind our back
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {_CONNECT_SECONDS * 1000}")
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = FULL")  # NORMAL may lose acknowledged commits in a power cut
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.close()
+def _connect_writer(url: URL) -> AsyncEngine:
+    """One connection that everybody shares in turn, so nothing is reset in between."""
+    arguments = {"async_creator_fn": sqlite.group_connection, "timeout": sqlite.BUSY_SECONDS}
+    engine = create_async_engine(
+        url, hide_parameters=True, connect_args=arguments, poolclass=StaticPool, pool_reset_on_return=None
+    )
+    sa.event.listen(engine.sync_engine, "connect", sqlite.prepare)
+    sa.event.listen(engine.sync_engine, "connect", sqlite.prepare_writer)
+    sa.event.listen(engine.sync_engine, "handle_error", sqlite.keep_connection)
+    return engine
+
+
+def _name_silence(context: sa.ExceptionContext) -> StoreUnavailable | None:
+    """A statement that PostgreSQL does not answer, or whose connection breaks, ends in the plain errors of Python."""
+    silent = context.connection is not None and isinstance(context.original_exception, (TimeoutError, OSError))
+    return StoreUnavailable() if silent else None
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

@@ -60,7 +60,7 @@ class PostgresEar:
     def __init__(self, engine: AsyncEngine, signals: Signals, driver_errors: tuple[type[Exception], ...]) -> None:
         self._engine = engine  # opens a connection of its own each time
         self._signals = signals
-        self._lost = (SQLAlchemyError, OSError, TimeoutError, *driver_errors)
+        self._lost: tuple[type[Exception], ...] = (SQLAlchemyError, OSError, TimeoutError, *driver_errors)
 
     async def run(self) -> None:
         """Listen until cancelled."""
