@@ -3,7 +3,7 @@
 It refuses to know whose bytes they are: rows say that, and a blob without a row is rubbish.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -46,7 +46,7 @@ class Blobs(Protocol):
         """At most `length` bytes from `offset`; the caller knows that they fit into memory."""
         ...
 
-    def stream(self, key: str, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+    def stream(self, key: str, offset: int = 0, length: int | None = None) -> AsyncGenerator[bytes, None]:
         """The same in pieces of a few megabytes at most."""
         ...
 

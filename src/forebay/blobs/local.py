@@ -9,7 +9,7 @@ import fcntl
 import itertools
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -70,7 +70,7 @@ class LocalBlobs:
         """At most `length` bytes from `offset`."""
         return await _in_thread(self._read, key, offset, length)
 
-    async def stream(self, key: str, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+    async def stream(self, key: str, offset: int = 0, length: int | None = None) -> AsyncGenerator[bytes, None]:
         """The bytes in pieces; a blob that is deleted meanwhile is still read to its end."""
         file = await _in_thread(self._path(key).open, "rb", buffering=0)
         with file:

@@ -5,7 +5,7 @@ It refuses to hold a blob whole in memory and to leave a half of one behind: a w
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from urllib.parse import urlsplit
@@ -97,7 +97,7 @@ class S3Blobs:
                 return b""
             raise
 
-    async def stream(self, key: str, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+    async def stream(self, key: str, offset: int = 0, length: int | None = None) -> AsyncGenerator[bytes, None]:
         """The bytes in pieces, each fetched when it is wanted: a slow reader holds no connection to the store."""
         size = await self.size(key)
         end = size if length is None else min(size, offset + length)

@@ -6,13 +6,17 @@ whole never reaches it, and an answer that was written is over for it.
 """
 
 import asyncio
+import functools
 import socket
 from asyncio.events import TimerHandle
 from collections import Counter
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_json
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -23,7 +27,15 @@ from forebay.telemetry import Metrics
 
 _READER_CHECKS = 10  # for each write_stall_seconds
 _READER_BYTES = 65_536  # what a reader must take in that time, or all that is left
+_STEADY_BODY = "forebay.steady_body"  # an ASGI extension of ours
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
+
+
+def allow_steady_body(scope: MutableMapping[str, Any], bytes_per_second_min: int) -> None:
+    """Let the body of this request take as long as its sender keeps to a rate, for a route that has checked the key."""
+    allow: Callable[[int], None] | None = scope.get("extensions", {}).get(_STEADY_BODY, {}).get("allow")
+    if allow is not None:
+        allow(bytes_per_second_min)
 
 
 class ConnectionLimits:
@@ -55,6 +67,45 @@ class _HeadTooLarge(Exception):
     """Leaves the parser; comes back as the error of its callback."""
 
 
+class _TimedFlow(FlowControl):
+    """Knows for how long the sender was told to wait, which is not the sender's fault."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(transport)
+        self._loop = loop
+        self._seconds = 0.0
+        self._since = 0.0
+
+    @property
+    def paused_seconds(self) -> float:
+        """In all, this very moment included."""
+        return self._seconds + (self._loop.time() - self._since if self.read_paused else 0.0)
+
+    def pause_reading(self) -> None:
+        if not self.read_paused:
+            self._since = self._loop.time()
+        super().pause_reading()
+
+    def resume_reading(self) -> None:
+        self._seconds = self.paused_seconds
+        super().resume_reading()
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How a sender keeps to its rate in one stretch of time."""
+
+    bytes_per_second_min: int
+    began: float
+    paused_seconds: float
+    received: int = 0
+
+    def kept(self, now: float, paused_seconds: float) -> bool:
+        """Whether enough has come since the stretch began."""
+        own_seconds = now - self.began - (paused_seconds - self.paused_seconds)
+        return self.received >= self.bytes_per_second_min * own_seconds
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """One client connection."""
 
@@ -75,6 +126,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_done = False
         self._deadline: TimerHandle | None = None
         self._began = 0.0
+        self._pace: _Pace | None = None
         self._reader_check: TimerHandle | None = None
         self._left = 0
         self._left_since = 0.0
@@ -82,6 +134,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         """Count the connection, or close it if there is no room."""
         super().connection_made(transport)
+        self.flow: _TimedFlow = _TimedFlow(transport, self.loop)
         self._address = self.client[0] if self.client else ""
         reason = self._limits.enter(self._address)
         if reason is not None:
@@ -127,12 +180,20 @@ class BoundedProtocol(HttpToolsProtocol):
             raise _HeadTooLarge
         self._head_done = True
         self._arm(self._limits.settings.body_timeout_seconds - (self.loop.time() - self._began))
+        self.scope["extensions"] = {_STEADY_BODY: {"allow": functools.partial(self._allow_steady_body, self.scope)}}
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Count what a sender with a rate has sent."""
+        if self._pace is not None:
+            self._pace.received += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is whole: no deadline until the next one."""
         self._disarm()
         self._began = 0.0
+        self._pace = None
         self._head_bytes = 0
         self._head_done = False
         super().on_message_complete()
@@ -152,6 +213,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """What is left of the answer must be taken in time too."""
         super().on_response_complete()
+        if self._pace is not None:  # answered before the end of the body: what still comes is for nobody
+            self._pace = None
+            self._arm(self._limits.settings.body_timeout_seconds)
         self._watch_reader()
 
     def _bound_kernel_buffer(self) -> None:
@@ -175,7 +239,17 @@ class BoundedProtocol(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def _allow_steady_body(self, scope: object, bytes_per_second_min: int) -> None:
+        if self._head_done and scope is self.scope and not self.transport.is_closing():
+            self._pace = _Pace(bytes_per_second_min, self.loop.time(), self.flow.paused_seconds)
+            self._arm(self._limits.settings.body_timeout_seconds)
+
     def _expire(self) -> None:
+        pace = self._pace
+        if pace is not None and pace.kept(self.loop.time(), self.flow.paused_seconds):
+            self._pace = _Pace(pace.bytes_per_second_min, self.loop.time(), self.flow.paused_seconds)
+            self._arm(self._limits.settings.body_timeout_seconds)
+            return
         self._limits.metrics.connections_closed.labels("request_timeout").inc()
         if self._began == 0.0:
             self._close()

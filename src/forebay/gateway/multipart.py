@@ -1,0 +1,165 @@
+"""Forms with one file in them, taken apart as they arrive.
+
+It refuses to hold the file, in memory or on a disk of its own: its bytes go on to whoever takes them, piece by piece.
+"""
+
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
+
+from forebay.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
+
+FIELDS_MAX = 32
+FIELD_BYTES_MAX = 8192
+_HEADERS_MAX = 8
+_HEADER_BYTES_MAX = 4096
+_AS_THEY_ARE = {"", "binary", "8bit", "7bit"}  # transfer encodings that change nothing
+
+
+@dataclass(slots=True)
+class Form:
+    """What has arrived of a form so far. `filename` is what the sender calls the file, and has been checked by nobody."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    has_file: bool = False
+    filename: str | None = None
+
+
+Take = Callable[[Form, bytes], Awaitable[None]]
+
+
+async def read_form(request: Request, file_field: str, others: Collection[str], take: Take) -> Form:
+    """Read the whole body, handing each piece of the file to `take` with what is known by then.
+
+    The fields may come in any order. Raises InvalidRequest for whatever is no such form, RequestCancelled when it is cut.
+    """
+    reader = _Reader(_boundary(request), file_field, others)
+    try:
+        async for data in request.stream():
+            for piece in reader.feed(data):
+                await take(reader.form, piece)
+    except ClientDisconnect:
+        raise RequestCancelled from None
+    reader.finish()
+    return reader.form
+
+
+def _boundary(request: Request) -> bytes:
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data":
+        raise InvalidRequest("Send a form: `Content-Type: multipart/form-data`.", code="invalid_multipart")
+    boundary = options.get(b"boundary", b"")
+    if not boundary:
+        raise InvalidRequest("The `Content-Type` of the form names no boundary.", code="invalid_multipart")
+    return boundary
+
+
+class _Reader:
+    """Keeps the state of one form between pieces of its body."""
+
+    def __init__(self, boundary: bytes, file_field: str, others: Collection[str]) -> None:
+        self.form = Form()
+        self._file_field = file_field
+        self._others = others
+        self._parts = 0
+        self._ended = False
+        self._headers: dict[str, bytearray] = {}
+        self._header = bytearray()
+        self._value = bytearray()
+        self._name: str | None = None  # of the field that is being read; none while it is the file
+        self._pieces: list[bytes] = []
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._part_begin,
+                    "on_header_begin": self._header.clear,
+                    "on_header_field": self._header_field,
+                    "on_header_value": self._header_value,
+                    "on_headers_finished": self._headers_finished,
+                    "on_part_data": self._part_data,
+                    "on_part_end": self._part_end,
+                    "on_end": self._end,
+                },
+                max_header_count=_HEADERS_MAX,
+                max_header_size=_HEADER_BYTES_MAX,
+            )
+        except FormParserError:
+            raise InvalidRequest("The boundary of the form is too long.", code="invalid_multipart") from None
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Read on; the pieces of the file that `data` held."""
+        self._pieces = []
+        try:
+            self._parser.write(data)
+        except FormParserError:
+            raise InvalidRequest("The body is not a form as its headers say.", code="invalid_multipart") from None
+        return self._pieces
+
+    def finish(self) -> None:
+        """Raise InvalidRequest unless the form came to its end and had a file."""
+        if not self._ended:
+            raise InvalidRequest("The form ends before its last boundary.", code="invalid_multipart")
+        if not self.form.has_file:
+            raise InvalidRequest(
+                f"The form has no file `{self._file_field}`.", param=self._file_field, code="missing_required_parameter"
+            )
+
+    def _part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > FIELDS_MAX:
+            raise InvalidRequest(f"The form has more than {FIELDS_MAX} fields.", code="invalid_multipart")
+        self._headers = {}
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        name = self._header.decode("ascii", "replace").lower()
+        self._headers.setdefault(name, bytearray()).extend(data[start:end])
+
+    def _headers_finished(self) -> None:
+        disposition, options = parse_options_header(bytes(self._headers.get("content-disposition", b"")))
+        encoding = self._headers.get("content-transfer-encoding", b"").decode("ascii", "replace").strip().lower()
+        if disposition != b"form-data" or b"name" not in options or encoding not in _AS_THEY_ARE:
+            raise InvalidRequest("A part of the form is no plain form field.", code="invalid_multipart")
+        name = options[b"name"].decode("utf-8", "replace")
+        if name == self._file_field:
+            self._begin_file(options.get(b"filename"))
+        else:
+            self._begin_field(name, is_file=b"filename" in options)
+
+    def _begin_file(self, filename: bytes | None) -> None:
+        if self.form.has_file:
+            raise InvalidRequest("Send one file at a time.", param=self._file_field, code="invalid_multipart")
+        self.form.has_file = True
+        self.form.filename = filename.decode("utf-8", "replace") if filename is not None else None
+        self._name = None
+
+    def _begin_field(self, name: str, *, is_file: bool) -> None:
+        if name not in self._others:
+            raise InvalidRequest(f"Unknown field `{name[:64]}`.", param=name[:64], code="invalid_value")
+        if is_file or name in self.form.fields:
+            problem = "is no file" if is_file else "is there twice"
+            raise InvalidRequest(f"The field `{name}` {problem}.", param=name, code="invalid_value")
+        self._name = name
+        self._value.clear()
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._name is None:
+            self._pieces.append(data[start:end])
+            return
+        self._value += data[start:end]
+        if len(self._value) > FIELD_BYTES_MAX:
+            raise PayloadTooLarge(f"A field of a form has at most {FIELD_BYTES_MAX} bytes.", param=self._name)
+
+    def _part_end(self) -> None:
+        if self._name is not None:
+            self.form.fields[self._name] = self._value.decode("utf-8", "replace")
+
+    def _end(self) -> None:
+        self._ended = True
