@@ -272,9 +272,8 @@ def _create_folder(folder: Path) -> None:
 
 def _connect(url: URL, **options: Any) -> AsyncEngine:
     if _is_sqlite(url):
-        engine = create_async_engine(
-            url, hide_parameters=True, connect_args={"timeout": sqlite.BUSY_SECONDS}, **options
-        )
+        arguments: dict[str, Any] = {"async_creator_fn": sqlite.ThreadConnection, "timeout": sqlite.BUSY_SECONDS}
+        engine = create_async_engine(url, hide_parameters=True, connect_args=arguments, **options)
         sa.event.listen(engine.sync_engine, "connect", sqlite.prepare)
         sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
         return engine
@@ -286,7 +285,7 @@ def _connect(url: URL, **options: Any) -> AsyncEngine:
 
 def _connect_writer(url: URL) -> AsyncEngine:
     """One connection that everybody shares in turn, so nothing is reset in between."""
-    arguments = {"async_creator_fn": sqlite.group_connection, "timeout": sqlite.BUSY_SECONDS}
+    arguments = {"async_creator_fn": sqlite.GroupConnection, "timeout": sqlite.BUSY_SECONDS}
     engine = create_async_engine(
         url, hide_parameters=True, connect_args=arguments, poolclass=StaticPool, pool_reset_on_return=None
     )

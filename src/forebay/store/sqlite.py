@@ -66,12 +66,48 @@ def _primary_code(error: BaseException) -> int:
     return int(getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
 
-def group_connection(path: str, **options: Any) -> "GroupConnection":
-    """A connection for the writer, not yet open."""
-    return GroupConnection(path, options)
+class ThreadConnection(aiosqlite.Connection):
+    """A connection with a thread of its own, to which only calls go that may touch the disk.
+
+    A hop to the thread and back costs more than most statements. Opening and closing a cursor touches memory alone,
+    so that is done on the spot, unless the thread is still at work for a caller that was cancelled meanwhile.
+    """
+
+    def __init__(self, path: str, **options: Any) -> None:
+        super().__init__(partial(self._open, path, options), _CHUNK_ROWS)
+        self._thread.daemon = True  # nobody waits for it when the process ends
+        self._thread_id = 0
+        self._asked = 0  # counted by the callers
+        self._answered = 0  # counted by the thread
+
+    async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        on_the_spot = self._asked == self._answered and self._connection is not None and self._is_light(fn)
+        if on_the_spot or threading.get_ident() == self._thread_id:
+            return self._call(fn, *args, **kwargs)
+        self._asked += 1
+        return await super()._execute(self._call_counted, fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _open(self, path: str, options: dict[str, Any]) -> sqlite3.Connection:
+        self._thread_id = threading.get_ident()
+        connection: sqlite3.Connection = sqlite3.connect(path, **{**options, "check_same_thread": False})
+        return connection
+
+    def _is_light(self, function: Callable[..., Any]) -> bool:
+        owner = getattr(function, "__self__", None)
+        name = getattr(function, "__name__", "")
+        return name == "cursor" or (name == "close" and isinstance(owner, sqlite3.Cursor))
+
+    def _call_counted(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._call(function, *args, **kwargs)
+        finally:
+            self._answered += 1
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
 
-class GroupConnection(aiosqlite.Connection):
+class GroupConnection(ThreadConnection):
     """The writer's connection. Callers come in turn, as members of one transaction.
 
     A member's `commit` and `rollback` end its savepoint; only `commit_group` and `rollback_group` end the transaction.
@@ -79,10 +115,8 @@ class GroupConnection(aiosqlite.Connection):
     coroutines do not wait either, so that a whole row of functions runs in one hop.
     """
 
-    def __init__(self, path: str, options: dict[str, Any]) -> None:
-        super().__init__(partial(self._open, path, options), _CHUNK_ROWS)
-        self._thread.daemon = True  # nobody waits for it when the process ends
-        self._thread_id = 0
+    def __init__(self, path: str, **options: Any) -> None:
+        super().__init__(path, **options)
         self._log = f"{path}-wal"
         self._log_bytes_max = _WAL_BYTES_MAX
         self._in_group = False
@@ -102,17 +136,11 @@ class GroupConnection(aiosqlite.Connection):
         """Undo what the member has written."""
         await self._execute(self._undo)
 
-    async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == self._thread_id:
-            return self._guarded(fn, *args, **kwargs)
-        return await super()._execute(self._guarded, fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+    def _is_light(self, function: Callable[..., Any]) -> bool:
+        # Savepoints of a transaction that has begun are kept in memory.
+        return function in (self.begin_member, self._release) or super()._is_light(function)
 
-    def _open(self, path: str, options: dict[str, Any]) -> sqlite3.Connection:
-        self._thread_id = threading.get_ident()
-        connection: sqlite3.Connection = sqlite3.connect(path, **options)
-        return connection
-
-    def _guarded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A full disk may end the whole transaction; what comes after it must not be committed one by one."""
         if self.lost is not None and getattr(function, "__name__", "") in _EXECUTES:
             raise sqlite3.OperationalError("The transaction is gone.") from self.lost
