@@ -144,7 +144,8 @@ class UploadStore:
             await self._remove(blobs, part)
 
     async def parts(self, upload: Upload, part_ids: Sequence[str]) -> list[Part]:
-        """The parts by these ids, in this order. Raises InvalidRequest if one is missing or named twice."""
+        """The parts by these ids, in this order. Raises InvalidRequest if one is missing or named twice, or all is over."""
+        _require_pending(upload)
         async with self.database.read() as transaction:
             query = sa.select(upload_parts).where(
                 upload_parts.c.upload_id == upload.id, upload_parts.c.state == "ready"
@@ -156,13 +157,20 @@ class UploadStore:
             raise InvalidRequest(f"This upload has no part `{missing[0][:64]}`.", param="part_ids")
         return [found[part_id] for part_id in part_ids]
 
+    async def release_parts(self, transaction: Transaction, upload: Upload) -> None:
+        """Let go of the room that the parts take, for the file that takes their place in the same transaction."""
+        ready = (upload_parts.c.upload_id == upload.id, upload_parts.c.state == "ready")
+        await transaction.execute(sa.update(upload_parts).where(*ready).values(state="deleted", bytes=0))
+
     async def complete(self, transaction: Transaction, upload: Upload, file: File) -> Upload:
         """Bind the upload to its file. Raises InvalidRequest if it is over by now."""
         return await self._end(transaction, upload, {"status": "completed", "file_id": file.id})
 
     async def remove_parts(self, blobs: Remover, upload: Upload) -> None:
         """Remove the parts of an upload that is over, as far as the blobs can be reached; the sweep takes the rest."""
-        query = sa.select(upload_parts).where(upload_parts.c.upload_id == upload.id, upload_parts.c.state == "ready")
+        query = sa.select(upload_parts).where(
+            upload_parts.c.upload_id == upload.id, upload_parts.c.state != "uploading"
+        )
         async with self.database.read() as transaction:
             found = [Part(**row._mapping) for row in await transaction.execute(query)]  # noqa: SLF001
         for part in found:
