@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from forebay.store.database import Database
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, NewJob, Verdict
 from forebay.store.keys import KeyStore
-from forebay.store.webhooks import DeliveryAttempt, Endpoint, WebhookStore, new_secret
+from forebay.store.webhooks import Delivery, DeliveryAttempt, Endpoint, WebhookStore, new_secret
 from tests.support import postgres
 from tests.support.clock import FakeClock
 
@@ -59,6 +59,26 @@ async def job(database: Database, clock: FakeClock, project: str) -> str:
     return job
 
 
+async def make(hooks: WebhookStore, project: str, url: str = HOOK, events: Sequence[str] = ()) -> Endpoint:
+    async with hooks.database.begin() as transaction:
+        return await hooks.create_endpoint(transaction, project, url=url, events=events, description="mine")
+
+
+async def rotate(hooks: WebhookStore, project: str, endpoint_id: str) -> Endpoint:
+    async with hooks.database.begin() as transaction:
+        return await hooks.rotate(transaction, project, endpoint_id)
+
+
+async def send_test(hooks: WebhookStore, project: str, endpoint_id: str) -> Delivery:
+    async with hooks.database.begin() as transaction:
+        return await hooks.send_test(transaction, project, endpoint_id)
+
+
+async def replay(hooks: WebhookStore, project: str, delivery_id: str) -> Delivery:
+    async with hooks.database.begin() as transaction:
+        return await hooks.replay(transaction, project, delivery_id)
+
+
 async def enqueue(
     hooks: WebhookStore, project: str, job: str, event_type: str = "batch.completed", url: str | None = None
 ) -> list[str]:
@@ -77,7 +97,7 @@ async def enqueue(
 async def test_an_endpoint_is_found_changed_and_deleted(
     hooks: WebhookStore, clock: FakeClock, project: str, other: str
 ) -> None:
-    made = await hooks.create_endpoint(project, url=HOOK, events=["batch.failed"], description="mine")
+    made = await make(hooks, project, HOOK, ["batch.failed"])
     assert await hooks.get_endpoint(project, made.id) == made
     assert (made.url, made.events, made.description, made.created_at) == (HOOK, ["batch.failed"], "mine", clock.now())
     assert len(base64.b64decode(made.secret.removeprefix("whsec_"), validate=True)) == 32
@@ -91,7 +111,7 @@ async def test_an_endpoint_is_found_changed_and_deleted(
     assert (disabled.disabled_at, bool(disabled.disabled_reason)) == (clock.now(), True)
     assert await hooks.update_endpoint(project, made.id, enabled=True) == changed
 
-    second = await hooks.create_endpoint(project, url=HOOK)
+    second = await make(hooks, project, HOOK)
     assert await hooks.list_endpoints(project) == [changed, second]
     assert await hooks.list_endpoints(other) == []
     await hooks.delete_endpoint(project, made.id)
@@ -101,16 +121,16 @@ async def test_an_endpoint_is_found_changed_and_deleted(
 
 
 async def test_an_endpoint_of_another_project_is_not_there(hooks: WebhookStore, project: str, other: str) -> None:
-    made = await hooks.create_endpoint(project, url=HOOK)
-    sent = await hooks.send_test(project, made.id)
+    made = await make(hooks, project, HOOK)
+    sent = await send_test(hooks, project, made.id)
     for attempt in (
         hooks.get_endpoint(other, made.id),
         hooks.update_endpoint(other, made.id, enabled=False),
-        hooks.rotate(other, made.id),
+        rotate(hooks, other, made.id),
         hooks.delete_endpoint(other, made.id),
-        hooks.send_test(other, made.id),
+        send_test(hooks, other, made.id),
         hooks.list_deliveries(other, made.id),
-        hooks.replay(other, sent.id),
+        replay(hooks, other, sent.id),
     ):
         with pytest.raises(NotFound):
             await attempt
@@ -119,7 +139,7 @@ async def test_an_endpoint_of_another_project_is_not_there(hooks: WebhookStore, 
 
 async def test_the_number_of_endpoints_is_bounded_also_at_once(hooks: WebhookStore, project: str) -> None:
     made = await asyncio.gather(
-        *(hooks.create_endpoint(project, url=f"{HOOK}{number}") for number in range(10)), return_exceptions=True
+        *(make(hooks, project, f"{HOOK}{number}") for number in range(10)), return_exceptions=True
     )
     assert sum(isinstance(each, Endpoint) for each in made) == 3
     refused = [each for each in made if not isinstance(each, Endpoint)]
@@ -127,15 +147,15 @@ async def test_the_number_of_endpoints_is_bounded_also_at_once(hooks: WebhookSto
 
 
 async def test_an_old_secret_signs_on_for_a_while(hooks: WebhookStore, clock: FakeClock, project: str) -> None:
-    made = await hooks.create_endpoint(project, url=HOOK)
+    made = await make(hooks, project, HOOK)
     assert made.secrets(clock.now()) == [made.secret]
-    rotated = await hooks.rotate(project, made.id)
+    rotated = await rotate(hooks, project, made.id)
     assert rotated.secret != made.secret
     clock.advance(59)
     assert rotated.secrets(clock.now()) == [rotated.secret, made.secret]
     clock.advance(1)
     assert rotated.secrets(clock.now()) == [rotated.secret]
-    again = await hooks.rotate(project, made.id)
+    again = await rotate(hooks, project, made.id)
     assert again.secrets(clock.now()) == [again.secret, rotated.secret]
 
 
@@ -143,19 +163,19 @@ async def test_without_an_overlap_the_old_secret_ends_at_once(
     database: Database, clock: FakeClock, project: str
 ) -> None:
     hooks = WebhookStore(database, clock, WebhookSettings(secret_overlap_seconds=0))
-    made = await hooks.create_endpoint(project, url=HOOK)
-    rotated = await hooks.rotate(project, made.id)
+    made = await make(hooks, project, HOOK)
+    rotated = await rotate(hooks, project, made.id)
     assert rotated.secrets(clock.now()) == [rotated.secret]
 
 
 async def test_an_event_goes_to_whoever_wants_it(
     hooks: WebhookStore, database: Database, clock: FakeClock, project: str, other: str, job: str
 ) -> None:
-    every = await hooks.create_endpoint(project, url=f"{HOOK}/every")
-    failures = await hooks.create_endpoint(project, url=f"{HOOK}/failures", events=["batch.failed"])
-    disabled = await hooks.create_endpoint(project, url=f"{HOOK}/disabled")
+    every = await make(hooks, project, f"{HOOK}/every")
+    failures = await make(hooks, project, f"{HOOK}/failures", ["batch.failed"])
+    disabled = await make(hooks, project, f"{HOOK}/disabled")
     await hooks.update_endpoint(project, disabled.id, enabled=False)
-    await hooks.create_endpoint(other, url=f"{HOOK}/other")
+    await make(hooks, other, f"{HOOK}/other")
 
     first, own = await enqueue(hooks, project, job, "batch.completed", url="https://own.example/")
     delivery, endpoint = await hooks.to_send(first)
@@ -190,7 +210,7 @@ async def test_nobody_to_tell_makes_no_job(
 async def test_an_event_is_enqueued_with_what_it_tells_or_not_at_all(
     hooks: WebhookStore, database: Database, clock: FakeClock, project: str, job: str
 ) -> None:
-    endpoint = await hooks.create_endpoint(project, url=HOOK)
+    endpoint = await make(hooks, project, HOOK)
     with pytest.raises(NotFound):
         async with database.begin() as transaction:
             await hooks.enqueue(transaction, job_id=job, project_id=project, event_type="batch.failed", object_id=job)
@@ -200,7 +220,7 @@ async def test_an_event_is_enqueued_with_what_it_tells_or_not_at_all(
 
 
 async def test_workers_hear_of_a_delivery(hooks: WebhookStore, database: Database, project: str, job: str) -> None:
-    await hooks.create_endpoint(project, url=HOOK)
+    await make(hooks, project, HOOK)
     with database.listen("jobs") as news:
         await enqueue(hooks, project, job)
         await asyncio.wait_for(news.wait(), 5)
@@ -209,7 +229,7 @@ async def test_workers_hear_of_a_delivery(hooks: WebhookStore, database: Databas
 async def test_deliveries_are_listed_by_pages_with_their_attempts(
     hooks: WebhookStore, database: Database, clock: FakeClock, project: str, job: str
 ) -> None:
-    endpoint = await hooks.create_endpoint(project, url=HOOK)
+    endpoint = await make(hooks, project, HOOK)
     sent = []
     for _ in range(5):
         clock.advance(1)
@@ -231,7 +251,7 @@ async def test_deliveries_are_listed_by_pages_with_their_attempts(
 async def test_the_log_of_attempts_is_bounded(
     hooks: WebhookStore, database: Database, clock: FakeClock, project: str, job: str
 ) -> None:
-    await hooks.create_endpoint(project, url=HOOK)
+    await make(hooks, project, HOOK)
     [sent] = await enqueue(hooks, project, job)
     async with database.begin() as transaction:
         for number in range(1, 61):
@@ -244,30 +264,30 @@ async def test_the_log_of_attempts_is_bounded(
 async def test_a_replay_is_the_same_event_once_more(
     hooks: WebhookStore, clock: FakeClock, project: str, job: str
 ) -> None:
-    endpoint = await hooks.create_endpoint(project, url=HOOK)
+    endpoint = await make(hooks, project, HOOK)
     first, own = await enqueue(hooks, project, job, url="https://own.example/")
     await hooks.update_endpoint(project, endpoint.id, url=f"{HOOK}/moved")
     clock.advance(10)
     for old in (first, own):
         before = (await hooks.to_send(old))[0]
-        again = await hooks.replay(project, old)
+        again = await replay(hooks, project, old)
         assert again.id != old
         assert (again.event_id, again.body, again.parent_id) == (before.event_id, before.body, job)
         assert (again.secret, again.created_at, again.attempts) == (before.secret, clock.now(), [])
     assert [each.url for each in await hooks.list_deliveries(project, endpoint.id)] == [f"{HOOK}/moved", HOOK]
 
     await hooks.update_endpoint(project, endpoint.id, enabled=False)
-    for attempt in (hooks.replay(project, first), hooks.send_test(project, endpoint.id)):
+    for attempt in (replay(hooks, project, first), send_test(hooks, project, endpoint.id)):
         with pytest.raises(Conflict, match="disabled"):
             await attempt
     await hooks.delete_endpoint(project, endpoint.id)
     with pytest.raises(Conflict, match="deleted"):
-        await hooks.replay(project, first)
+        await replay(hooks, project, first)
 
 
 async def test_a_test_event_needs_no_subscription(hooks: WebhookStore, project: str) -> None:
-    endpoint = await hooks.create_endpoint(project, url=HOOK, events=["batch.failed"])
-    sent = await hooks.send_test(project, endpoint.id)
+    endpoint = await make(hooks, project, HOOK, ["batch.failed"])
+    sent = await send_test(hooks, project, endpoint.id)
     assert (sent.event_type, sent.parent_id) == ("webhook.test", None)
     assert json.loads(sent.body)["data"] == {"id": endpoint.id}
 
@@ -275,7 +295,7 @@ async def test_a_test_event_needs_no_subscription(hooks: WebhookStore, project: 
 async def test_disabling_says_why_and_only_once(
     hooks: WebhookStore, database: Database, clock: FakeClock, project: str
 ) -> None:
-    endpoint = await hooks.create_endpoint(project, url=HOOK)
+    endpoint = await make(hooks, project, HOOK)
     for reason in ("first", "second"):
         async with database.begin() as transaction:
             await hooks.disable(transaction, endpoint.id, reason)
@@ -287,7 +307,7 @@ async def test_disabling_says_why_and_only_once(
 async def test_what_is_pruned_takes_its_deliveries_along(
     hooks: WebhookStore, database: Database, clock: FakeClock, project: str, job: str
 ) -> None:
-    endpoint = await hooks.create_endpoint(project, url=HOOK)
+    endpoint = await make(hooks, project, HOOK)
     await enqueue(hooks, project, job)
     store = JobStore(database, clock)
     [lease] = await store.lease({"webhook": 1}, "node", 15)

@@ -106,7 +106,13 @@ class WebhookStore:
     # Endpoints.
 
     async def create_endpoint(
-        self, project_id: str, *, url: str, events: Sequence[str] = (), description: str = ""
+        self,
+        transaction: Transaction,
+        project_id: str,
+        *,
+        url: str,
+        events: Sequence[str] = (),
+        description: str = "",
     ) -> Endpoint:
         """A new endpoint with a new secret. Raises InvalidRequest when the project has as many as it may."""
         endpoint = Endpoint(
@@ -124,15 +130,14 @@ class WebhookStore:
         )
         row = {column.name: getattr(endpoint, column.name) for column in webhook_endpoints.columns}
         count = sa.select(sa.func.count()).where(webhook_endpoints.c.project_id == project_id)
-        async with self.database.begin() as transaction:
-            # The project's row is held, so that two who come at once are counted one after the other.
-            await transaction.execute(sa.select(projects.c.id).where(projects.c.id == project_id).with_for_update())
-            if (await transaction.scalar(count) or 0) >= self._settings.endpoints_max:
-                raise InvalidRequest(
-                    f"A project has at most {self._settings.endpoints_max} webhook endpoints. Delete one first.",
-                    code="too_many_webhooks",
-                )
-            await transaction.execute(sa.insert(webhook_endpoints).values(row))
+        # The project's row is held, so that two who come at once are counted one after the other.
+        await transaction.execute(sa.select(projects.c.id).where(projects.c.id == project_id).with_for_update())
+        if (await transaction.scalar(count) or 0) >= self._settings.endpoints_max:
+            raise InvalidRequest(
+                f"A project has at most {self._settings.endpoints_max} webhook endpoints. Delete one first.",
+                code="too_many_webhooks",
+            )
+        await transaction.execute(sa.insert(webhook_endpoints).values(row))
         return endpoint
 
     async def get_endpoint(self, project_id: str, endpoint_id: str) -> Endpoint:
@@ -174,18 +179,17 @@ class WebhookStore:
             if (await transaction.execute(sa.delete(webhook_endpoints).where(mine))).rowcount != 1:
                 raise NotFound("There is no such webhook endpoint.")
 
-    async def rotate(self, project_id: str, endpoint_id: str) -> Endpoint:
+    async def rotate(self, transaction: Transaction, project_id: str, endpoint_id: str) -> Endpoint:
         """A new secret. The old one signs too for `webhooks.secret_overlap_seconds`. Raises NotFound."""
         overlap = self._settings.secret_overlap_seconds
-        async with self.database.begin() as transaction:
-            endpoint = await self._owned(transaction, project_id, endpoint_id, hold=True)
-            values = {
-                "secret": new_secret(),
-                "previous_secret": endpoint.secret if overlap else None,
-                "previous_secret_expires_at": self._clock.now() + overlap if overlap else None,
-            }
-            await self._change(transaction, endpoint_id, values)
-            return await self._owned(transaction, project_id, endpoint_id)
+        endpoint = await self._owned(transaction, project_id, endpoint_id, hold=True)
+        values = {
+            "secret": new_secret(),
+            "previous_secret": endpoint.secret if overlap else None,
+            "previous_secret_expires_at": self._clock.now() + overlap if overlap else None,
+        }
+        await self._change(transaction, endpoint_id, values)
+        return await self._owned(transaction, project_id, endpoint_id)
 
     async def disable(self, transaction: Transaction, endpoint_id: str, reason: str) -> None:
         """Send nothing more to an endpoint until its owner enables it again."""
@@ -243,29 +247,27 @@ class WebhookStore:
         event = self._event(event_type, object_id)
         return await self._send(transaction, project_id, job_id, event, targets)
 
-    async def send_test(self, project_id: str, endpoint_id: str) -> Delivery:
+    async def send_test(self, transaction: Transaction, project_id: str, endpoint_id: str) -> Delivery:
         """Send a `webhook.test` event about the endpoint to it, whatever it subscribes to.
 
         Raises NotFound, Conflict if it is disabled.
         """
-        async with self.database.begin() as transaction:
-            endpoint = await self._owned(transaction, project_id, endpoint_id)
-            target = await self._target(transaction, project_id, endpoint_id, endpoint.url, None)
-            event = self._event(TEST_EVENT, endpoint_id)
-            [delivery_id] = await self._send(transaction, project_id, None, event, [target])
-            return await self._delivery(transaction, delivery_id, project_id)
+        endpoint = await self._owned(transaction, project_id, endpoint_id)
+        target = await self._target(transaction, project_id, endpoint_id, endpoint.url, None)
+        event = self._event(TEST_EVENT, endpoint_id)
+        [delivery_id] = await self._send(transaction, project_id, None, event, [target])
+        return await self._delivery(transaction, delivery_id, project_id)
 
-    async def replay(self, project_id: str, delivery_id: str) -> Delivery:
+    async def replay(self, transaction: Transaction, project_id: str, delivery_id: str) -> Delivery:
         """Deliver the same event once more: a new delivery with the same event id and body.
 
         Raises NotFound, Conflict if its endpoint is deleted or disabled.
         """
-        async with self.database.begin() as transaction:
-            old = await self._delivery(transaction, delivery_id, project_id)
-            target = await self._target(transaction, project_id, old.endpoint_id, old.url, old.secret)
-            event = {"event_id": old.event_id, "event_type": old.event_type, "body": old.body}
-            [new] = await self._send(transaction, project_id, old.parent_id, event, [target])
-            return await self._delivery(transaction, new, project_id)
+        old = await self._delivery(transaction, delivery_id, project_id)
+        target = await self._target(transaction, project_id, old.endpoint_id, old.url, old.secret)
+        event = {"event_id": old.event_id, "event_type": old.event_type, "body": old.body}
+        [new] = await self._send(transaction, project_id, old.parent_id, event, [target])
+        return await self._delivery(transaction, new, project_id)
 
     async def list_deliveries(
         self, project_id: str, endpoint_id: str, *, after: str | None = None, limit: int = PAGE_SIZE_MAX
