@@ -68,9 +68,16 @@ class Executor:
                 await self._clock.sleep(self._clock.jitter(_SETTLE_PAUSE_SECONDS))
             else:
                 self._report(lease, decided.state, outcome)
+                await self._follow(kind, lease, decided.state)
                 return
         self._metrics.jobs_settled.labels(kind.name, "lease_lost").inc()
         self._log.warning("job.lease_lost", job=lease.id, kind=kind.name, attempt=lease.attempt)
+
+    async def _follow(self, kind: Kind, lease: Lease, state: JobState) -> None:
+        try:
+            await kind.after(lease.job, state)
+        except ForebayError as error:  # a sweep will do it
+            self._log.warning("pruner.failed", reason=str(error))
 
     def _report(self, lease: Lease, state: JobState, outcome: Outcome) -> None:
         self._metrics.jobs_settled.labels(lease.job.kind, state.value).inc()

@@ -27,9 +27,14 @@ class Run:
 
 Perform = Callable[[Lease, Run], Awaitable[Outcome]]
 Settled = Callable[[Transaction, Job, JobState], Awaitable[None]]
+After = Callable[[Job, JobState], Awaitable[None]]
 
 
 async def _nothing(_transaction: Transaction, _job: Job, _state: JobState) -> None:
+    return
+
+
+async def _nothing_more(_job: Job, _state: JobState) -> None:
     return
 
 
@@ -45,6 +50,7 @@ class Kind:
     `event` is the first word of its webhook events, such as `batch` in `batch.completed`; none tells nobody.
     `has_dead_letter` says that a job given up becomes a dead letter itself.
     `on_finished` joins the transaction that ends a job, however it ends.
+    `after` follows the commit of an attempt in the same process, with the state it left: for what a sweep does as well.
     """
 
     name: str
@@ -57,3 +63,4 @@ class Kind:
     event: str | None = None
     has_dead_letter: bool = False
     on_finished: Settled = field(default=_nothing)
+    after: After = field(default=_nothing_more)

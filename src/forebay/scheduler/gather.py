@@ -3,6 +3,7 @@
 It refuses to wait for ever: the whole answer has a deadline, and so has every step of it after the first.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from forebay.clock import Clock
@@ -22,8 +23,20 @@ class Gathered:
     usage: Usage | None
 
 
-async def gather(permit: Permit, call: Call, *, timeout_seconds: float, stall_seconds: float, clock: Clock) -> Gathered:
-    """The answer to `call`, which `permit` was given for.
+def _nobody_listens() -> None:
+    return
+
+
+async def gather(
+    permit: Permit,
+    call: Call,
+    *,
+    timeout_seconds: float,
+    stall_seconds: float,
+    clock: Clock,
+    on_first: Callable[[], None] = _nobody_listens,
+) -> Gathered:
+    """The answer to `call`, which `permit` was given for. `on_first` is told when the engine has read the prompt.
 
     Before the first bytes only `timeout_seconds` counts: a long prompt looks like a hang. Raises EngineTimeout at
     either limit, and whatever else becomes of the run.
@@ -32,6 +45,7 @@ async def gather(permit: Permit, call: Call, *, timeout_seconds: float, stall_se
     try:
         async with clock.timeout(timeout_seconds), permit.run() as stream:
             data = await stream.read()
+            on_first()
             while data:
                 gatherer.feed(data)
                 data = await _read(stream, stall_seconds, clock)
