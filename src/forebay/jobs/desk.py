@@ -3,7 +3,7 @@
 It refuses what there is no room for: the number of live jobs is bounded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from forebay.clock import Clock
@@ -76,6 +76,44 @@ class Desk:
         if job.kind not in self.public_kinds:
             raise NotFound("There is no such job.")
         return job
+
+    async def page(
+        self, project_id: str, *, kind: str | None, states: Collection[JobState], after: str | None, limit: int
+    ) -> list[Job]:
+        """A page of a project's jobs, newest first. Raises NotFound if there is no job `after`, or no such kind."""
+        if kind is not None and kind not in self.public_kinds:
+            raise InvalidRequest(f"`kind` is one of {', '.join(self.public_kinds)}.", param="kind")
+        kinds = self.public_kinds if kind is None else [kind]
+        return await self.jobs.list(project_id, kinds=kinds, states=states, after=after, limit=limit)
+
+    def own_pace(self, job: Job) -> Outlook:
+        """What a job's own progress says of its end, without a look at the others."""
+        done = job.completed + job.failed
+        if job.finished or not done or job.started_at is None:
+            return Outlook(None, None)
+        spent = max(0.0, self.jobs.now() - job.started_at)
+        return Outlook(None, max(0, job.total - done) * spent / done)
+
+    async def outlook(self, job: Job) -> Outlook:
+        """When a job gets its turn and when it will be done.
+
+        Until it has made progress that goes by those before it and the rate at which its model was seen to work;
+        from then on, by its own pace.
+        """
+        pace = self.own_pace(job)
+        if job.finished or pace.eta_seconds is not None:
+            return pace
+        position = None if job.state is JobState.RUNNING else await self.jobs.ahead(job)
+        rate = None if job.model is None or not job.total else await self.jobs.line_rate(job.model)
+        if not rate:
+            return Outlook(position, None)
+        return Outlook(position, (await self.jobs.lines_ahead(job) + job.total) / rate)
+
+    async def delete(self, project_id: str, job_id: str) -> None:
+        """Remove a finished job and all that hangs on it. Raises NotFound, and Conflict while it is not finished."""
+        job = await self.get(project_id, job_id)
+        if not await self.jobs.delete(job, self._kinds[job.kind].children):
+            raise Conflict(f"The job is {job.state.value}. Cancel it, and delete it once it is finished.")
 
     async def cancel(self, project_id: str, job_id: str) -> Job:
         """Stop a job: at once if nobody runs it, otherwise as soon as its engines have stopped. Raises NotFound."""

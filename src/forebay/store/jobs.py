@@ -14,7 +14,7 @@ from forebay.clock import Clock, new_id
 from forebay.errors import LeaseLost, NotFound
 from forebay.store.database import Database, Transaction
 from forebay.store.job_state import FINISHED, LIVE, JobState, sources
-from forebay.store.tables import NO_DEADLINE, job_log, jobs
+from forebay.store.tables import NO_DEADLINE, job_log, jobs, line_rates
 
 NEWS = "jobs"  # the channel on which workers hear of work
 CANCELS = "cancels"  # the channel on which workers hear of cancelled jobs
@@ -429,6 +429,16 @@ class JobStore:
             query = sa.delete(jobs).where(jobs.c.id.in_(old.limit(limit).scalar_subquery()))
             return int((await transaction.execute(query)).rowcount)
 
+    async def delete(self, job: Job, children: str | None) -> bool:
+        """Remove a job that is finished, its children of a kind, and all that hangs on them; whether it was finished."""
+        gone = sa.delete(jobs).where(jobs.c.id == job.id, jobs.c.state.in_(FINISHED))
+        async with self.database.begin() as transaction:
+            deleted = (await transaction.execute(gone)).rowcount == 1
+            if deleted and children is not None:
+                orphans = sa.delete(jobs).where(jobs.c.parent_id == job.id, jobs.c.kind == children)
+                await transaction.execute(orphans)
+        return deleted
+
     # The log of one job.
 
     async def note(self, transaction: Transaction, job_id: str, event: str, detail: str = "") -> None:
@@ -484,15 +494,23 @@ class JobStore:
 
     async def ahead(self, job: Job) -> int:
         """How many live jobs of the same kind go before this one."""
-        key = sa.tuple_(jobs.c.priority, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id)
-        query = (
-            sa.select(sa.func.count())
-            .select_from(jobs)
-            .where(jobs.c.kind == job.kind, jobs.c.state.in_(LIVE))
-            .where(key < sa.tuple_(job.priority, job.deadline_at, job.created_at, job.id))
-        )
+        query = sa.select(sa.func.count()).select_from(jobs).where(_goes_before(job))
         async with self.database.read() as connection:
             return int(await connection.scalar(query) or 0)
+
+    async def lines_ahead(self, job: Job) -> int:
+        """How many lines of the same model are left in the live jobs that go before this one."""
+        left = jobs.c.total - jobs.c.completed - jobs.c.failed
+        query = sa.select(sa.func.sum(left)).where(_goes_before(job), jobs.c.model == job.model)
+        async with self.database.read() as connection:
+            return int(await connection.scalar(query) or 0)
+
+    async def line_rate(self, model: str) -> float | None:
+        """Lines a second of a model in batches, as it was measured last; None if it never was."""
+        query = sa.select(line_rates.c.lines_per_second).where(line_rates.c.model == model)
+        async with self.database.read() as connection:
+            rate = await connection.scalar(query)
+        return None if rate is None else float(rate)
 
     async def counts(self) -> dict[tuple[str, JobState], int]:
         """How many live jobs there are, by kind and state."""
@@ -523,6 +541,12 @@ class JobStore:
         )
         async with self.database.read() as connection:
             return int(await connection.scalar(query) or 0)
+
+
+def _goes_before(job: Job) -> sa.ColumnElement[bool]:
+    key = sa.tuple_(jobs.c.priority, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id)
+    earlier = key < sa.tuple_(job.priority, job.deadline_at, job.created_at, job.id)
+    return sa.and_(jobs.c.kind == job.kind, jobs.c.state.in_(LIVE), earlier)
 
 
 def _new_row(new: NewJob, now: float) -> dict[str, Any]:
