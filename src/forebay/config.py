@@ -58,6 +58,16 @@ class SchedulerSettings(_Section):
     retry_after_seconds_max: Annotated[float, Field(gt=0, le=120)] = Field(
         60, description="Upper bound of the Retry-After header; clients give up above 120."
     )
+    headroom_seconds: Seconds = Field(
+        10, description="Batch work leaves free what online traffic asked for at once in this long, and one place more."
+    )
+    preempt: bool = Field(
+        True,
+        description="Take places back from batch work, which runs again later, when online requests wait for them.",
+    )
+    batch_floor_seconds: Seconds = Field(
+        30, description="Batch work that has not been served for this long gets one place, and keeps it to the end."
+    )
 
 
 class SupervisorSettings(_Section):

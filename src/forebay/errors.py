@@ -18,6 +18,7 @@ ForebayError
 │   ├── Unreachable             502  an address that a user supplied does not answer
 │   ├── EngineUnavailable       503  no engine for the model is up, and none could be started
 │   ├── ModelNotReady           503  the model is still being pulled
+│   ├── Preempted               503  batch work gave its place to an online request; inside, it is run again
 │   ├── ShuttingDown            503  the server is stopping
 │   ├── StoreUnavailable        503  the database or the blob store cannot be reached
 │   ├── EngineTimeout           504  the engine did not answer in time
@@ -169,6 +170,13 @@ class ModelNotReady(ServerError):
 
     status = 503
     code = "model_not_ready"
+
+
+class Preempted(ServerError):
+    """This batch work gave its place to an online request. It is run again."""
+
+    status = 503
+    code = "preempted"
 
 
 class ShuttingDown(ServerError):

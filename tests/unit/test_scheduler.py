@@ -1,11 +1,11 @@
-"""The hallway under every interleaving: hypothesis drives joins, grants, cancels, crashes, timeouts and stops.
+"""The hallway under every interleaving: hypothesis drives joins, grants, preemptions, cancels, crashes and timeouts.
 
-The machine room is a list of real `Replica` values that the test opens and closes; no engine is asked to do anything.
+The machine room is a list of replicas that the test opens and closes; their engines stop when the test says so.
 """
 
 import asyncio
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,18 +25,20 @@ from hypothesis.stateful import (
 )
 
 from forebay.config import SchedulerSettings
-from forebay.errors import EngineUnavailable, ForebayError, Overloaded, Quarantined, ShuttingDown
+from forebay.errors import EngineUnavailable, ForebayError, Overloaded, Preempted, Quarantined, ShuttingDown
 from forebay.inference import Capability, Priority, Request
 from forebay.replicas.commands import Traits
 from forebay.replicas.postmortem import Quarantine
 from forebay.replicas.replica import Replica, ReplicaState
 from forebay.scheduler.permit import Permit
+from forebay.scheduler.policy import reserved
 from forebay.scheduler.scheduler import Limits, Scheduler
 from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock
 
 MODEL = "model"
 QUEUE_SECONDS = 60.0
+SETTINGS = SchedulerSettings()
 PLACES = 4
 
 
@@ -44,12 +46,33 @@ def request(number: int, priority: Priority = Priority.DEFAULT, places: int = 1)
     return Request(f"req_{number}", "default", MODEL, Capability.CHAT, "/", b"{}", priority, places)
 
 
+class Bench(Replica):
+    """A replica whose engine stops when the test calls what is in `stops`; an answer that ends by itself is no stop."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.stops: list[tuple[Request, Callable[[], None]]] = []
+
+    @asynccontextmanager
+    async def run(self, request: Request, *arguments: Any) -> AsyncIterator[Any]:
+        on_stopped: Callable[[], None] = arguments[-1]
+        try:
+            yield None
+        except BaseException:
+            self.stops.append((request, on_stopped))
+            raise
+        on_stopped()
+
+    def stop_one(self) -> None:
+        self.stops.pop(0)[1]()
+
+
 @dataclass(slots=True)
 class Room:
     """The machine room as the scheduler sees it."""
 
     clock: FakeClock
-    all: list[Replica] = field(default_factory=list)
+    all: list[Bench] = field(default_factory=list)
     problem: ForebayError | None = None
     refused: bool = False
 
@@ -71,35 +94,43 @@ class Room:
     def condemn(self, replica: Replica) -> None:
         replica.state = ReplicaState.DRAINING
 
-    def open(self, slots: int, session: aiohttp.ClientSession) -> Replica:
+    def open(self, slots: int, session: aiohttp.ClientSession) -> Bench:
         """To be called on the event loop."""
-        replica = Replica(
-            f"replica_{len(self.all)}", MODEL, slots, Traits("/"), session, Quarantine(1.0, 1, self.clock)
-        )
+        replica = Bench(f"replica_{len(self.all)}", MODEL, slots, Traits("/"), session, Quarantine(1.0, 1, self.clock))
         replica.state = ReplicaState.READY
         self.all.append(replica)
         return replica
 
 
 class Visitor:
-    """One caller: joins, holds its permit until told to leave, and remembers how it ended."""
+    """One caller: joins, runs until told to leave, and remembers how it ended. Batch work comes back when preempted."""
 
-    def __init__(self, scheduler: Scheduler, wanted: Request, *, patient: bool = False) -> None:
+    def __init__(self, scheduler: Scheduler, wanted: Request, *, runs: bool = True) -> None:
         self.permit: Permit | None = None
         self.error: BaseException | None = None
-        self._leave = asyncio.Event()
-        self._door = scheduler.admit_when_room if patient else scheduler.admit
+        self.preempted = 0
         self.wanted = wanted
+        self.batch = wanted.priority is Priority.BATCH
+        self._leave = asyncio.Event()
+        self._door = scheduler.admit_when_room if self.batch else scheduler.admit
+        self._runs = runs
         self.task = asyncio.get_running_loop().create_task(self._visit())
 
     async def _visit(self) -> None:
+        while await self._is_preempted():
+            self.preempted += 1
+
+    async def _is_preempted(self) -> bool:
         try:
-            async with self._door(self.wanted) as self.permit:
+            async with self._door(self.wanted) as self.permit, self.permit.run() if self._runs else nullcontext():
                 await self._leave.wait()
+        except Preempted:
+            return True
         except ForebayError as error:
             self.error = error
         finally:
             self.permit = None
+        return False
 
     @property
     def waits(self) -> bool:
@@ -125,11 +156,17 @@ class Hallway(RuleBasedStateMachine):
         self.stack = AsyncExitStack()
         self.everybody: list[Visitor] = []
         self.number = 0
+        self.waited_before: list[Visitor] = []
+        self.batch_before: set[int] = set()
+        self.preempted_before = 0
+        self.came = 0
 
-    def drive(self, step: Coroutine[Any, Any, Any] | None = None) -> Any:
+    def drive(self, step: Coroutine[Any, Any, Any] | Callable[[], None] | None = None) -> Any:
+        """Do `step` on the event loop and let everybody react to it."""
+
         async def settle() -> Any:
-            value = await step if step is not None else None
-            for _ in range(12):
+            value = step() if callable(step) else await step if step is not None else None
+            for _ in range(20):
                 await asyncio.sleep(0)
             return value
 
@@ -143,7 +180,7 @@ class Hallway(RuleBasedStateMachine):
             self.scheduler = Scheduler(
                 self.room,
                 {MODEL: Limits(sum(slots), PLACES, QUEUE_SECONDS)},
-                SchedulerSettings(),
+                SETTINGS,
                 1.0,
                 self.clock,
                 Metrics(),
@@ -152,38 +189,40 @@ class Hallway(RuleBasedStateMachine):
                 self.room.open(count, self.session)
 
         self.drive(make())
+        self.hall = self.scheduler._halls[MODEL]
 
     @rule(
         target=visitors,
-        priority=st.sampled_from(Priority),
-        places=st.sampled_from([1, 1, 1, 2, 5]),
-        patient=st.booleans(),
+        priority=st.sampled_from([*Priority, Priority.BATCH, Priority.BATCH]),
+        places=st.sampled_from([1, 1, 1, 1, 1, 1, 1, 2, 5]),
+        runs=st.sampled_from([True, True, True, False]),
     )
-    def join(self, priority: Priority, places: int, *, patient: bool) -> Visitor:
+    def join(self, priority: Priority, places: int, *, runs: bool) -> Visitor:
         self.number += 1
 
         async def come() -> Visitor:
-            return Visitor(self.scheduler, request(self.number, priority, places), patient=patient)
+            return Visitor(self.scheduler, request(self.number, priority, places), runs=runs)
 
         visitor: Visitor = self.drive(come())
         self.everybody.append(visitor)
+        self.came += not visitor.batch
+        if isinstance(visitor.error, Overloaded):
+            assert len(self.online_waiting) >= PLACES, "turned away by batch work"
         return visitor
 
-    @rule(target=visitors, size=st.integers(3, 7))
-    def crowd(self, size: int) -> Any:
-        return multiple(*(self.join(Priority.DEFAULT, 1, patient=False) for _ in range(size)))
+    @rule(target=visitors, size=st.integers(3, 7), priority=st.sampled_from([Priority.DEFAULT, Priority.BATCH]))
+    def crowd(self, size: int, priority: Priority) -> Any:
+        return multiple(*(self.join(priority, 1, runs=True) for _ in range(size)))
 
     @rule(visitor=consumes(visitors))
     def leave(self, visitor: Visitor) -> None:
-        visitor.leave()
-        self.drive()
+        self.drive(visitor.leave)
 
     @rule(visitor=consumes(visitors))
     def cancel(self, visitor: Visitor) -> None:
-        visitor.task.cancel()
-        self.drive()
+        self.drive(lambda: visitor.task.cancel() and None)
 
-    @rule(first=consumes(visitors), ticks=st.integers(0, 3))
+    @rule(first=consumes(visitors), ticks=st.integers(0, 5))
     def cancel_in_the_moment_of_a_grant(self, first: Visitor, ticks: int) -> None:
         """Somebody leaves; whoever may be next is cancelled so many turns of the loop later."""
         waiting = [visitor for visitor in self.everybody if visitor.waits]
@@ -197,72 +236,146 @@ class Hallway(RuleBasedStateMachine):
 
         self.drive(at_once())
 
-    @rule(seconds=st.sampled_from([1.0, 31.0, 61.0]))
+    @rule(ticks=st.integers(0, 5), end=st.sampled_from(["leave", "cancel"]))
+    def end_in_the_moment_of_a_preemption(self, ticks: int, end: str) -> None:
+        """Somebody comes online; the newest of batch that runs ends by itself so many turns of the loop later."""
+        self.number += 1
+        self.came += 1
+        running = [visitor for visitor in self.everybody if visitor.batch and visitor.permit is not None]
+
+        async def at_once() -> None:
+            self.everybody.append(Visitor(self.scheduler, request(self.number)))
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            for visitor in running[-1:]:
+                visitor.leave() if end == "leave" else visitor.task.cancel()
+
+        self.drive(at_once())
+
+    @rule(index=st.integers(0, 5))
+    def engine_stops(self, index: int) -> None:
+        """An engine notices that a request was taken from it."""
+        stopping = [replica for replica in self.room.all if replica.stops]
+        if stopping:
+            self.drive(stopping[index % len(stopping)].stop_one)
+
+    @rule(seconds=st.sampled_from([1.0, 5.0, 31.0, 61.0]))
     def time_passes(self, seconds: float) -> None:
-        self.clock.advance(seconds)
-        self.drive()
+        self.drive(lambda: self.clock.advance(seconds))
 
     @rule(index=st.integers(0, 5))
     def replica_dies(self, index: int) -> None:
         alive = self.room.replicas(MODEL)
         if alive:
             alive[index % len(alive)].state = ReplicaState.STOPPED
-            self.scheduler.changed(MODEL)
-            self.drive()
+            self.drive(lambda: self.scheduler.changed(MODEL))
 
     @rule(slots=st.integers(1, 3))
     def replica_comes(self, slots: int) -> None:
         if len(self.room.replicas(MODEL)) < 3:
-            self.drive(self._open(slots))
-            self.scheduler.changed(MODEL)
-            self.drive()
+            self.drive(lambda: self.open(slots))
 
-    async def _open(self, slots: int) -> None:
+    def open(self, slots: int) -> None:
         self.room.open(slots, self.session)
+        self.scheduler.changed(MODEL)
 
     @rule()
     @precondition(lambda self: self.number > 3)
     def nothing_can_be_started(self) -> None:
         self.room.problem = EngineUnavailable()
-        self.scheduler.changed(MODEL)
-        self.drive()
+        self.drive(lambda: self.scheduler.changed(MODEL))
         assert self.scheduler.load(MODEL)[1] == 0
+        assert not [visitor for visitor in self.everybody if visitor.waits]
         self.room.problem = None
 
+    @property
+    def online_waiting(self) -> list[Visitor]:
+        return [visitor for visitor in self.everybody if visitor.waits and not visitor.batch]
+
+    @property
+    def only_single_places(self) -> bool:
+        return all(visitor.wanted.places == 1 for visitor in self.everybody)
+
+    def seated(self, replica: Replica) -> int:
+        """The places on `replica` that a visitor has or that its engine has not given back."""
+        held = [v.wanted for v in self.everybody if v.permit is not None and v.permit.replica is replica]
+        stopping = [wanted for wanted, _ in replica.stops] if isinstance(replica, Bench) else []
+        return sum(min(wanted.places, replica.slots) for wanted in held + stopping)
+
     @invariant()
-    def capacity_is_never_exceeded(self) -> None:
-        if not hasattr(self, "room"):
-            return
+    @precondition(lambda self: hasattr(self, "hall"))
+    def every_place_is_counted_once_and_none_beyond_capacity(self) -> None:
         for replica in self.room.all:
-            held = sum(
-                min(visitor.wanted.places, replica.slots)
-                for visitor in self.everybody
-                if visitor.permit is not None and visitor.permit.replica is replica
-            )
-            assert held <= replica.slots
+            assert self.seated(replica) == self.hall.running.get(replica.id, 0) <= replica.slots
 
     @invariant()
     def nothing_unforeseen_happens(self) -> None:
         assert [visitor.bug for visitor in self.everybody if visitor.bug] == []
 
     @invariant()
-    def nobody_waits_beside_a_free_replica(self) -> None:
-        if not hasattr(self, "room"):
-            return
+    @precondition(lambda self: hasattr(self, "hall"))
+    def nobody_waits_beside_a_free_place(self) -> None:
         running, waiting = self.scheduler.load(MODEL)
-        if waiting and all(visitor.wanted.places == 1 for visitor in self.everybody):
-            assert running >= sum(replica.slots for replica in self.room.replicas(MODEL))
-        assert waiting <= PLACES
+        assert waiting == len(self.online_waiting)
+        slots = sum(replica.slots for replica in self.room.replicas(MODEL))
+        in_use = sum(self.seated(replica) for replica in self.room.replicas(MODEL))
+        if not self.only_single_places:
+            return
+        if waiting and not self.batch_starves:
+            assert in_use == slots
+        batch = sum(ticket.taken for ticket in self.hall.batch.values())
+        may = slots - reserved(self.hall.demand.peak(self.clock.monotonic()), slots)
+        if len(self.hall.backlog) and not waiting:
+            assert in_use == slots or batch >= may or running != in_use
+
+    @property
+    def batch_starves(self) -> bool:
+        since = self.hall.kept_out_since
+        return since is not None and self.clock.monotonic() - since >= SETTINGS.batch_floor_seconds
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "hall"))
+    def the_line_is_bounded(self) -> None:
+        assert len(self.hall.line) <= PLACES + sum(replica.slots for replica in self.room.all)
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "hall"))
+    def batch_work_makes_room_and_no_more_than_that(self) -> None:
+        alive = {replica.id for replica in self.room.replicas(MODEL)}
+        running = [ticket for ticket in self.hall.batch.values() if ticket.number not in self.hall.leaving]
+        returning = [ticket for ticket in self.hall.leaving.values() if ticket.replica_id in alive]
+        spared = [ticket for ticket in running if ticket.spared]
+        could_go = [ticket for ticket in running if not ticket.spared and ticket.replica_id in alive]
+        preempted = sum(visitor.preempted for visitor in self.everybody)
+        if self.only_single_places:
+            assert not could_go or len(self.online_waiting) <= len(returning), "somebody waits for batch work"
+            assert preempted - self.preempted_before <= len(self.waited_before) + self.came, "more went than had to"
+        assert len(spared) <= 1
+        self.preempted_before, self.came = preempted, 0
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "hall"))
+    def online_goes_first(self) -> None:
+        still = [visitor for visitor in self.waited_before if visitor.waits]
+        newly = [ticket for number, ticket in self.hall.batch.items() if number not in self.batch_before]
+        if still and self.only_single_places:
+            assert [ticket for ticket in newly if not ticket.spared] == [], "batch work went before online traffic"
+        self.waited_before, self.batch_before = self.online_waiting, set(self.hall.batch)
 
     def teardown(self) -> None:
-        if hasattr(self, "room"):
+        if hasattr(self, "hall"):
+            self.drive(lambda: self.open(3))
             for visitor in self.everybody:
-                visitor.leave()
-            self.drive()
-            for visitor in self.everybody:
-                visitor.task.cancel()
-            self.drive()
+                self.drive(visitor.leave)
+            for _ in range(len(self.everybody) + 3):
+                for replica in self.room.all:
+                    while replica.stops:
+                        self.drive(replica.stop_one)
+                self.drive(lambda: self.clock.advance(SETTINGS.batch_floor_seconds))
+            assert [visitor.wanted for visitor in self.everybody if not visitor.task.done()] == [], "forgotten"
             assert self.scheduler.load(MODEL) == (0, 0), "a place leaked"
+            assert self.hall.demand.peak(self.clock.monotonic()) == 0
+            assert (self.hall.batch, self.hall.permits, self.hall.leaving, self.hall.alarm) == ({}, {}, {}, None)
             self.drive(self.stack.aclose())
         self.loop.close()
 
@@ -283,7 +396,7 @@ async def hall() -> Any:
 
 
 async def settle() -> None:
-    for _ in range(12):
+    for _ in range(20):
         await asyncio.sleep(0)
 
 
@@ -313,27 +426,35 @@ async def test_the_wait_in_line_ends_with_queue_timeout(hall: tuple[Room, Schedu
     await settle()
 
 
-async def test_the_back_office_waits_outside_and_comes_in_when_there_is_room(
+async def test_batch_work_waits_behind_the_line_for_as_long_as_it_takes(
     hall: tuple[Room, Scheduler, FakeClock],
 ) -> None:
-    _, scheduler, _ = hall
-    online = [Visitor(scheduler, request(n)) for n in range(3)]
+    _, scheduler, clock = hall
+    holder = Visitor(scheduler, request(0))
+    batch = [Visitor(scheduler, request(n, Priority.BATCH)) for n in range(10, 60)]
     await settle()
-    batch = Visitor(scheduler, request(9, Priority.BATCH), patient=True)
+    waiting = [Visitor(scheduler, request(n)) for n in (1, 2)]
     await settle()
-    assert batch.error is None
+    assert [visitor.error for visitor in waiting] == [None, None], "batch work takes no place in the line"
     assert scheduler.load(MODEL) == (1, 2)
-    for visitor in online:
-        visitor.leave()
-        await settle()
-    assert batch.permit is not None
-    batch.leave()
+    clock.advance(QUEUE_SECONDS + 1)
     await settle()
+    assert all(isinstance(visitor.error, Overloaded) for visitor in waiting)
+    assert all(visitor.waits for visitor in batch)
+    holder.leave()
+    await settle()
+    clock.advance(SETTINGS.headroom_seconds)
+    for visitor in batch:
+        await settle()
+        assert visitor.permit is not None
+        visitor.leave()
+    await settle()
+    assert scheduler.load(MODEL) == (0, 0)
 
 
 @pytest.mark.parametrize("places", [0, 1, 2])
 @pytest.mark.parametrize("how", ["finish", "leave the line", "are dismissed"])
-async def test_the_back_office_is_not_forgotten_outside_however_the_line_empties(places: int, how: str) -> None:
+async def test_batch_work_is_not_forgotten_however_the_line_empties(places: int, how: str) -> None:
     clock = FakeClock()
     room = Room(clock)
     limits = {MODEL: Limits(1, places, QUEUE_SECONDS)}
@@ -342,7 +463,7 @@ async def test_the_back_office_is_not_forgotten_outside_however_the_line_empties
         room.open(1, session)
         running, *waiting = (Visitor(scheduler, request(n)) for n in range(1 + places))
         await settle()
-        batch = Visitor(scheduler, request(9, Priority.BATCH), patient=True)
+        batch = Visitor(scheduler, request(9, Priority.BATCH))
         await settle()
         assert (batch.permit, batch.error) == (None, None)
         if how == "leave the line":
@@ -353,16 +474,198 @@ async def test_the_back_office_is_not_forgotten_outside_however_the_line_empties
             scheduler.changed(MODEL)
             room.problem = None
         await settle()
-        running.leave()
+        for stop in room.all[0].stops:
+            stop[1]()
+        for visitor in (running, *waiting):
+            visitor.leave()
+            await settle()
+        clock.advance(SETTINGS.headroom_seconds)
         await settle()
-        if how == "finish":
-            for visitor in waiting:
-                visitor.leave()
-                await settle()
-        assert batch.permit is not None
+        assert (batch.permit is None) == isinstance(batch.error, EngineUnavailable) == (how == "are dismissed")
         batch.leave()
         await settle()
         assert scheduler.load(MODEL) == (0, 0)
+
+
+@pytest.fixture
+async def busy() -> Any:
+    """Three slots full of batch work, no waiting places, and one more line that waits."""
+    async with aiohttp.ClientSession() as session:
+        clock, metrics = FakeClock(), Metrics()
+        room = Room(clock)
+        scheduler = Scheduler(room, {MODEL: Limits(3, 0, QUEUE_SECONDS)}, SETTINGS, 1.0, clock, metrics)
+        room.open(3, session)
+        batch = [Visitor(scheduler, request(n, Priority.BATCH)) for n in range(4)]
+        await settle()
+        yield room.all[0], scheduler, clock, batch
+        replica = room.all[0]
+        for visitor in batch:
+            visitor.leave()
+        for _ in range(20):
+            await settle()
+            clock.advance(SETTINGS.batch_floor_seconds)
+            while replica.stops:
+                replica.stop_one()
+        assert [visitor.error for visitor in batch if not visitor.task.done()] == []
+        assert scheduler.load(MODEL) == (0, 0)
+
+
+Busy = tuple[Bench, Scheduler, FakeClock, list[Visitor]]
+
+
+async def test_the_newest_of_batch_makes_room_and_its_place_passes_on_when_the_engine_has_stopped(busy: Busy) -> None:
+    replica, scheduler, clock, batch = busy
+    assert [visitor.permit is not None for visitor in batch] == [True, True, True, False]
+    online = Visitor(scheduler, request(10))
+    await settle()
+    assert (online.permit, online.error) == (None, None), "a line without places turns away for online traffic alone"
+    assert [visitor.preempted for visitor in batch] == [0, 0, 1, 0]
+    assert scheduler.load(MODEL) == (3, 1)
+    clock.advance(0.25)
+    replica.stop_one()
+    await settle()
+    assert online.permit is not None
+    assert online.permit.waited_seconds == 0.25
+    assert batch[2].waits
+    assert [visitor.preempted for visitor in batch] == [0, 0, 1, 0]
+    online.leave()
+
+
+async def test_no_more_of_batch_goes_than_there_are_online_who_need_it(busy: Busy) -> None:
+    replica, scheduler, _, batch = busy
+    online = [Visitor(scheduler, request(n)) for n in range(10, 15)]
+    await settle()
+    assert sum(visitor.preempted for visitor in batch) == 3
+    assert [isinstance(visitor.error, Overloaded) for visitor in online] == [False, False, False, True, True]
+    while replica.stops:
+        replica.stop_one()
+        await settle()
+    assert all(visitor.permit is not None for visitor in online[:3])
+    for visitor in online:
+        visitor.leave()
+        await settle()
+    assert all(visitor.waits for visitor in batch), "what online traffic asked for lately stays free"
+
+
+async def test_batch_work_that_has_its_place_and_has_not_begun_gives_it_back(busy: Busy) -> None:
+    replica, scheduler, _, batch = busy
+    batch[0].leave()
+    await asyncio.sleep(0)
+    online = Visitor(scheduler, request(10))
+    await settle()
+    assert online.permit is not None or replica.stops
+    assert batch[3].preempted + batch[2].preempted <= 1
+    online.leave()
+
+
+async def test_who_is_cancelled_while_preempted_is_cancelled(busy: Busy) -> None:
+    _, scheduler, _, batch = busy
+    online = Visitor(scheduler, request(10))
+    batch[2].task.cancel()
+    await settle()
+    assert batch[2].task.cancelled()
+    assert batch[2].preempted == 0
+    online.leave()
+
+
+async def test_without_preemption_online_waits_for_batch_work_to_end() -> None:
+    settings = SchedulerSettings(preempt=False)
+    async with aiohttp.ClientSession() as session:
+        room = Room(FakeClock())
+        scheduler = Scheduler(room, {MODEL: Limits(1, 2, QUEUE_SECONDS)}, settings, 1.0, room.clock, Metrics())
+        room.open(1, session)
+        batch = Visitor(scheduler, request(1, Priority.BATCH))
+        await settle()
+        online = Visitor(scheduler, request(2))
+        await settle()
+        assert batch.permit is not None
+        batch.leave()
+        await settle()
+        assert online.permit is not None
+        assert batch.preempted == 0
+        online.leave()
+        await settle()
+
+
+async def test_batch_work_leaves_free_what_online_traffic_has_lately_used_and_one_place() -> None:
+    async with aiohttp.ClientSession() as session:
+        room = Room(FakeClock())
+        scheduler = Scheduler(room, {MODEL: Limits(8, 2, QUEUE_SECONDS)}, SETTINGS, 1.0, room.clock, Metrics())
+        room.open(8, session)
+        online = [Visitor(scheduler, request(n)) for n in range(3)]
+        await settle()
+        batch = [Visitor(scheduler, request(n, Priority.BATCH)) for n in range(10, 20)]
+        await settle()
+        assert sum(visitor.permit is not None for visitor in batch) == 4
+        for visitor in online[:2]:
+            visitor.leave()
+        await settle()
+        assert sum(visitor.permit is not None for visitor in batch) == 4
+        room.clock.advance(SETTINGS.headroom_seconds)
+        await settle()
+        assert sum(visitor.permit is not None for visitor in batch) == 6
+        for visitor in [*online, *batch]:
+            visitor.leave()
+        await settle()
+        assert scheduler.load(MODEL) == (0, 0)
+
+
+async def test_batch_work_has_a_floor_however_much_comes_online(hall: tuple[Room, Scheduler, FakeClock]) -> None:
+    _, scheduler, clock = hall
+    current, batch = Visitor(scheduler, request(0)), Visitor(scheduler, request(1, Priority.BATCH))
+    await settle()
+    began, served = clock.monotonic(), []
+    while len(served) < 3:
+        if batch.permit is not None:
+            served.append(clock.monotonic() - began)
+            clock.advance(1.0)
+            await settle()
+            assert (batch.preempted, current.waits) == (0, True), "what the floor lets in stays to its end"
+            batch.leave()
+            batch = Visitor(scheduler, request(1, Priority.BATCH))
+            await settle()
+        assert clock.monotonic() - began < 4 * SETTINGS.batch_floor_seconds
+        newcomer = Visitor(scheduler, request(2))
+        await settle()
+        clock.advance(1.0)
+        current.leave()
+        await settle()
+        current = newcomer
+    floor = SETTINGS.batch_floor_seconds
+    assert [round(after / floor) for after in served] == [1, 2, 3]
+    batch.task.cancel()
+    current.leave()
+    await settle()
+
+
+async def test_batch_work_that_is_preempted_again_and_again_comes_to_an_end(
+    hall: tuple[Room, Scheduler, FakeClock],
+) -> None:
+    room, scheduler, clock = hall
+    batch = Visitor(scheduler, request(0, Priority.BATCH))
+    await settle()
+    began = clock.monotonic()
+    while True:
+        online = Visitor(scheduler, request(1))
+        await settle()
+        if online.waits and not room.all[0].stops:
+            break
+        room.all[0].stop_one()
+        await settle()
+        online.leave()
+        await settle()
+        clock.advance(SETTINGS.headroom_seconds)
+        await settle()
+        assert batch.permit is not None
+        assert clock.monotonic() - began <= SETTINGS.batch_floor_seconds
+    assert batch.preempted == 3
+    clock.advance(5.0)
+    batch.leave()
+    await settle()
+    assert online.permit is not None
+    online.leave()
+    await settle()
+    assert scheduler.load(MODEL) == (0, 0)
 
 
 async def test_nobody_starves_however_many_go_first(hall: tuple[Room, Scheduler, FakeClock]) -> None:
@@ -391,12 +694,13 @@ async def test_nobody_starves_however_many_go_first(hall: tuple[Room, Scheduler,
 async def test_a_closed_hallway_admits_nobody(hall: tuple[Room, Scheduler, FakeClock]) -> None:
     _, scheduler, _ = hall
     holder, waiter = Visitor(scheduler, request(1)), Visitor(scheduler, request(2))
+    batch = Visitor(scheduler, request(3, Priority.BATCH))
     await settle()
     scheduler.close()
-    late = Visitor(scheduler, request(3))
+    late = [Visitor(scheduler, request(4)), Visitor(scheduler, request(5, Priority.BATCH))]
     await settle()
-    assert isinstance(waiter.error, ShuttingDown)
-    assert isinstance(late.error, ShuttingDown)
+    for visitor in (waiter, batch, *late):
+        assert isinstance(visitor.error, ShuttingDown)
     holder.leave()
     await settle()
 

@@ -3,17 +3,22 @@
 It refuses to be used twice.
 """
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
-from forebay.errors import InvalidRequest
+from forebay.errors import InvalidRequest, Preempted
 from forebay.inference import Request
 from forebay.replicas.connection import EngineStream
 from forebay.replicas.replica import Replica
 
 
 class Permit:
-    """One admitted request and the replica that it runs on. `waited_seconds` is its time in line."""
+    """One admitted request and the replica that it runs on. `waited_seconds` is its time in line.
+
+    `on_left` is called when its block has been left, and `on_stopped` when the engine has stopped: before that, if the
+    answer was read to its end.
+    """
 
     def __init__(
         self,
@@ -29,21 +34,52 @@ class Permit:
         self.position = position
         self.waited_seconds = waited_seconds
         self.held = False
+        self.on_left: Callable[[], None] = lambda: None
         self.on_stopped: Callable[[], None] = lambda: None
         self._grace_seconds = grace_seconds
         self._condemn = condemn
+        self._preempted = False
+        self._runner: asyncio.Task[object] | None = None
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[EngineStream]:
         """Run the request; the place is given back when the engine has stopped, not when the block ends.
 
-        Raises InvalidRequest if only this replica could tell that it cannot serve the request.
+        Raises InvalidRequest if only this replica could tell that it cannot serve the request. The block of batch work
+        can be interrupted at any await and then raises Preempted: what it has read is lost.
         """
         assert not self.held, "a permit runs one request"
         self._check_tools()
+        if self._preempted:
+            raise Preempted
         self.held = True
-        async with self.replica.run(self.request, self._grace_seconds, self._condemn, self._stopped) as stream:
-            yield stream
+        with self._interruptible():
+            async with self.replica.run(self.request, self._grace_seconds, self._condemn, self._stopped) as stream:
+                yield stream
+
+    def preempt(self) -> None:
+        """Interrupt the run, or keep it from beginning. For the scheduler alone, once, while the place is taken."""
+        self._preempted = True
+        if self._runner is not None:
+            self._runner.cancel()
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Turn the cancellation that `preempt` sends into Preempted, as a timeout does with its own."""
+        runner = asyncio.current_task()
+        assert runner is not None
+        self._runner, cancelled_before = runner, runner.cancelling()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._preempted or runner.cancelling() - 1 > cancelled_before:
+                raise
+            raise Preempted from None
+        finally:
+            self._runner = None
+            if self._preempted:
+                runner.uncancel()
+            self.on_left()
 
     def _check_tools(self) -> None:
         """Only a running engine says whether its chat template has tools."""

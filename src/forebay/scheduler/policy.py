@@ -1,12 +1,29 @@
-"""Who goes next: a pure decision over those who wait and the places there are.
+"""Who goes next, and who has to make room: pure decisions over those who wait, those who run and the places there are.
 
-It refuses to starve anybody: each `ageing_seconds` in line count as one level of priority.
+It refuses to starve anybody: online, each `ageing_seconds` in line count as one level of priority; batch work stands
+behind all of it, and has a floor.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from forebay.scheduler.queue import Ticket
 from forebay.scheduler.router import Seats, pick_replica
+
+_SPARE_PLACES = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """The batch work of a model: the first that waits, the places that it fills, and those it has to leave free.
+
+    `starves`: none of it runs, and none has been served for as long as the floor allows.
+    """
+
+    head: Ticket | None = None
+    running: int = 0
+    reserved: int = 0
+    starves: bool = False
 
 
 def rank(ticket: Ticket, now: float, ageing_seconds: float) -> tuple[float, int]:
@@ -16,18 +33,61 @@ def rank(ticket: Ticket, now: float, ageing_seconds: float) -> tuple[float, int]
 
 
 def next_grant(
-    waiting: Iterable[Ticket], seats: list[Seats], now: float, ageing_seconds: float
+    online: Iterable[Ticket], background: Background, seats: list[Seats], now: float, ageing_seconds: float
 ) -> tuple[Ticket, Seats] | None:
     """The ticket that goes next and the replica it goes to, or None.
 
-    Only the first in rank is looked at: one that needs several places holds up the line behind it until they are free,
-    or those who need one place would overtake it for ever.
+    (1) Batch work that starves; (2) the first in rank of those online; (3) batch work, if nobody waits online and
+    enough places stay free. Nobody but the one so chosen is looked at: one that needs several places holds up the line
+    behind it until they are free, or those who need one place would overtake it for ever.
     """
-    first = min(waiting, key=lambda ticket: rank(ticket, now, ageing_seconds), default=None)
+    first = background.head if background.starves else None
+    if first is None:
+        first = min(online, key=lambda ticket: rank(ticket, now, ageing_seconds), default=None)
+    if first is None and background.head is not None and _leaves_enough(background.head, background, seats):
+        first = background.head
     if first is None:
         return None
     replica = pick_replica(first.places, seats)
     return (first, replica) if replica is not None else None
+
+
+def reserved(peak: int, slots: int) -> int:
+    """The places that batch work leaves free: what online traffic has lately asked for at once, and one to spare."""
+    return min(slots, peak + _SPARE_PLACES) if peak else 0
+
+
+def to_preempt(
+    online: Iterable[Ticket],
+    running: Sequence[Ticket],
+    returning: Mapping[str, int],
+    seats: list[Seats],
+    now: float,
+    ageing_seconds: float,
+) -> list[Ticket]:
+    """Those of `running`, newest first, whose places are needed for tickets that wait online.
+
+    For each that waits, in rank: (1) places that are free or on their way back (`returning`, by replica) will do;
+    (2) otherwise the fewest of the newest on one replica go; (3) if that is not enough, neither it nor anybody behind it
+    is helped by anybody going.
+    """
+    room = {seat.replica_id: seat.free + returning.get(seat.replica_id, 0) for seat in seats}
+    left = [ticket for ticket in running if ticket.replica_id in room]
+    gone: list[Ticket] = []
+    for ticket in sorted(online, key=lambda one: rank(one, now, ageing_seconds)):
+        options = [(_room_for(ticket, seat, room, left), seat) for seat in seats]
+        chosen = min(
+            ((going, seat) for going, seat in options if going is not None),
+            key=lambda option: (len(option[0]), -room[option[1].replica_id], option[1].replica_id),
+            default=None,
+        )
+        if not left or chosen is None:
+            break
+        going, seat = chosen
+        gone += going
+        left = [one for one in left if one not in going]
+        room[seat.replica_id] += sum(one.taken for one in going) - min(ticket.places, seat.slots)
+    return gone
 
 
 def position(ticket: Ticket, waiting: Iterable[Ticket], now: float, ageing_seconds: float) -> int:
@@ -39,3 +99,21 @@ def position(ticket: Ticket, waiting: Iterable[Ticket], now: float, ageing_secon
 def retry_after_seconds(waiting: int, slots: int, mean_run_seconds: float, longest: float) -> float:
     """When a caller who is turned away may find room: the time that those before it take, within [1, longest]."""
     return min(longest, max(1.0, mean_run_seconds * (waiting + 1) / max(1, slots)))
+
+
+def _leaves_enough(head: Ticket, background: Background, seats: list[Seats]) -> bool:
+    needed = min(head.places, max((seat.slots for seat in seats), default=0))
+    return background.running + needed <= sum(seat.slots for seat in seats) - background.reserved
+
+
+def _room_for(ticket: Ticket, seat: Seats, room: Mapping[str, int], running: list[Ticket]) -> list[Ticket] | None:
+    """The newest on `seat` that have to go for `ticket`; None if that would not make enough room."""
+    missing = min(ticket.places, seat.slots) - room[seat.replica_id]
+    going: list[Ticket] = []
+    for one in running:
+        if missing <= 0:
+            break
+        if one.replica_id == seat.replica_id:
+            going.append(one)
+            missing -= one.taken
+    return going if missing <= 0 else None

@@ -1,6 +1,6 @@
-"""One model's line: who waits, in which order, with a bound.
+"""A model's line: who waits, in order of arrival.
 
-It refuses to grow beyond its places, and knows neither time nor replicas: the caller passes both in.
+It refuses to know time, replicas and bounds: whoever lets tickets join sees to those.
 """
 
 from collections.abc import Iterator
@@ -11,20 +11,32 @@ from forebay.inference import Priority
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One caller's place in line. `number` grows with each arrival; times are monotonic seconds."""
+    """One caller's place in line and then on a replica. `number` grows with each arrival; times are monotonic seconds.
+
+    `taken` is how many places it fills on `replica_id` once it has been granted. Of batch work only: `spared` has its
+    place for good, `preempted` gives it back as soon as the engine has stopped.
+    """
 
     number: int
     model: str
     priority: Priority
     places: int
     joined_at: float
+    replica_id: str = ""
+    taken: int = 0
+    spared: bool = False
+    preempted: bool = False
+
+    @property
+    def batch(self) -> bool:
+        """Whether it is batch work, which goes behind everything else."""
+        return self.priority is Priority.BATCH
 
 
 class Line:
-    """Those who wait for one model."""
+    """Those who wait for one model, in order of arrival."""
 
-    def __init__(self, places: int) -> None:
-        self.places = places
+    def __init__(self) -> None:
         self._tickets: dict[int, Ticket] = {}
 
     def __len__(self) -> int:
@@ -33,13 +45,8 @@ class Line:
     def __iter__(self) -> Iterator[Ticket]:
         return iter(self._tickets.values())
 
-    @property
-    def full(self) -> bool:
-        """Whether nobody else may wait."""
-        return len(self._tickets) >= self.places
-
     def join(self, ticket: Ticket) -> None:
-        """Put `ticket` at the end. A ticket that can run at once passes through even when there are no places."""
+        """Put `ticket` at the end."""
         self._tickets[ticket.number] = ticket
 
     def leave(self, ticket: Ticket) -> None:

@@ -1,27 +1,31 @@
 """The hallway: the only way to a replica.
 
 Both doors come through here. A caller at the front door is turned away when the line is full (`admit`); the back office
-waits outside until there is room (`admit_when_room`). Either way the caller leaves with a Permit.
+waits in a line of its own behind it for as long as it takes, and may have to give its place back (`admit_when_room`).
+Either way the caller leaves with a Permit.
 
 Single writer: every change of state is made here, on one event loop, and runs to its end without awaiting. It refuses
 to admit anybody once it is closed.
 """
 
 import asyncio
+import math
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from forebay.clock import Clock
 from forebay.config import SchedulerSettings
 from forebay.errors import ForebayError, Overloaded, ShuttingDown
-from forebay.inference import Request
+from forebay.inference import Priority, Request
 from forebay.replicas.replica import Replica
+from forebay.scheduler.demand import Demand
 from forebay.scheduler.permit import Permit
-from forebay.scheduler.policy import next_grant, position, retry_after_seconds
+from forebay.scheduler.policy import Background, next_grant, position, reserved, retry_after_seconds, to_preempt
 from forebay.scheduler.queue import Line, Ticket
-from forebay.scheduler.router import Seats, pick_replica
+from forebay.scheduler.router import Seats
 from forebay.telemetry import Metrics
 
 _FIRST_GUESS_SECONDS = 2.0
@@ -63,13 +67,27 @@ class Limits:
 
 @dataclass(slots=True)
 class _Hall:
-    """What the scheduler keeps for one model. `running` counts places by replica id."""
+    """What the scheduler keeps for one model.
+
+    Every ticket that waits or runs has its grant. `line` waits online and has a bound; `backlog` is batch work, bounded
+    by how many the back office sends. `running` counts places by replica id. `batch` runs, the oldest first; `permits`
+    are those of it that can be interrupted. `leaving` have let go of their run, and their engine has not stopped yet.
+    Batch work waits and none of it runs since `kept_out_since`; `preempted_since` is the first preemption since some of
+    it was last served. `alarm` looks again when time alone may have made room for it.
+    """
 
     limits: Limits
     line: Line
+    demand: Demand
+    backlog: Line = field(default_factory=Line)
     grants: dict[int, asyncio.Future[Replica]] = field(default_factory=dict)
     running: dict[str, int] = field(default_factory=dict)
-    room: asyncio.Event = field(default_factory=asyncio.Event)
+    batch: dict[int, Ticket] = field(default_factory=dict)
+    permits: dict[int, Permit] = field(default_factory=dict)
+    leaving: dict[int, Ticket] = field(default_factory=dict)
+    kept_out_since: float | None = None
+    preempted_since: float | None = None
+    alarm: tuple[float, asyncio.Task[None]] | None = None
     mean_run_seconds: float = _FIRST_GUESS_SECONDS
 
 
@@ -90,18 +108,31 @@ class Scheduler:
         self._grace_seconds = grace_seconds
         self._clock = clock
         self._metrics = metrics
-        self._halls = {name: _Hall(limits, Line(limits.queue_places)) for name, limits in models.items()}
+        window = settings.headroom_seconds
+        self._halls = {name: _Hall(limits, Line(), Demand(window)) for name, limits in models.items()}
         self._number = 0
         self._closed = False
         for name, hall in self._halls.items():
             self._measure(name, hall)
 
-    @asynccontextmanager
-    async def admit(self, request: Request) -> AsyncIterator[Permit]:
+    def admit(self, request: Request) -> AbstractAsyncContextManager[Permit]:
         """Join the line or raise Overloaded; leave it when the block ends, however it ends.
 
         Raises also Quarantined, ModelNotReady, EngineUnavailable and ShuttingDown.
         """
+        assert request.priority is not Priority.BATCH, "batch work takes no place in the line"
+        return self._admitted(request)
+
+    def admit_when_room(self, request: Request) -> AbstractAsyncContextManager[Permit]:
+        """The same for batch work, which waits without a limit until online traffic leaves room for it.
+
+        Its permit is to be run at once. `run` may raise Preempted; then leave the block and ask to be admitted again.
+        """
+        assert request.priority is Priority.BATCH, "only batch work waits behind the line"
+        return self._admitted(request)
+
+    @asynccontextmanager
+    async def _admitted(self, request: Request) -> AsyncIterator[Permit]:
         hall = self._halls[request.model]
         ticket, place = self._join(hall, request)
         try:
@@ -109,13 +140,15 @@ class Scheduler:
         except BaseException:
             self._quit(hall, ticket)
             raise
-        permit = self._permit(ticket, request, replica, place)
+        permit = self._permit(hall, ticket, request, replica, place)
         started = self._clock.monotonic()
 
         def give_back() -> None:
-            self._learn(hall, self._clock.monotonic() - started)
+            if not ticket.batch:
+                self._learn(hall, self._clock.monotonic() - started)
             self._give_back(hall, ticket, replica)
 
+        permit.on_left = lambda: self._leave(hall, ticket)
         permit.on_stopped = give_back
         try:
             yield permit
@@ -123,24 +156,13 @@ class Scheduler:
             if not permit.held:
                 self._give_back(hall, ticket, replica)
 
-    @asynccontextmanager
-    async def admit_when_room(self, request: Request) -> AsyncIterator[Permit]:
-        """The same, but wait outside while the line is full."""
-        hall = self._halls[request.model]
-        while hall.line.full and not self._closed and not self._runs_at_once(hall, request):
-            self._fleet.summon(request.model)
-            hall.room.clear()
-            await hall.room.wait()
-        async with self.admit(request) as permit:
-            yield permit
-
     def changed(self, model: str) -> None:
         """Told by the machine room that replicas of `model` came or went."""
         hall = self._halls[model]
         alive = {replica.id for replica in self._fleet.replicas(model)}
         hall.running = {key: count for key, count in hall.running.items() if count or key in alive}
         self._grant(model, hall)
-        trouble = self._fleet.trouble(model) if len(hall.line) else None
+        trouble = self._fleet.trouble(model) if len(hall.line) or len(hall.backlog) else None
         if trouble is not None:
             self._dismiss(hall, trouble)
 
@@ -149,16 +171,17 @@ class Scheduler:
         self._closed = True
         for hall in self._halls.values():
             self._dismiss(hall, ShuttingDown())
-            hall.room.set()
 
     def load(self, model: str) -> tuple[int, int]:
-        """Places in use and requests in line, for people."""
+        """Places in use, and requests in line without batch work, for people."""
         hall = self._halls[model]
         return sum(hall.running.values()), len(hall.line)
 
     def _measure(self, name: str, hall: _Hall) -> None:
         self._metrics.running.labels(name).set_function(lambda: sum(hall.running.values()))
         self._metrics.waiting.labels(name).set_function(lambda: len(hall.line))
+        self._metrics.batch_running.labels(name).set_function(lambda: _places(hall.batch.values()))
+        self._metrics.batch_waiting.labels(name).set_function(lambda: len(hall.backlog))
         self._metrics.slots.labels(name).set_function(lambda: sum(r.slots for r in self._fleet.replicas(name)))
 
     # Changes of state: none of these awaits.
@@ -173,13 +196,18 @@ class Scheduler:
         self._number += 1
         now = self._clock.monotonic()
         ticket = Ticket(self._number, request.model, request.priority, request.places, now)
-        was_full = hall.line.full
         hall.grants[ticket.number] = asyncio.get_running_loop().create_future()
-        hall.line.join(ticket)
+        if ticket.batch:
+            hall.backlog.join(ticket)
+        else:
+            hall.line.join(ticket)
+            hall.demand.change(ticket.places, now)
         self._grant(request.model, hall)
         if hall.grants[ticket.number].done():
             return ticket, 0
-        if was_full:
+        if ticket.batch:
+            return ticket, len(hall.line) + len(hall.backlog)
+        if self._overfull(hall):
             self._quit(hall, ticket)
             self._metrics.rejections.labels(request.model, "queue_full").inc()
             raise Overloaded(retry_after_seconds=self._retry_after(hall))
@@ -191,12 +219,17 @@ class Scheduler:
         self._fleet.check(request)
         self._fleet.summon(request.model)
 
+    def _overfull(self, hall: _Hall) -> bool:
+        """Whether more wait than may. Those who are about to get places that batch work gives back do not count."""
+        returning = _places(ticket for ticket in hall.leaving.values() if ticket.preempted)
+        return len(hall.line) > hall.limits.queue_places + returning
+
     async def _wait(self, hall: _Hall, ticket: Ticket) -> Replica:
         granted = hall.grants[ticket.number]
         if granted.done():
             return granted.result()
         try:
-            async with self._clock.timeout(hall.limits.queue_timeout_seconds):
+            async with self._clock.timeout(None if ticket.batch else hall.limits.queue_timeout_seconds):
                 return await granted
         except TimeoutError:
             self._metrics.rejections.labels(ticket.model, "queue_timeout").inc()
@@ -206,10 +239,16 @@ class Scheduler:
                 retry_after_seconds=self._retry_after(hall),
             ) from None
 
-    def _permit(self, ticket: Ticket, request: Request, replica: Replica, place: int) -> Permit:
+    def _permit(self, hall: _Hall, ticket: Ticket, request: Request, replica: Replica, place: int) -> Permit:
         waited = self._clock.monotonic() - ticket.joined_at
-        self._metrics.queue_wait.labels(ticket.model).observe(waited)
-        return Permit(request, replica, place, waited, self._grace_seconds, self._fleet.condemn)
+        permit = Permit(request, replica, place, waited, self._grace_seconds, self._fleet.condemn)
+        if not ticket.batch:
+            self._metrics.queue_wait.labels(ticket.model).observe(waited)
+        elif ticket.preempted:
+            permit.preempt()
+        else:
+            hall.permits[ticket.number] = permit
+        return permit
 
     def _quit(self, hall: _Hall, ticket: Ticket) -> None:
         """Leave without having run: out of the line, or with a grant that nobody will use."""
@@ -218,53 +257,134 @@ class Scheduler:
             self._give_back(hall, ticket, granted.result())
             return
         del hall.grants[ticket.number]
-        hall.line.leave(ticket)
-        self._grant(ticket.model, hall)
+        (hall.backlog if ticket.batch else hall.line).leave(ticket)
+        self._gone(hall, ticket)
+
+    def _leave(self, hall: _Hall, ticket: Ticket) -> None:
+        """The run is over for its holder. If the engine has not stopped, the place is on its way back."""
+        hall.permits.pop(ticket.number, None)
+        if ticket.number in hall.grants:
+            hall.leaving[ticket.number] = ticket
 
     def _give_back(self, hall: _Hall, ticket: Ticket, replica: Replica) -> None:
         if hall.grants.pop(ticket.number, None) is None:
             return
-        left = hall.running[replica.id] - self._taken(ticket, replica)
+        left = hall.running[replica.id] - ticket.taken
         hall.running[replica.id] = left
         if left == 0 and not replica.ready:
             del hall.running[replica.id]
+        for held in (hall.leaving, hall.batch, hall.permits):
+            held.pop(ticket.number, None)
+        if ticket.batch and not ticket.preempted:
+            hall.preempted_since = None
+        self._gone(hall, ticket)
+
+    def _gone(self, hall: _Hall, ticket: Ticket) -> None:
+        """What is left to do when a ticket neither waits nor runs any longer."""
+        if not ticket.batch:
+            hall.demand.change(-ticket.places, self._clock.monotonic())
+        elif not (hall.batch or len(hall.backlog) or ticket.preempted):
+            hall.kept_out_since = hall.preempted_since = None
         self._grant(ticket.model, hall)
 
-    def _runs_at_once(self, hall: _Hall, request: Request) -> bool:
-        """Whether nobody waits and a replica has room: the only way in where a line has no places at all."""
-        replicas = self._fleet.replicas(request.model)
-        return not len(hall.line) and pick_replica(request.places, _seats(hall, replicas)) is not None
-
     def _grant(self, model: str, hall: _Hall) -> None:
-        """Give every free place to whoever is first in line for it."""
-        if not len(hall.line):
-            hall.room.set()
+        """Give every free place to whoever is first for it, and make room for those who wait online."""
+        if not len(hall.line) and not len(hall.backlog):
+            self._set_alarm(model, hall, None)
             return
         replicas = {replica.id: replica for replica in self._fleet.replicas(model)}
-        now = self._clock.monotonic()
+        now, ageing = self._clock.monotonic(), self._settings.ageing_seconds
         while True:
             seats = _seats(hall, replicas.values())
             # A caller that left has a cancelled grant until its own clean-up runs.
-            waiting = [ticket for ticket in hall.line if not hall.grants[ticket.number].done()]
-            grant = next_grant(waiting, seats, now, self._settings.ageing_seconds)
+            online = [ticket for ticket in hall.line if not hall.grants[ticket.number].done()]
+            grant = next_grant(online, self._background(hall, seats, now), seats, now, ageing)
             if grant is None:
                 break
-            ticket, seat = grant
-            replica = replicas[seat.replica_id]
+            self._seat(hall, grant[0], replicas[grant[1].replica_id], now)
+        if online and hall.batch and self._settings.preempt:
+            self._make_room(hall, online, seats, now)
+        self._set_alarm(model, hall, self._next_look(hall, now))
+
+    def _seat(self, hall: _Hall, ticket: Ticket, replica: Replica, now: float) -> None:
+        ticket.replica_id, ticket.taken = replica.id, min(ticket.places, replica.slots)
+        hall.running[replica.id] = hall.running.get(replica.id, 0) + ticket.taken
+        if ticket.batch:
+            hall.backlog.leave(ticket)
+            if not hall.batch and self._floor_at(hall) <= now:
+                ticket.spared, hall.preempted_since = True, None
+            hall.batch[ticket.number], hall.kept_out_since = ticket, None
+        else:
             hall.line.leave(ticket)
-            hall.running[replica.id] = hall.running.get(replica.id, 0) + self._taken(ticket, replica)
-            hall.grants[ticket.number].set_result(replica)
-        if not hall.line.full:
-            hall.room.set()
+        hall.grants[ticket.number].set_result(replica)
+
+    def _background(self, hall: _Hall, seats: list[Seats], now: float) -> Background:
+        while len(hall.backlog):
+            head = next(iter(hall.backlog))
+            if not hall.grants[head.number].done():
+                slots = sum(seat.slots for seat in seats)
+                return Background(
+                    head,
+                    running=_places(hall.batch.values()),
+                    reserved=reserved(hall.demand.peak(now), slots),
+                    starves=not hall.batch and self._floor_at(hall) <= now,
+                )
+            hall.backlog.leave(head)
+        return Background()
+
+    def _make_room(self, hall: _Hall, online: list[Ticket], seats: list[Seats], now: float) -> None:
+        """Take places back from batch work, but never from one whom the floor spares."""
+        running = [ticket for ticket in hall.batch.values() if ticket.number not in hall.leaving]
+        if running and self._floor_at(hall) <= now and not any(ticket.spared for ticket in running):
+            running[0].spared, hall.preempted_since = True, None
+        running = [ticket for ticket in reversed(running) if not ticket.spared]
+        returning: Counter[str] = Counter()
+        for ticket in hall.leaving.values():
+            returning[ticket.replica_id] += ticket.taken
+        for ticket in to_preempt(online, running, returning, seats, now, self._settings.ageing_seconds):
+            ticket.preempted = True
+            hall.preempted_since = now if hall.preempted_since is None else hall.preempted_since
+            hall.leaving[ticket.number] = ticket
+            self._metrics.preemptions.labels(ticket.model).inc()
+            permit = hall.permits.pop(ticket.number, None)
+            if permit is not None:
+                permit.preempt()
+
+    def _floor_at(self, hall: _Hall) -> float:
+        """When batch work will have been kept out, or gone without an end, for as long as its floor allows."""
+        since = [time for time in (hall.kept_out_since, hall.preempted_since) if time is not None]
+        return min(since) + self._settings.batch_floor_seconds if since else math.inf
+
+    def _next_look(self, hall: _Hall, now: float) -> float | None:
+        """When the mere passing of time may let batch work in that waits."""
+        if not len(hall.backlog):
+            return None
+        if not hall.batch and hall.kept_out_since is None:
+            hall.kept_out_since = now
+        times = [hall.demand.next_drop(), None if hall.batch else self._floor_at(hall)]
+        return min((time for time in times if time is not None and time > now), default=None)
+
+    def _set_alarm(self, model: str, hall: _Hall, due: float | None) -> None:
+        """Look again at `due`. One that goes off too early does no harm: it sets the next."""
+        if hall.alarm is not None:
+            if due is not None and hall.alarm[0] <= due:
+                return
+            hall.alarm[1].cancel()
+            hall.alarm = None
+        if due is not None:
+            hall.alarm = (due, asyncio.get_running_loop().create_task(self._look_again(model, hall, due)))
+
+    async def _look_again(self, model: str, hall: _Hall, due: float) -> None:
+        await self._clock.sleep(max(0.0, due - self._clock.monotonic()))
+        hall.alarm = None
+        self._grant(model, hall)
 
     def _dismiss(self, hall: _Hall, error: ForebayError) -> None:
-        for ticket in list(hall.line):
-            hall.line.leave(ticket)
-            if not hall.grants[ticket.number].done():
-                hall.grants[ticket.number].set_exception(error)
-
-    def _taken(self, ticket: Ticket, replica: Replica) -> int:
-        return min(ticket.places, replica.slots)
+        for line in (hall.line, hall.backlog):
+            for ticket in list(line):
+                line.leave(ticket)
+                if not hall.grants[ticket.number].done():
+                    hall.grants[ticket.number].set_exception(error)
 
     def _learn(self, hall: _Hall, run_seconds: float) -> None:
         hall.mean_run_seconds += _SMOOTHING * (run_seconds - hall.mean_run_seconds)
@@ -272,6 +392,10 @@ class Scheduler:
     def _retry_after(self, hall: _Hall) -> float:
         longest = self._settings.retry_after_seconds_max
         return retry_after_seconds(len(hall.line), hall.limits.slots, hall.mean_run_seconds, longest)
+
+
+def _places(tickets: Iterable[Ticket]) -> int:
+    return sum(ticket.taken for ticket in tickets)
 
 
 def _seats(hall: _Hall, replicas: Iterable[Replica]) -> list[Seats]:
