@@ -101,6 +101,8 @@ class Writer:
         finally:
             block.granted.cancel()
             block.ended.set()
+        if self._closed:
+            raise StoreUnavailable
         await block.settled
 
     async def write(self, function: Callable[[sa.Connection], T]) -> T:
