@@ -5,7 +5,6 @@ It refuses to take a key on the command line, where every process of the machine
 
 import asyncio
 import contextlib
-import getpass
 import json
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from forebay import config
+from forebay.cli.api_client import LOCAL_SERVER, KeyFile, ServerUrl, api_key
 from forebay.cli.conversation import Conversation
 from forebay.cli.options import EXIT_INTERRUPTED, sentences
 from forebay.errors import SetupError
@@ -39,30 +38,15 @@ Ctrl-C while an answer comes stops the answer."""
 
 def chat(
     model_name: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
-    url: Annotated[str, typer.Option(help="Address of the server.")] = "http://127.0.0.1:8000",
+    url: ServerUrl = LOCAL_SERVER,
     model: Annotated[str | None, typer.Option(help="Which model; the first that is ready without it.")] = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
-    key_file: Annotated[
-        Path | None, typer.Option(help="File with the API key; else OPENAI_API_KEY, else it is asked for.")
-    ] = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Talk to a model of a running server. Type /help inside. `echo question | forebay chat` works too."""
     with sentences():
-        talk = Conversation(url.rstrip("/").removesuffix("/v1"), _key(key_file), model or model_name or "", system)
+        talk = Conversation(url, api_key(key_file), model or model_name or "", system)
         asyncio.run(_Terminal(talk).run())
-
-
-def _key(key_file: Path | None) -> str:
-    if key_file is not None:
-        return config.read_secret(key_file)
-    given = config.environment().get("OPENAI_API_KEY", "").strip()
-    if given:
-        return given
-    if not sys.stdin.isatty():
-        raise SetupError("An API key is needed. Give it with --key-file, or set OPENAI_API_KEY.")
-    with contextlib.suppress(EOFError):
-        return getpass.getpass("API key (not shown): ").strip()
-    raise SetupError("An API key is needed. `forebay keys create` makes one.")
 
 
 class _Terminal:

@@ -1,0 +1,182 @@
+"""A running server as the commands see it: requests whose troubles are sentences.
+
+It refuses to take a key on the command line, where every process of the machine could read it.
+"""
+
+import contextlib
+import getpass
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any, Self
+from urllib.parse import quote, urlencode
+
+import aiohttp
+import typer
+
+from forebay import config
+from forebay.clock import SystemClock
+from forebay.errors import SetupError
+
+_EVENT_BYTES_MAX = 4 * 2**20
+_ANSWER_BYTES_MAX = 64 * 2**20
+_ERROR_BYTES_MAX = 65_536
+_CONNECT_SECONDS = 10.0
+_QUIET_SECONDS = 300.0
+_NO_ANSWER = "The server sent something that is not an answer."
+
+ServerUrl = Annotated[str, typer.Option("--url", help="Address of the server.")]
+KeyFile = Annotated[
+    Path | None, typer.Option("--key-file", help="File with the API key; else OPENAI_API_KEY, else it is asked for.")
+]
+LOCAL_SERVER = "http://127.0.0.1:8000"
+
+
+class ConnectionLost(SetupError):
+    """The connection broke off; the same may go well a moment later."""
+
+
+def api_key(key_file: Path | None) -> str:
+    """The key to use. Raises SetupError if there is none and nobody to ask."""
+    if key_file is not None:
+        return config.read_secret(key_file)
+    given = config.environment().get("OPENAI_API_KEY", "").strip()
+    if given:
+        return given
+    if not sys.stdin.isatty():
+        raise SetupError("An API key is needed. Give it with --key-file, or set OPENAI_API_KEY.")
+    with contextlib.suppress(EOFError):
+        return getpass.getpass("API key (not shown): ").strip()
+    raise SetupError("An API key is needed. `forebay keys create` makes one.")
+
+
+def path_of(*parts: str, **query: str | int | None) -> str:
+    """A path of the API: its parts quoted, and the parameters that are given."""
+    path = "/v1/" + "/".join(quote(part, safe="") for part in parts)
+    given = {name: str(value) for name, value in query.items() if value is not None}
+    return f"{path}?{urlencode(given)}" if given else path
+
+
+class ApiClient:
+    """Requests to one server; used as a context. Every method raises SetupError with what to do."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._key = key
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True),  # a kept one goes stale while a person thinks
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_QUIET_SECONDS),
+            trust_env=False,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    def request(self, method: str, path: str, **content: Any) -> "_Request":
+        """A request as a context, which gives the answer once its status is 200."""
+        assert self._session is not None
+        return _Request(self._session, method, self.url + path, content)
+
+    async def call(self, method: str, path: str, **content: Any) -> dict[str, Any]:
+        """A request and its JSON object."""
+        async with self.request(method, path, **content) as response:
+            return _parsed(await _read(response, _ANSWER_BYTES_MAX))
+
+    async def events(self, path: str) -> AsyncIterator[dict[str, Any]]:
+        """The parsed events of a stream, with their names as `event`."""
+        async with self.request("GET", path) as response:
+            async for block in blocks_of(response):
+                name, data = b"", b""
+                for line in block.splitlines():
+                    name = line[6:].strip() if line.startswith(b"event:") else name
+                    data = line[5:].strip() if line.startswith(b"data:") else data
+                if data:
+                    yield {"event": name.decode(errors="replace"), "data": _parsed(data)}
+
+
+class _Request:
+    """Leaving the block early closes the connection, which cancels the work."""
+
+    def __init__(self, session: aiohttp.ClientSession, method: str, url: str, content: dict[str, Any]) -> None:
+        self._session, self._method, self._url, self._content = session, method, url, content
+        self._response: aiohttp.ClientResponse | None = None
+
+    async def __aenter__(self) -> aiohttp.ClientResponse:
+        try:
+            self._response = await self._session.request(self._method, self._url, **self._content)
+            if self._response.status != 200:
+                raise SetupError(await _refusal(self._response))
+            return self._response
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._explain(error) from None
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if self._response is not None:
+            self._response.close()
+            await SystemClock().sleep(0)  # a prompt blocks the loop that would close the connection later
+        if isinstance(error, aiohttp.ClientError | TimeoutError):
+            raise self._explain(error) from None
+
+    def _explain(self, error: Exception) -> SetupError:
+        where = self._url.partition("/v1/")[0]
+        if isinstance(error, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
+            return SetupError(f"{where} is no address of a server. Write it as {LOCAL_SERVER}.")
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return ConnectionLost(
+                f"No server answers at {where}. Start one with `forebay serve`, or name another with --url."
+            )
+        if isinstance(error, TimeoutError):
+            return ConnectionLost(f"The server at {where} has been silent for too long.")
+        return ConnectionLost(f"The connection to {where} broke off ({type(error).__name__}). Ask again.")
+
+
+async def blocks_of(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The events of a stream as they came. Raises SetupError for one without end."""
+    rest = b""
+    async for data in response.content.iter_any():
+        *blocks, rest = (rest + data).split(b"\n\n")
+        if len(rest) > _EVENT_BYTES_MAX:
+            raise SetupError(_NO_ANSWER)
+        for block in blocks:
+            yield block
+
+
+async def _read(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > bytes_max:
+            raise SetupError(_NO_ANSWER)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        raise SetupError(_NO_ANSWER) from None
+    if not isinstance(found, dict):
+        raise SetupError(_NO_ANSWER)
+    return found
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> str:
+    """The server's own sentence, with what a person at a terminal can do about it."""
+    raw = await response.content.read(_ERROR_BYTES_MAX)
+    try:
+        said = str(json.loads(raw)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        said = f"The server answered with status {response.status}."
+    if response.status == 401:
+        said += " Give it with --key-file or OPENAI_API_KEY; `forebay keys create` makes one."
+    wait = response.headers.get("Retry-After")
+    return f"{said} Try again in {wait} s." if wait else said
