@@ -4,18 +4,20 @@ It refuses to take a key on the command line, where every process of the machine
 """
 
 import contextlib
+import functools
 import getpass
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import aiohttp
 import typer
 
 from forebay import config
+from forebay.cli.options import run, sentences
 from forebay.clock import SystemClock
 from forebay.errors import SetupError
 
@@ -24,6 +26,7 @@ _ANSWER_BYTES_MAX = 64 * 2**20
 _ERROR_BYTES_MAX = 65_536
 _CONNECT_SECONDS = 10.0
 _QUIET_SECONDS = 300.0
+_T = TypeVar("_T")
 _NO_ANSWER = "The server sent something that is not an answer."
 
 ServerUrl = Annotated[str, typer.Option("--url", help="Address of the server.")]
@@ -33,8 +36,8 @@ KeyFile = Annotated[
 LOCAL_SERVER = "http://127.0.0.1:8000"
 
 
-class ConnectionLost(SetupError):
-    """The connection broke off; the same may go well a moment later."""
+class NotNow(SetupError):
+    """That did not go well; the same may do so a moment later."""
 
 
 def api_key(key_file: Path | None) -> str:
@@ -46,6 +49,12 @@ def api_key(key_file: Path | None) -> str:
         return given
     if not sys.stdin.isatty():
         raise SetupError("An API key is needed. Give it with --key-file, or set OPENAI_API_KEY.")
+    return _typed_key()
+
+
+@functools.cache
+def _typed_key() -> str:
+    """What the person types, who is asked once."""
     with contextlib.suppress(EOFError):
         return getpass.getpass("API key (not shown): ").strip()
     raise SetupError("An API key is needed. `forebay keys create` makes one.")
@@ -101,6 +110,19 @@ class ApiClient:
                     yield {"event": name.decode(errors="replace"), "data": _parsed(data)}
 
 
+def ask(
+    url: str, key_file: Path | None, work: Callable[[ApiClient], Awaitable[_T]], interrupted: str = "Stopped."
+) -> _T:
+    """Do the work with a client; what goes wrong becomes one sentence and status 1, Ctrl-C `interrupted` and 130."""
+
+    async def connected(key: str) -> _T:
+        async with ApiClient(url, key) as client:
+            return await work(client)
+
+    with sentences(interrupted):
+        return run(connected(api_key(key_file)))
+
+
 class _Request:
     """Leaving the block early closes the connection, which cancels the work."""
 
@@ -111,8 +133,9 @@ class _Request:
     async def __aenter__(self) -> aiohttp.ClientResponse:
         try:
             self._response = await self._session.request(self._method, self._url, **self._content)
-            if self._response.status != 200:
-                raise SetupError(await _refusal(self._response))
+            if (status := self._response.status) != 200:
+                passing = status == 429 or status >= 500
+                raise (NotNow if passing else SetupError)(await _refusal(self._response))
             return self._response
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._explain(error) from None
@@ -129,12 +152,10 @@ class _Request:
         if isinstance(error, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
             return SetupError(f"{where} is no address of a server. Write it as {LOCAL_SERVER}.")
         if isinstance(error, aiohttp.ClientConnectorError):
-            return ConnectionLost(
-                f"No server answers at {where}. Start one with `forebay serve`, or name another with --url."
-            )
+            return NotNow(f"No server answers at {where}. Start one with `forebay serve`, or name another with --url.")
         if isinstance(error, TimeoutError):
-            return ConnectionLost(f"The server at {where} has been silent for too long.")
-        return ConnectionLost(f"The connection to {where} broke off ({type(error).__name__}). Ask again.")
+            return NotNow(f"The server at {where} has been silent for too long.")
+        return NotNow(f"The connection to {where} broke off ({type(error).__name__}). Ask again.")
 
 
 async def blocks_of(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
