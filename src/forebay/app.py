@@ -12,7 +12,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from forebay.clock import SystemClock
+from forebay import commit_points
+from forebay.blobs.blobs import open_blobs
+from forebay.clock import Clock, SystemClock
 from forebay.config import Settings, UpstreamModel
 from forebay.errors import SetupError
 from forebay.gateway.auth import Authenticator
@@ -21,6 +23,11 @@ from forebay.gateway.listener import Listener
 from forebay.gateway.online import Door
 from forebay.gateway.rates import Rates
 from forebay.gateway.server import create_app
+from forebay.jobs.kinds import Kind
+from forebay.jobs.node import Node
+from forebay.jobs.office import Office
+from forebay.jobs.webhook import webhook_kind
+from forebay.outbound import Outbound
 from forebay.replicas.calls import Calls
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.local_launcher import LocalLauncher
@@ -28,9 +35,14 @@ from forebay.replicas.pull import Puller
 from forebay.replicas.supervisor import Supervisor
 from forebay.scheduler.scheduler import Limits, Scheduler
 from forebay.store.database import Database
+from forebay.store.dead_letters import DeadLetterStore
+from forebay.store.files import FileStore
 from forebay.store.idempotency import IdempotencyStore
+from forebay.store.jobs import JobStore
 from forebay.store.key_format import Role
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
+from forebay.store.uploads import UploadStore
+from forebay.store.webhooks import WebhookStore
 from forebay.telemetry import Log, Metrics
 
 _DRAIN_TICK_SECONDS = 0.05
@@ -45,46 +57,106 @@ class Greeting:
     models: tuple[str, ...]
 
 
-class House:
-    """One running server."""
+class Stores:
+    """Everything that lasts: the rooms of the filing room and the cellar. Shared by all of one process."""
 
-    def __init__(self, settings: Settings, environment: Mapping[str, str], database: Database) -> None:
-        self.settings = settings
-        self.keys = KeyStore(database, SystemClock())
-        self._clock = SystemClock()
-        self._log = Log()
-        self._stop = asyncio.Event()
-        metrics = Metrics()
-        catalog = Catalog(settings)
+    def __init__(self, settings: Settings, database: Database, clock: Clock) -> None:
+        self.database = database
+        self.blobs = open_blobs(settings)
+        self.keys = KeyStore(database, clock)
+        self.files = FileStore(database, clock, settings.files)
+        self.uploads = UploadStore(database, clock, settings.files)
+        self.jobs = JobStore(database, clock, settings.jobs.log_lines_max)
+        self.webhooks = WebhookStore(database, clock, settings.webhooks)
+        self.dead_letters = DeadLetterStore(database, clock)
+        self.idempotency = IdempotencyStore(database, clock)
+
+
+class Machine:
+    """The machine room and the hallway: whatever runs models in this process."""
+
+    def __init__(self, settings: Settings, environment: Mapping[str, str], clock: Clock, metrics: Metrics) -> None:
+        self.catalog = Catalog(settings)
         launcher = LocalLauncher(
             _for_engines(settings, environment),
             settings.supervisor.log_lines_max,
             settings.supervisor.log_line_bytes_max,
         )
-        puller = Puller(catalog, settings.pull, self._clock)
-        self._supervisor = Supervisor(settings, catalog, puller, launcher, self._clock, metrics, environment)
-        self._scheduler = Scheduler(
-            self._supervisor,
-            {name: _limits(catalog, name) for name in catalog.names()},
+        puller = Puller(self.catalog, settings.pull, clock)
+        self.supervisor = Supervisor(settings, self.catalog, puller, launcher, clock, metrics, environment)
+        self.scheduler = Scheduler(
+            self.supervisor,
+            {name: _limits(self.catalog, name) for name in self.catalog.names()},
             settings.scheduler,
             settings.supervisor.cancel_grace_seconds,
-            self._clock,
+            clock,
             metrics,
         )
-        self._supervisor.on_change = self._scheduler.changed
-        self._door = Door(self._scheduler, Rates(self._clock), settings, self._clock, metrics)
+        self.supervisor.on_change = self.scheduler.changed
+
+    def preloaded(self) -> tuple[str, ...]:
+        """The models that are loaded before the process calls itself ready."""
+        return tuple(record.name for record in self.supervisor.records() if record.settings.preload)
+
+
+def build_office(
+    settings: Settings, stores: Stores, machine: Machine, outbound: Outbound, node: str, clock: Clock, metrics: Metrics
+) -> Office:
+    """The back office with every kind of job that there is."""
+    keep = settings.jobs.keep_seconds
+    kinds: list[Kind] = [webhook_kind(stores.webhooks, outbound, settings, clock)]
+
+    async def finished_jobs(now: float, rows: int) -> int:
+        return await stores.jobs.prune(now - keep, rows)
+
+    async def old_dead_letters(now: float, rows: int) -> int:
+        return await stores.dead_letters.prune(now - keep, rows)
+
+    async def files(now: float, rows: int) -> int:
+        return await stores.files.sweep(stores.blobs, now, rows)
+
+    async def uploads(now: float, rows: int) -> int:
+        return await stores.uploads.sweep(stores.blobs, now, rows)
+
+    return Office(
+        stores.jobs,
+        stores.webhooks,
+        stores.dead_letters,
+        kinds,
+        [finished_jobs, old_dead_letters, files, uploads],
+        node,
+        settings.jobs,
+        clock,
+        metrics,
+        works=settings.jobs.enabled,
+    )
+
+
+class House:
+    """One running server."""
+
+    def __init__(self, settings: Settings, environment: Mapping[str, str], stores: Stores, node: str) -> None:
+        self.settings = settings
+        self.keys = stores.keys
+        self._clock = SystemClock()
+        self._log = Log()
+        self._stop = asyncio.Event()
+        metrics = Metrics()
+        machine = Machine(settings, environment, self._clock, metrics)
+        self._machine = machine
+        self._outbound = Outbound(settings.outbound, self._clock)
+        self._office = build_office(settings, stores, machine, self._outbound, node, self._clock, metrics)
+        self._door = Door(machine.scheduler, Rates(self._clock), settings, self._clock, metrics)
         app = create_app(settings)
         state = app.state
-        state.catalog, state.supervisor, state.scheduler, state.door = (
-            catalog,
-            self._supervisor,
-            self._scheduler,
-            self._door,
-        )
-        state.calls = Calls(catalog)
+        state.catalog, state.supervisor, state.scheduler = machine.catalog, machine.supervisor, machine.scheduler
+        state.calls, state.door = Calls(machine.catalog), self._door
+        state.files, state.uploads, state.blobs, state.jobs = stores.files, stores.uploads, stores.blobs, stores.jobs
+        state.webhooks, state.dead_letters, state.outbound = stores.webhooks, stores.dead_letters, self._outbound
+        state.idempotency = stores.idempotency
+        state.desk, state.clock = self._office.desk, self._clock
         state.metrics, state.started_at = metrics, self._clock.now()
         state.authenticator = Authenticator(self.keys, settings.auth, settings.admin_key, self._clock)
-        state.idempotency = IdempotencyStore(database, self._clock)
         self._state = state
         self._listener = Listener(Envelope(app, self._clock, access_log=settings.log.access), settings, metrics)
 
@@ -95,7 +167,7 @@ class House:
 
     def preloaded(self) -> tuple[str, ...]:
         """The models that are loaded before the server calls itself ready."""
-        return tuple(record.name for record in self._supervisor.records() if record.settings.preload)
+        return self._machine.preloaded()
 
     def stop(self) -> None:
         """Ask the server to stop."""
@@ -103,27 +175,31 @@ class House:
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until `stop`. Raises SetupError if a preloaded model cannot be loaded."""
-        supervising = asyncio.create_task(self._supervisor.run())
+        supervising = asyncio.create_task(self._machine.supervisor.run())
+        working = asyncio.create_task(self._office.run())
         sweeping = asyncio.create_task(self._door.run())
         listening = asyncio.create_task(self._listener.run())
         loading = asyncio.create_task(self._load(on_ready))
         stopping = asyncio.create_task(self._stop.wait())
         self._log.info("server.started", address=self.address)
         try:
-            watched: set[asyncio.Task[Any]] = {supervising, sweeping, listening, stopping}
+            watched: set[asyncio.Task[Any]] = {supervising, sweeping, listening, working, stopping}
             await _first(watched, loading)
         finally:
             loading.cancel()
             stopping.cancel()
+            self._office.stop()
             await self._drain(listening)
+            await asyncio.wait([working])
             sweeping.cancel()
             supervising.cancel()
             await asyncio.wait([supervising, sweeping, loading])
+            await self._outbound.close()
             self._log.info("server.stopped")
 
     async def _load(self, on_ready: Callable[[], None]) -> None:
         for name in self.preloaded():
-            await self._supervisor.wait_until_ready(name)
+            await self._machine.supervisor.wait_until_ready(name)
         self._log.info("server.ready", address=self.address)
         on_ready()
 
@@ -131,7 +207,7 @@ class House:
         """Accept nothing new, dismiss the line, let running requests end within the limit, then end them."""
         self._log.info("server.stopping", drain_seconds=self.settings.drain_seconds)
         self._state.stopping = True
-        self._scheduler.close()
+        self._machine.scheduler.close()
         self._listener.stop()
         deadline = self._clock.monotonic() + self.settings.drain_seconds
         while not self._door.empty and self._clock.monotonic() < deadline:
@@ -140,12 +216,13 @@ class House:
         await asyncio.wait([listening])
 
 
-async def _first(watched: set[asyncio.Task[Any]], loading: asyncio.Task[None]) -> None:
+async def _first(watched: set[asyncio.Task[Any]], loading: asyncio.Task[Any] | None = None) -> None:
     """Wait until one of `watched` ends, or until loading fails; raise what it raised."""
-    await asyncio.wait({*watched, loading}, return_when=asyncio.FIRST_COMPLETED)
-    if loading.done() and loading.exception() is None and not any(task.done() for task in watched):
+    all_of_them = watched if loading is None else {*watched, loading}
+    await asyncio.wait(all_of_them, return_when=asyncio.FIRST_COMPLETED)
+    if not any(task.done() for task in watched) and all(task.exception() is None for task in all_of_them - watched):
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-    for task in {*watched, loading}:
+    for task in all_of_them:
         if task.done() and not task.cancelled():
             error = task.exception()
             if error is not None:
@@ -153,13 +230,29 @@ async def _first(watched: set[asyncio.Task[Any]], loading: asyncio.Task[None]) -
 
 
 @asynccontextmanager
-async def open_house(settings: Settings, environment: Mapping[str, str]) -> AsyncIterator[House]:
-    """Open the store and build the rooms; close the store at the end."""
+async def open_stores(settings: Settings) -> AsyncIterator[tuple[Stores, Node]]:
+    """Open what lasts, and claim a name to hold leases under; close it at the end. Raises SetupError."""
+    problem = commit_points.arm(settings.rehearsal.kill_at)
+    if problem is not None:
+        raise SetupError(problem)
     database = await Database.open(settings)
     try:
-        yield House(settings, environment, database)
+        stores = Stores(settings, database, SystemClock())
+        await stores.blobs.check()
+        node = Node.claim(settings.data_dir)
+        try:
+            yield stores, node
+        finally:
+            node.release()
     finally:
         await database.close()
+
+
+@asynccontextmanager
+async def open_house(settings: Settings, environment: Mapping[str, str]) -> AsyncIterator[House]:
+    """Open what lasts and build the rooms of a server."""
+    async with open_stores(settings) as (stores, node):
+        yield House(settings, environment, stores, node.name)
 
 
 async def serve(
@@ -178,6 +271,33 @@ async def serve(
         greeting = Greeting(house.address, first_key, house.preloaded())
         on_listening(greeting)
         await house.run(lambda: on_ready(greeting))
+
+
+async def work(settings: Settings, environment: Mapping[str, str], on_ready: Callable[[str], None]) -> None:
+    """Run a worker apart from any server until SIGTERM or Ctrl-C. Raises SetupError if it cannot start."""
+    clock, metrics = SystemClock(), Metrics()
+    async with open_stores(settings) as (stores, node):
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        machine = Machine(settings, environment, clock, metrics)
+        outbound = Outbound(settings.outbound, clock)
+        office = build_office(settings, stores, machine, outbound, node.name, clock, metrics)
+        supervising = asyncio.create_task(machine.supervisor.run())
+        working = asyncio.create_task(office.run())
+        stopping = asyncio.create_task(stop.wait())
+        on_ready(node.name)
+        try:
+            await _first({supervising, working, stopping})
+        finally:
+            stopping.cancel()
+            office.stop()
+            machine.scheduler.close()
+            await asyncio.wait([working])
+            supervising.cancel()
+            await asyncio.wait([supervising])
+            await outbound.close()
 
 
 def _settle_memory() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import forebay
-from forebay.cli import bench, chat, doctor, keys, models, serve
+from forebay.cli import batch, bench, chat, dead_letters, doctor, jobs, keys, models, serve, worker
 
 app = typer.Typer(
     name="forebay",
@@ -35,10 +35,14 @@ def options(
 
 
 app.command("serve")(serve.serve)
+app.command("worker")(worker.worker)
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
+app.add_typer(batch.app, name="batch")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(bench.app, name="bench")
 
 

@@ -5,8 +5,9 @@ It owns the set of attempts; nobody else starts or ends one.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from forebay.clock import Clock
 from forebay.config import JobSettings
@@ -24,7 +25,7 @@ _RENEWALS = 3  # in the time of one lease
 class _Attempt:
     run: Run
     task: asyncio.Task[None]
-    started_at: float
+    leased_at: float  # monotonic, before the database was asked: the lease lasts at least as long as counted from here
 
     def interrupt(self, why: Interruption) -> None:
         """End it, once; that the lease is lost overrules everything else."""
@@ -57,7 +58,7 @@ class Worker:
         self._clock = clock
         self._metrics = metrics
         self._log = Log()
-        self._attempts: dict[str, _Attempt] = {}
+        self._attempts: dict[tuple[str, int], _Attempt] = {}  # by job and attempt: an old one may still be ending
         self._freed = asyncio.Event()
         self._stopping = asyncio.Event()
         self._away = False
@@ -96,7 +97,7 @@ class Worker:
                     await self._wait(news)
 
     async def _lease(self) -> list[Lease]:
-        room = self._room()
+        room, asked_at = self._room(), self._clock.monotonic()
         try:
             leases = await self._jobs.lease(
                 room,
@@ -110,7 +111,7 @@ class Worker:
             return []
         self._note_back()
         for lease in leases:
-            self._start(lease)
+            self._start(lease, asked_at)
         return leases
 
     def _room(self) -> dict[str, int]:
@@ -123,24 +124,24 @@ class Worker:
         models = (attempt.run.lease.job.model for attempt in self._attempts.values())
         return {model for model in models if model is not None}
 
-    def _start(self, lease: Lease) -> None:
+    def _start(self, lease: Lease, leased_at: float) -> None:
         run = Run(lease)
         if lease.job.cancel_requested_at is not None and self._kinds[lease.job.kind].children is None:
             run.interruption = Interruption.CANCELLED
         task = asyncio.create_task(self._attempt(run), name=f"job {lease.id}")
-        self._attempts[lease.id] = _Attempt(run, task, self._clock.monotonic())
+        self._attempts[lease.id, lease.attempt] = _Attempt(run, task, leased_at)
 
     async def _attempt(self, run: Run) -> None:
         kind = self._kinds[run.lease.job.kind]
         try:
             await self._executor.execute(kind, run)
         finally:
-            self._attempts.pop(run.lease.id, None)
+            self._attempts.pop((run.lease.id, run.lease.attempt), None)
             self._freed.set()
 
     async def _wait(self, news: asyncio.Event) -> None:
         """Until there is news, room, or nothing for a while."""
-        waits = [asyncio.create_task(event.wait()) for event in (news, self._freed)]
+        waits: list[asyncio.Task[Any]] = [asyncio.create_task(event.wait()) for event in (news, self._freed)]
         waits.append(asyncio.create_task(self._clock.sleep(self._clock.jitter(self._settings.poll_seconds))))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -152,45 +153,46 @@ class Worker:
 
     async def _renew_leases(self) -> None:
         pause = self._settings.lease_seconds / _RENEWALS
-        renewed_at = self._clock.monotonic()
         with self._jobs.database.listen(CANCELS) as cancels:
             while True:
                 cancels.clear()
-                asked_at = self._clock.monotonic()
-                if await self._renew():
-                    renewed_at = asked_at
-                elif asked_at - renewed_at >= self._settings.lease_seconds:
-                    self._give_up(renewed_at)
+                await self._renew()
+                self._give_up()
                 await self._pause(cancels, min(pause, self._until_deadline()))
 
-    async def _renew(self) -> bool:
-        """Renew every lease; whether the database answered."""
-        attempts = dict(self._attempts)
-        if attempts:
-            try:
-                renewed = await self._jobs.renew(self._node, list(attempts), self._settings.lease_seconds)
-            except ForebayError as error:
-                self._note_away(error)
-                return False
-            self._judge(attempts, renewed)
-        return True
+    async def _renew(self) -> None:
+        """Renew every lease, if the database answers."""
+        attempts, asked_at = list(self._attempts.values()), self._clock.monotonic()
+        if not attempts:
+            return
+        ids = {attempt.run.lease.id for attempt in attempts}
+        try:
+            renewed = await self._jobs.renew(self._node, ids, self._settings.lease_seconds)
+        except ForebayError as error:
+            self._note_away(error)
+            return
+        self._judge(attempts, renewed, asked_at)
 
-    def _judge(self, attempts: Mapping[str, _Attempt], renewed: Mapping[str, Renewed]) -> None:
+    def _judge(self, attempts: Sequence[_Attempt], renewed: Mapping[str, Renewed], asked_at: float) -> None:
         now = self._jobs.now()
-        for job_id, attempt in attempts.items():
-            lease, answer = attempt.run.lease, renewed.get(job_id)
+        for attempt in attempts:
+            lease = attempt.run.lease
+            answer = renewed.get(lease.id)
             if answer is None or answer.attempt != lease.attempt:
                 if not attempt.task.done():
                     attempt.interrupt(Interruption.LEASE_LOST)
-            elif answer.cancel_requested and self._kinds[lease.job.kind].children is None:
+                continue
+            attempt.leased_at = asked_at
+            if answer.cancel_requested and self._kinds[lease.job.kind].children is None:
                 attempt.interrupt(Interruption.CANCELLED)
             elif now >= lease.job.deadline_at and self._kinds[lease.job.kind].children is None:
                 attempt.interrupt(Interruption.EXPIRED)
 
-    def _give_up(self, renewed_at: float) -> None:
-        """The leases may have gone to others: a paused or cut-off worker must not believe in them."""
+    def _give_up(self) -> None:
+        """A paused or cut-off worker must not believe in leases that may have gone to others."""
+        now = self._clock.monotonic()
         for attempt in list(self._attempts.values()):
-            if attempt.started_at <= renewed_at:
+            if now - attempt.leased_at >= self._settings.lease_seconds:
                 attempt.interrupt(Interruption.LEASE_LOST)
 
     def _until_deadline(self) -> float:

@@ -1,0 +1,318 @@
+"""The back office with a real worker over both databases: attempts, retries, cancellation, rescue, parents, shutdown."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from forebay.clock import SystemClock
+from forebay.config import JobSettings
+from forebay.errors import Conflict, EngineCrashed, InvalidRequest, NotFound, Overloaded
+from forebay.jobs.kinds import Kind, Run
+from forebay.jobs.outcome import Cancelled, Done, Interruption, Outcome, Snoozed, Waiting
+from forebay.jobs.retry import doubling
+from forebay.store.database import Database, Transaction
+from forebay.store.dead_letters import DeadLetterStore
+from forebay.store.job_state import JobState
+from forebay.store.jobs import Job, JobStore, Lease, NewJob
+from tests.support import postgres
+from tests.support.office import QUICK, RETRY, back_office, settings_for
+from tests.support.server import eventually
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
+    url = postgres.new_database() if request.param == "postgres" else None
+    database = await Database.open(settings_for(tmp_path, url))
+    yield database
+    await database.close()
+
+
+class Script:
+    """A kind that does as its test says, and counts."""
+
+    def __init__(self, *outcomes: Outcome | BaseException) -> None:
+        self.outcomes = list(outcomes)
+        self.attempts: list[Lease] = []
+        self.interruptions: list[Interruption | None] = []
+        self.holding = asyncio.Event()
+        self.hold = False
+
+    async def perform(self, lease: Lease, run: Run) -> Outcome:
+        self.attempts.append(lease)
+        if self.hold:
+            self.holding.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.interruptions.append(run.interruption)
+        outcome = self.outcomes.pop(0) if self.outcomes else Done()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def kind(self, **options: object) -> Kind:
+        return Kind(**{"name": "job", "perform": self.perform, "at_once": 4, "retry": RETRY, **options})  # type: ignore[arg-type]
+
+
+def job(**fields: object) -> NewJob:
+    return NewJob("job", "default", **fields)  # type: ignore[arg-type]
+
+
+async def test_a_job_is_done(database: Database) -> None:
+    script = Script()
+    async with back_office(database, [script.kind()]) as back:
+        (job_id,) = await back.submit(job())
+        assert (await back.until_finished(job_id)).state is JobState.COMPLETED
+    assert [lease.attempt for lease in script.attempts] == [1]
+
+
+async def test_a_job_starts_at_once_when_the_worker_is_idle(database: Database) -> None:
+    """The worker is woken, it does not poll: its poll is far away."""
+    slow = JobSettings(lease_seconds=60, poll_seconds=60)
+    async with back_office(database, [Script().kind()], settings=slow) as back:
+        for _ in range(5):
+            (job_id,) = await back.submit(job())
+            await back.until_finished(job_id, within_seconds=5)
+
+
+async def test_a_failure_is_tried_again_and_then_given_up(database: Database) -> None:
+    script = Script(*(EngineCrashed() for _ in range(9)))
+    async with back_office(database, [script.kind(has_dead_letter=True)]) as back:
+        (job_id,) = await back.submit(job())
+        found = await back.until_finished(job_id)
+        assert (found.state, found.error_code, found.failures) == (JobState.FAILED, "engine_crashed", 3)
+        assert [entry["attempt"] for entry in found.errors] == [1, 2, 3]
+        letters = await DeadLetterStore(database, back.office._clock).list("default")
+        assert [(letter.job_id, letter.error_code) for letter in letters] == [(job_id, "engine_crashed")]
+        assert len(script.attempts) == 3
+        script.outcomes = [Done()]
+        await back.office.desk.retry("default", job_id)
+        assert (await back.until_finished(job_id)).state is JobState.COMPLETED
+        with pytest.raises(Conflict):
+            await back.office.desk.retry("default", job_id)
+
+
+async def test_what_will_not_get_better_is_not_tried_again(database: Database) -> None:
+    script = Script(InvalidRequest("This is wrong."))
+    async with back_office(database, [script.kind()]) as back:
+        (job_id,) = await back.submit(job())
+        found = await back.until_finished(job_id)
+        assert (found.state, found.error_message, len(script.attempts)) == (JobState.FAILED, "This is wrong.", 1)
+        with pytest.raises(InvalidRequest):
+            await back.office.desk.retry("default", job_id)
+
+
+async def test_a_bug_in_a_kind_is_a_failed_attempt_that_tells_nothing(database: Database) -> None:
+    script = Script(ZeroDivisionError("/secret/path"))
+    async with back_office(database, [script.kind()]) as back:
+        (job_id,) = await back.submit(job())
+        found = await back.until_finished(job_id)
+        assert (found.state, found.attempt) == (JobState.COMPLETED, 2)
+        assert "secret" not in str(found.errors)
+
+
+async def test_a_snoozed_job_uses_up_no_attempt(database: Database) -> None:
+    script = Script(*(Snoozed(0.01) for _ in range(6)))
+    async with back_office(database, [script.kind()]) as back:
+        (job_id,) = await back.submit(job())
+        found = await back.until_finished(job_id)
+        assert (found.state, found.failures, found.attempt) == (JobState.COMPLETED, 0, 7)
+
+
+async def test_cancelling_a_running_job_stops_it(database: Database) -> None:
+    script = Script()
+    script.hold = True
+    async with back_office(database, [script.kind()], settings=JobSettings(lease_seconds=60)) as back:
+        (job_id,) = await back.submit(job())
+        await asyncio.wait_for(script.holding.wait(), 10)
+        await back.office.desk.cancel("default", job_id)
+        found = await back.until_finished(job_id, within_seconds=5)
+        assert (found.state, script.interruptions) == (JobState.CANCELLED, [Interruption.CANCELLED])
+        assert (await back.office.desk.cancel("default", job_id)).state is JobState.CANCELLED, "twice is fine"
+
+
+async def test_cancelling_a_job_that_nobody_runs_ends_it_at_once(database: Database) -> None:
+    script = Script()
+    async with back_office(database, [script.kind()], works=False) as back:
+        (job_id,) = await back.submit(job())
+        assert (await back.office.desk.cancel("default", job_id)).state is JobState.CANCELLED
+        with pytest.raises(NotFound):
+            await back.office.desk.cancel("other", job_id)
+
+
+async def test_a_running_job_ends_at_its_deadline(database: Database) -> None:
+    script = Script()
+    script.hold = True
+    async with back_office(database, [script.kind()]) as back:
+        (job_id,) = await back.submit(job(deadline_at=back.jobs.now() + 0.4))
+        found = await back.until_finished(job_id, within_seconds=5)
+        assert (found.state, script.interruptions) == (JobState.EXPIRED, [Interruption.EXPIRED])
+        assert found.finished_at is not None
+        assert found.finished_at >= found.deadline_at
+
+
+async def test_a_job_that_nobody_runs_expires(database: Database) -> None:
+    async with back_office(database, [Script().kind()], works=False) as back:
+        (job_id,) = await back.submit(job(deadline_at=back.jobs.now() + 0.1))
+        assert (await back.until_finished(job_id, within_seconds=5)).state is JobState.EXPIRED
+
+
+async def test_shutdown_gives_the_job_back_and_the_next_worker_goes_on(database: Database) -> None:
+    script = Script()
+    script.hold = True
+    async with back_office(database, [script.kind()]) as back:
+        (job_id,) = await back.submit(job())
+        await asyncio.wait_for(script.holding.wait(), 10)
+    assert script.interruptions == [Interruption.SHUTDOWN]
+    found = await back.jobs.get("default", job_id)
+    assert (found.state, found.failures, found.rescues) == (JobState.AVAILABLE, 0, 0)
+    script.hold = False
+    async with back_office(database, [script.kind()], node="node_b") as back:
+        assert (await back.until_finished(job_id)).state is JobState.COMPLETED
+
+
+async def test_a_worker_takes_back_at_once_what_its_dead_namesake_held(database: Database) -> None:
+    patient = JobSettings(lease_seconds=3600, poll_seconds=0.05)
+    async with back_office(database, [], works=False) as back:
+        (job_id,) = await back.submit(job())
+        await back.jobs.lease({"job": 1}, "node_dead", 3600)
+    async with back_office(database, [Script().kind()], node="node_dead", settings=patient) as back:
+        found = await back.until_finished(job_id, within_seconds=5)
+        assert (found.state, found.attempt, found.rescues) == (JobState.COMPLETED, 2, 1)
+
+
+async def test_a_lease_that_runs_out_is_rescued_and_the_late_attempt_is_dropped(database: Database) -> None:
+    late = Script()
+    late.hold = True
+    async with back_office(database, [late.kind(at_once=1)], node="node_late") as slow:
+        (job_id,) = await slow.submit(job())
+        await asyncio.wait_for(late.holding.wait(), 10)
+        worker = slow.office._worker
+        assert worker is not None
+        worker._renew = _deaf  # type: ignore[method-assign]  # a fault: its heartbeat stops,
+        worker._lease = _idle  # type: ignore[method-assign]  # and it takes nothing more
+        patient = QUICK.model_copy(update={"lease_seconds": 60})
+        async with back_office(database, [Script().kind()], node="node_b", settings=patient) as back:
+            found = await back.until_finished(job_id, within_seconds=10)
+            assert (found.state, found.attempt) == (JobState.COMPLETED, 2)
+        await eventually(lambda: late.interruptions, what="the end of the late attempt")
+        assert late.interruptions == [Interruption.LEASE_LOST]
+
+
+async def _deaf() -> None:
+    return
+
+
+async def _idle() -> list[Lease]:
+    return []
+
+
+async def test_a_job_on_which_workers_keep_dying_is_given_up(database: Database) -> None:
+    settings = QUICK.model_copy(update={"rescues_max": 3})
+    async with back_office(database, [Script().kind(has_dead_letter=True)], works=False, settings=settings) as back:
+        (job_id,) = await back.submit(job())
+
+        async def dies_again() -> Job | None:
+            await back.jobs.lease({"job": 1}, "node_dying", 0.01)
+            found = await back.jobs.get("default", job_id)
+            return found if found.finished else None
+
+        found = await eventually(dies_again, what="the end of it")
+        assert (found.state, found.error_code, found.attempt) == (JobState.FAILED, "worker_lost", 3)
+
+
+class Family:
+    """A parent that makes children, waits for them and joins."""
+
+    def __init__(self, children: int, jobs: JobStore) -> None:
+        self.child = Script()
+        self.joined = 0
+        self._children = children
+        self._jobs = jobs
+
+    async def perform(self, lease: Lease, _run: Run) -> Outcome:
+        if lease.job.stage == "join":
+            self.joined += 1
+            return Cancelled() if lease.job.cancel_requested_at else Done()
+
+        async def make(transaction: Transaction) -> None:
+            new = [NewJob("child", "default", parent_id=lease.id) for _ in range(self._children)]
+            await self._jobs.insert(transaction, new)
+
+        return Waiting("run", make)
+
+    def kinds(self) -> list[Kind]:
+        parent = Kind("job", self.perform, 2, RETRY, children="child", joins_at="join")
+        return [parent, self.child.kind(name="child", waits_for_it=True)]
+
+
+@pytest.mark.parametrize("children", [0, 1, 7])
+async def test_a_parent_joins_when_its_children_have_ended(database: Database, children: int) -> None:
+    family = Family(children, JobStore(database, SystemClock()))
+    async with back_office(database, family.kinds()) as back:
+        (job_id,) = await back.submit(job())
+        assert (await back.until_finished(job_id)).state is JobState.COMPLETED
+    assert (len(family.child.attempts), family.joined) == (children, 1)
+
+
+async def test_cancelling_a_parent_stops_its_children_and_it_joins_what_there_is(database: Database) -> None:
+    family = Family(9, JobStore(database, SystemClock()))
+    child = family.child
+    child.hold = True
+    async with back_office(database, family.kinds(), settings=JobSettings(lease_seconds=60)) as back:
+        (job_id,) = await back.submit(job())
+        await eventually(lambda: len(child.attempts) == 4, what="four running children")
+        await back.office.desk.cancel("default", job_id)
+        found = await back.until_finished(job_id, within_seconds=5)
+        assert (found.state, family.joined) == (JobState.CANCELLED, 1)
+        assert child.interruptions == [Interruption.CANCELLED] * 4
+        states = {child.state for child in await back.jobs.list("default", kinds=["child"])}
+        assert states == {JobState.CANCELLED}
+        with pytest.raises(NotFound):
+            await back.office.desk.get("default", (await back.jobs.list("default", kinds=["child"]))[0].id)
+
+
+async def test_a_worker_holds_no_more_than_its_room(database: Database) -> None:
+    script = Script()
+    script.hold = True
+    async with back_office(database, [script.kind(at_once=3)]) as back:
+        await back.submit(*(job() for _ in range(10)))
+        await eventually(lambda: len(script.attempts) >= 3, what="three attempts")
+        counts = await back.jobs.counts()
+        assert counts["job", JobState.RUNNING] == 3
+
+
+async def test_the_desk_is_full_above_its_limit(database: Database) -> None:
+    settings = QUICK.model_copy(update={"live_max": 3})
+    async with back_office(database, [Script().kind()], works=False, settings=settings) as back:
+        for _ in range(3):
+            await back.office.desk.check_room()
+            await back.submit(job())
+        with pytest.raises(Overloaded) as refusal:
+            await back.office.desk.check_room()
+        assert refusal.value.code == "job_queue_full"
+
+
+async def test_the_outcome_survives_a_database_that_is_away(database: Database, tmp_path: Path) -> None:
+    if database.is_sqlite:
+        pytest.skip("a SQLite file does not go away; a full disk has its own test")
+    url = str(database._engine.url.render_as_string(hide_password=False))
+    gate, script = asyncio.Event(), Script()
+
+    async def perform(lease: Lease, _run: Run) -> Outcome:
+        script.attempts.append(lease)
+        await gate.wait()
+        return Done()
+
+    kind = Kind("job", perform, 4, doubling(0.01, 0.05, 3))
+    async with back_office(database, [kind], settings=JobSettings(lease_seconds=30, poll_seconds=0.05)) as back:
+        (job_id,) = await back.submit(job())
+        await eventually(lambda: script.attempts, what="the attempt")
+        postgres.take_away(url)
+        gate.set()
+        await eventually(lambda: back.office._worker is not None and back.office._worker._away, what="notice")
+        postgres.bring_back(url)
+        found = await back.until_finished(job_id)
+        assert (found.state, found.attempt) == (JobState.COMPLETED, 1)
