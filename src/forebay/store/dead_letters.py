@@ -15,6 +15,7 @@ from forebay.store.database import Database, Transaction
 from forebay.store.jobs import ERRORS_MAX, Job, Verdict
 from forebay.store.tables import dead_letters
 
+PAGE_SIZE_MAX = 100
 _MESSAGE_CHARS_MAX = 2000
 
 
@@ -51,6 +52,19 @@ class DeadLetter:
     created_at: float
     requeued_at: float | None
     requeued_as: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Which dead letters are meant; `waiting` leaves out those that were requeued."""
+
+    kind: str | None = None
+    job_id: str | None = None
+    code: str | None = None
+    waiting: bool = False
+
+
+EVERY = Chosen()
 
 
 class DeadLetterStore:
@@ -117,22 +131,10 @@ class DeadLetterStore:
         return DeadLetter(**row._mapping)  # noqa: SLF001  # SQLAlchemy's documented name
 
     async def list(
-        self,
-        project_id: str,
-        *,
-        kind: str | None = None,
-        job_id: str | None = None,
-        code: str | None = None,
-        waiting_only: bool = False,
-        after: str | None = None,
-        limit: int = 100,
+        self, project_id: str, chosen: Chosen = EVERY, *, after: str | None = None, limit: int = PAGE_SIZE_MAX
     ) -> list[DeadLetter]:
         """A page of a project's dead letters, newest first. Raises NotFound if there is none to continue after."""
-        query = sa.select(dead_letters).where(dead_letters.c.project_id == project_id)
-        for column, value in ((dead_letters.c.kind, kind), (dead_letters.c.job_id, job_id)):
-            query = query if value is None else query.where(column == value)
-        query = query if code is None else query.where(dead_letters.c.error_code == code)
-        query = query.where(dead_letters.c.requeued_at.is_(None)) if waiting_only else query
+        query = sa.select(dead_letters).where(*_conditions(project_id, chosen))
         if after is not None:
             place = await self.get(project_id, after)
             key = sa.tuple_(dead_letters.c.created_at, dead_letters.c.id)
@@ -141,14 +143,19 @@ class DeadLetterStore:
         async with self.database.read() as connection:
             return [DeadLetter(**row._mapping) for row in await connection.execute(query)]  # noqa: SLF001
 
-    async def mark_requeued(self, transaction: Transaction, ids: Collection[str], job_id: str) -> int:
-        """Say that a job has taken these up again; how many had not been taken up before."""
-        query = (
-            sa.update(dead_letters)
-            .where(dead_letters.c.id.in_(ids), dead_letters.c.requeued_at.is_(None))
-            .values(requeued_at=self._clock.now(), requeued_as=job_id)
-        )
-        return int((await transaction.execute(query)).rowcount)
+    async def count(self, transaction: Transaction, project_id: str, chosen: Chosen) -> int:
+        """How many of a project's dead letters are chosen."""
+        query = sa.select(sa.func.count()).select_from(dead_letters).where(*_conditions(project_id, chosen))
+        return int(await transaction.scalar(query) or 0)
+
+    async def mark_requeued(
+        self, transaction: Transaction, ids: Collection[str], job_id: str, *, again: bool = False
+    ) -> int:
+        """Say that a job has taken these up again; how many of them, which had not been taken up unless `again`."""
+        query = sa.update(dead_letters).where(dead_letters.c.id.in_(ids))
+        query = query if again else query.where(dead_letters.c.requeued_at.is_(None))
+        values = {"requeued_at": self._clock.now(), "requeued_as": job_id}
+        return int((await transaction.execute(query.values(values))).rowcount)
 
     async def delete(self, project_id: str, letter_id: str) -> None:
         """Remove a dead letter. Raises NotFound."""
@@ -162,3 +169,11 @@ class DeadLetterStore:
         async with self.database.begin() as transaction:
             query = sa.delete(dead_letters).where(dead_letters.c.id.in_(old.scalar_subquery()))
             return int((await transaction.execute(query)).rowcount)
+
+
+def _conditions(project_id: str, chosen: Chosen) -> Sequence[sa.ColumnElement[bool]]:
+    columns = dead_letters.c
+    pairs = ((columns.kind, chosen.kind), (columns.job_id, chosen.job_id), (columns.error_code, chosen.code))
+    given = [column == value for column, value in pairs if value is not None]
+    waiting = [columns.requeued_at.is_(None)] if chosen.waiting else []
+    return [columns.project_id == project_id, *given, *waiting]
