@@ -26,6 +26,7 @@ DRAWERS = {
 # Where everything that can go wrong must be caught, because what runs there must not end: file -> how often.
 BROAD_EXCEPTS: dict[str, int] = {
     "src/forebay/gateway/envelope.py": 1,  # the outermost of the gateway: a bug is one 500 and not the end
+    "src/forebay/jobs/executor.py": 1,
     "src/forebay/replicas/keeper.py": 1,  # the supervisor's step: a bug here must not leave a model unwatched
 }
 

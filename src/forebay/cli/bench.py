@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forebay.bench import chat as chat_bench
+from forebay.bench import jobs as jobs_bench
 from forebay.bench import overhead as overhead_bench
 from forebay.bench.report import Report
 from forebay.cli.options import EXIT_FAILED, PIPED_WIDTH, ConfigFile, DataFolder, load_settings, loop_factory, sentences
@@ -48,6 +49,21 @@ def chat(
         settings = load_settings(config_file, data_dir=data_dir)
         size = chat_bench.QUICK if quick else chat_bench.FULL
         _show(runner.run(chat_bench.run(settings, model, 1 if quick else seeds, size, _say)), out)
+
+
+@app.command()
+def jobs(
+    database_url: Annotated[
+        str | None, typer.Option(help="An empty PostgreSQL database; SQLite in a new folder if absent.")
+    ] = None,
+    seeds: Seeds = 3,
+    quick: Quick = False,
+    out: Out = _RESULTS,
+) -> None:
+    """Durable jobs that do nothing: completed per second, and how soon they start (P8, P10)."""
+    size = jobs_bench.Size(500, 5) if quick else jobs_bench.Size(20_000, 100)
+    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        _show(runner.run(jobs_bench.run(database_url, 1 if quick else seeds, size, _say)), out)
 
 
 def _say(what: str) -> None:

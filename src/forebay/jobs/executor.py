@@ -7,8 +7,9 @@ import asyncio
 
 from forebay.clock import Clock
 from forebay.errors import ForebayError, LeaseLost, ServerError, StoreUnavailable
+from forebay.jobs.completer import Completer
 from forebay.jobs.kinds import Kind, Run
-from forebay.jobs.outcome import Failed, Interruption, Outcome, interrupted, verdict
+from forebay.jobs.outcome import Done, Failed, Interruption, Outcome, interrupted, verdict
 from forebay.jobs.settlement import Settlement
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, Lease
@@ -23,6 +24,7 @@ class Executor:
     def __init__(self, jobs: JobStore, settlement: Settlement, clock: Clock, metrics: Metrics) -> None:
         self._jobs = jobs
         self._settlement = settlement
+        self._completer = Completer(jobs)
         self._clock = clock
         self._metrics = metrics
         self._log = Log()
@@ -61,7 +63,10 @@ class Executor:
         while run.interruption is not Interruption.LEASE_LOST:
             decided = verdict(lease.job, outcome, kind.retry, self._jobs.now())
             try:
-                await self._settlement.settle(lease, outcome, decided)
+                if isinstance(outcome, Done) and outcome.write is None and not kind.has_consequences:
+                    await self._completer.complete(lease)
+                else:
+                    await self._settlement.settle(lease, outcome, decided)
             except LeaseLost:
                 break
             except StoreUnavailable:

@@ -64,3 +64,8 @@ class Kind:
     has_dead_letter: bool = False
     on_finished: Settled = field(default=_nothing)
     after: After = field(default=_nothing_more)
+
+    @property
+    def has_consequences(self) -> bool:
+        """Whether something else is written when a job of this kind ends well."""
+        return self.waits_for_it or self.event is not None or self.on_finished is not _nothing
