@@ -114,8 +114,7 @@ async def receiving(
     try:
         site = web.TCPSite(runner, host, port, ssl_context=tls)
         await site.start()
-        assert site._server is not None
-        bound = site._server.sockets[0].getsockname()[1]
+        bound = runner.addresses[0][1]
         receiver.url = f"{'https' if tls else 'http'}://{host}:{bound}"
         yield receiver
     finally:

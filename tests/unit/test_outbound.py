@@ -1,12 +1,16 @@
 """Which URLs and addresses the way out takes, without going there."""
 
+import random
 from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 import pytest
+from pydantic import AnyUrl
+from yarl import URL
 
 from forebay.config import OutboundSettings
 from forebay.errors import InvalidRequest, SetupError
-from forebay.outbound import Outbound, is_public
+from forebay.outbound import Outbound, _parse, is_public
 from tests.support.clock import FakeClock
 
 
@@ -61,6 +65,33 @@ def test_what_two_parsers_could_read_differently_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         outbound().check(url)
     assert caught.value.code == "url_not_allowed"
+
+
+def _plain(host: str) -> str:
+    """A host in the one spelling that all of its spellings share."""
+    inner = host.strip("[]")
+    return str(ip_address(inner)) if ":" in inner else inner.encode("idna").decode().lower()
+
+
+def test_what_is_taken_every_parser_reads_alike() -> None:
+    """Two parsers that disagree about a host are how such checks were passed elsewhere."""
+    chance = random.Random(24779)
+    signs = [*"/\\@:#?%[].-_~ \t\r\n\x00a1xé。１", "//", "..", "%2e", "%00", "127.0.0.1", "@127.0.0.1", "[::1]", ":80"]
+    good = ["https://example.com/a?b=c", "http://8.8.8.8:81/", "http://[2606:4700::1]/x", "https://bücher.example"]
+    taken = 0
+    for url in good * 5000:
+        for _ in range(chance.randint(1, 3)):
+            place, cut = chance.randint(0, len(url)), chance.randint(0, 2)
+            url = url[:place] + chance.choice(signs) + url[place + cut :]
+        try:
+            target = _parse(url)
+        except InvalidRequest:
+            continue
+        taken += 1
+        read = {urlsplit(url).hostname, URL(url).host, AnyUrl(url).unicode_host(), target.url.host}
+        assert {_plain(host or "") for host in read} == {target.host}, url
+        assert {urlsplit(url).port or target.port, URL(url).port, AnyUrl(url).port, target.url.port} == {target.port}
+    assert taken > 1000  # so that there was something to compare
 
 
 @pytest.mark.parametrize(
