@@ -23,9 +23,14 @@ from forebay.gateway.listener import Listener
 from forebay.gateway.online import Door
 from forebay.gateway.rates import Rates
 from forebay.gateway.server import create_app
+from forebay.jobs.batch import BatchWork
+from forebay.jobs.chunk import ChunkWork
 from forebay.jobs.kinds import Kind
+from forebay.jobs.line_runner import LineRunner
 from forebay.jobs.node import Node
 from forebay.jobs.office import Office
+from forebay.jobs.retry import Delay, doubling
+from forebay.jobs.segments import SegmentStore
 from forebay.jobs.webhook import webhook_kind
 from forebay.outbound import Outbound
 from forebay.replicas.calls import Calls
@@ -34,6 +39,7 @@ from forebay.replicas.local_launcher import LocalLauncher
 from forebay.replicas.pull import Puller
 from forebay.replicas.supervisor import Supervisor
 from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.store.batches import BATCH, CHUNK, JOIN, BatchStore
 from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.files import FileStore
@@ -69,6 +75,7 @@ class Stores:
         self.jobs = JobStore(database, clock, settings.jobs.log_lines_max)
         self.webhooks = WebhookStore(database, clock, settings.webhooks)
         self.dead_letters = DeadLetterStore(database, clock)
+        self.batches = BatchStore(database, clock)
         self.idempotency = IdempotencyStore(database, clock)
 
 
@@ -104,7 +111,12 @@ def build_office(
 ) -> Office:
     """The back office with every kind of job that there is."""
     keep = settings.jobs.keep_seconds
-    kinds: list[Kind] = [webhook_kind(stores.webhooks, outbound, settings, clock)]
+    batches = _batch_work(settings, stores, machine, clock)
+    kinds: list[Kind] = [
+        _batch_kind(batches, settings),
+        _chunk_kind(settings, stores, machine, clock, metrics),
+        webhook_kind(stores.webhooks, outbound, settings, clock),
+    ]
 
     async def finished_jobs(now: float, rows: int) -> int:
         return await stores.jobs.prune(now - keep, rows)
@@ -118,18 +130,65 @@ def build_office(
     async def uploads(now: float, rows: int) -> int:
         return await stores.uploads.sweep(stores.blobs, now, rows)
 
+    async def idempotency_keys(now: float, rows: int) -> int:
+        return await stores.idempotency.prune(now, rows)
+
+    async def segments(now: float, rows: int) -> int:
+        return await batches.sweep(now, rows)
+
     return Office(
         stores.jobs,
         stores.webhooks,
         stores.dead_letters,
         kinds,
-        [finished_jobs, old_dead_letters, files, uploads],
+        [finished_jobs, old_dead_letters, files, uploads, segments],
         node,
         settings.jobs,
         clock,
         metrics,
         works=settings.jobs.enabled,
     )
+
+
+def _batch_work(settings: Settings, stores: Stores, machine: Machine, clock: Clock) -> BatchWork:
+    return BatchWork(
+        stores.jobs,
+        stores.batches,
+        stores.files,
+        stores.dead_letters,
+        stores.blobs,
+        machine.catalog,
+        settings,
+        clock,
+    )
+
+
+def _batch_kind(work: BatchWork, settings: Settings) -> Kind:
+    return Kind(
+        BATCH,
+        work.perform,
+        settings.jobs.batches_at_once,
+        _delay(settings),
+        children=CHUNK,
+        joins_at=JOIN,
+        event=BATCH,
+        after=work.after,
+    )
+
+
+def _chunk_kind(settings: Settings, stores: Stores, machine: Machine, clock: Clock, metrics: Metrics) -> Kind:
+    segments = SegmentStore(stores.jobs, stores.batches, stores.dead_letters, stores.blobs, clock)
+    calls = Calls(machine.catalog)
+    lines = LineRunner(calls, machine.catalog, machine.scheduler, settings, clock, metrics)
+    work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock)
+    return Kind(
+        CHUNK, work.perform, settings.jobs.chunks_at_once, _delay(settings), waits_for_it=True, after=work.after
+    )
+
+
+def _delay(settings: Settings) -> Delay:
+    jobs = settings.jobs
+    return doubling(jobs.backoff_seconds_min, jobs.backoff_seconds_max, jobs.attempts_max)
 
 
 class House:
@@ -153,7 +212,7 @@ class House:
         state.calls, state.door = Calls(machine.catalog), self._door
         state.files, state.uploads, state.blobs, state.jobs = stores.files, stores.uploads, stores.blobs, stores.jobs
         state.webhooks, state.dead_letters, state.outbound = stores.webhooks, stores.dead_letters, self._outbound
-        state.idempotency = stores.idempotency
+        state.idempotency, state.batches = stores.idempotency, stores.batches
         state.desk, state.clock = self._office.desk, self._clock
         state.metrics, state.started_at = metrics, self._clock.now()
         state.authenticator = Authenticator(self.keys, settings.auth, settings.admin_key, self._clock)

@@ -74,6 +74,7 @@ class Metrics:
         self.engine_starts = self._counter("engine_starts", "Engine processes launched.", "model")
         self.engine_deaths = self._counter("engine_deaths", "Engine processes that ended unasked.", "model", "kind")
         self.quarantined = self._counter("quarantined_inputs", "Inputs put into quarantine.", "model")
+        self.batch_lines = self._counter("batch_lines", "Lines of batches, by outcome.", "model", "outcome")
         self.jobs_live = self._gauge("jobs", "Unfinished jobs, by kind and state.", "kind", "state")
         self.jobs_settled = self._counter("jobs_settled", "Attempts at jobs, by how they ended.", "kind", "outcome")
         self.jobs_rescued = self._counter("jobs_rescued", "Jobs taken back from workers that are gone.")

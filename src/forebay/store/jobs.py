@@ -240,6 +240,10 @@ class JobStore:
         values |= {name: value for name, value in (("stage", stage), ("total", total)) if value is not None}
         await self._fenced(transaction, lease, values)
 
+    async def measure(self, transaction: Transaction, job_id: str, total: int, model: str | None) -> None:
+        """Say how much there is to do in all, and for which model if it is one."""
+        await transaction.execute(sa.update(jobs).where(jobs.c.id == job_id).values(total=total, model=model))
+
     async def count(self, transaction: Transaction, job_id: str, *, completed: int = 0, failed: int = 0) -> None:
         """Add to the counts of a job, under a lease of a child of it: counts never go down."""
         assert completed >= 0, completed

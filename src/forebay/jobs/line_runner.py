@@ -1,0 +1,176 @@
+"""Runs one line of a batch to its result: parse -> admit -> gather -> output line, with as many attempts as it may have.
+
+It refuses to try again what was wrong from the start, and to try a line at whose attempt an engine died beside another
+such line: otherwise the innocent would be taken for the guilty.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from forebay.clock import Clock, new_id
+from forebay.config import Model, Settings
+from forebay.dialects.openai.batches import InputLine, answer_line, failure_line, line_id, parse_line, refusal_line
+from forebay.dialects.openai.call import Call
+from forebay.errors import (
+    CallerError,
+    EngineCrashed,
+    EngineUnavailable,
+    ForebayError,
+    ModelNotReady,
+    Overloaded,
+    Preempted,
+    ServerError,
+    ShuttingDown,
+)
+from forebay.inference import Priority
+from forebay.jobs.lines import Place
+from forebay.jobs.retry import doubling
+from forebay.jobs.segments import Result
+from forebay.replicas.calls import Calls
+from forebay.replicas.catalog import Catalog
+from forebay.scheduler.gather import Gathered, gather
+from forebay.scheduler.scheduler import Scheduler
+from forebay.store.batches import Batch
+from forebay.store.dead_letters import LostLine
+from forebay.telemetry import Metrics
+
+_BACKOFF_SECONDS_MAX = 30.0
+
+OnRead = Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Line:
+    """A line on its way to a result, and its failed attempts so far."""
+
+    batch: Batch
+    place: Place
+    input: InputLine
+    request_id: str
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    suspect: bool = False
+
+    @property
+    def id(self) -> str:
+        return line_id(self.batch.id, self.place.number)
+
+
+class LineRunner:
+    """Runs lines for all chunks of one worker."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        catalog: Catalog,
+        scheduler: Scheduler,
+        settings: Settings,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._calls = calls
+        self._catalog = catalog
+        self._scheduler = scheduler
+        self._stall_seconds = settings.supervisor.stall_seconds
+        self._clock = clock
+        self._metrics = metrics
+        limits = settings.batches
+        self._backoff = doubling(limits.line_backoff_seconds, _BACKOFF_SECONDS_MAX, limits.line_attempts_max)
+        self._suspects: dict[str, asyncio.Lock] = {}
+
+    async def run(self, batch: Batch, place: Place, raw: bytes, on_read: OnRead) -> Result:
+        """The result of a line. Raises EngineUnavailable, ModelNotReady or ShuttingDown if it has to wait."""
+        line = _Line(batch, place, parse_line(raw, batch.endpoint), new_id("req"))
+        try:
+            call = self._calls.prepare(
+                batch.endpoint,
+                line.input.raw,
+                request_id=line.request_id,
+                project=batch.job.project_id,
+                priority=Priority.BATCH,
+            )
+            result = await self._until_answered(line, call, on_read)
+        except CallerError as error:
+            self._note(line, error)
+            body = refusal_line(line.id, line.input.custom_id, line.request_id, error)
+            result = _lost(line, error, body)
+        outcome = "completed" if result.lost is None else result.lost.error_code
+        self._metrics.batch_lines.labels(line.input.model, outcome).inc()
+        return result
+
+    async def _until_answered(self, line: _Line, call: Call, on_read: OnRead) -> Result:
+        """Attempts until one brings an answer or there have been enough."""
+        while True:
+            try:
+                gathered = await self._attempt(line, call, on_read)
+            except (CallerError, ShuttingDown):
+                raise
+            except (ServerError, Overloaded) as error:
+                self._note(line, error)
+                pause = self._backoff(len(line.failures))
+                if pause is None and isinstance(error, EngineUnavailable | ModelNotReady):
+                    raise  # the model is away for all: the chunk waits
+                if pause is None:
+                    message = failure_line(line.id, line.input.custom_id, error.code, str(error))
+                    return _lost(line, error, message)
+                line.suspect = line.suspect or isinstance(error, EngineCrashed)
+                await self._clock.sleep(self._clock.jitter(pause))
+            else:
+                return self._answered(line, gathered)
+
+    async def _attempt(self, line: _Line, call: Call, on_read: OnRead) -> Gathered:
+        line.request_id = new_id("req")
+        named = replace(call, request=replace(call.request, id=line.request_id))
+        if not line.suspect:
+            return await self._admitted(named, on_read)
+        async with self._suspects.setdefault(line.input.model, asyncio.Lock()):
+            return await self._admitted(named, on_read)
+
+    async def _admitted(self, call: Call, on_read: OnRead) -> Gathered:
+        """Wait for a place as long as it takes, and run; again whenever the place was taken back."""
+        model: Model = self._catalog.get(call.request.model)
+        while True:
+            admitted = False
+            try:
+                async with self._scheduler.admit_when_room(call.request) as permit:
+                    admitted = True
+                    return await gather(
+                        permit,
+                        call,
+                        timeout_seconds=model.request_timeout_seconds,
+                        stall_seconds=self._stall_seconds,
+                        clock=self._clock,
+                        on_first=on_read,
+                    )
+            except Preempted:
+                continue
+            except Overloaded as error:
+                if admitted:
+                    raise  # that of an upstream
+                await self._clock.sleep(self._clock.jitter(error.retry_after_seconds or 1.0))
+
+    def _answered(self, line: _Line, gathered: Gathered) -> Result:
+        if gathered.usage is not None:
+            self._metrics.prompt_tokens.labels(line.input.model).inc(gathered.usage.prompt_tokens)
+            self._metrics.completion_tokens.labels(line.input.model).inc(gathered.usage.completion_tokens)
+        body = answer_line(line.id, line.input.custom_id, line.request_id, gathered.body)
+        return Result(line.place.number, body, gathered.usage)
+
+    def _note(self, line: _Line, error: ForebayError) -> None:
+        number = len(line.failures) + 1
+        entry = {"attempt": number, "at": self._clock.now(), "status": error.status}
+        line.failures.append({**entry, "code": error.code, "message": str(error)})
+
+
+def _lost(line: _Line, error: ForebayError, body: bytes) -> Result:
+    lost = LostLine(
+        custom_id=line.input.custom_id,
+        line=line.place.number,
+        source_offset=line.place.offset,
+        source_bytes=line.place.length,
+        error_code=error.code,
+        error_message=str(error),
+        attempts=line.failures,
+    )
+    return Result(line.place.number, body, lost=lost)

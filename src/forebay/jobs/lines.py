@@ -1,0 +1,170 @@
+"""The lines of an input file: where they are, read as a stream or one by one, and in which order they run.
+
+It refuses to hold more of a file than a few blocks, and to start lines that share a prompt prefix before the first of them
+has been read by the engine: all at once, each of them would read the prefix again.
+"""
+
+import struct
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from forebay.blobs.blobs import Blobs
+from forebay.clock import Clock
+
+NO_GROUP = 0
+_PLACE = struct.Struct("<IQII")
+_NUMBER = struct.Struct("<I")
+_BLOCK_BYTES = 256 * 2**10
+_BLOCKS_MAX = 16
+_SLICE_SECONDS = 0.003
+
+
+class Place(NamedTuple):
+    """Where a line is. `number` counts from 1; lines of one `group` share a prompt prefix."""
+
+    number: int
+    offset: int
+    length: int
+    group: int = NO_GROUP
+
+
+def pack_places(places: Iterable[Place]) -> bytes:
+    """Places as a row keeps them."""
+    return b"".join(_PLACE.pack(*place) for place in places)
+
+
+def unpack_places(data: bytes) -> list[Place]:
+    """The other way."""
+    return [Place(*fields) for fields in _PLACE.iter_unpack(data)]
+
+
+def pack_numbers(numbers: Iterable[int]) -> bytes:
+    """Line numbers as a row keeps them."""
+    return b"".join(_NUMBER.pack(number) for number in numbers)
+
+
+def unpack_numbers(data: bytes) -> list[int]:
+    """The other way."""
+    return [number for (number,) in _NUMBER.iter_unpack(data)]
+
+
+class Slices:
+    """Cuts long work on the event loop into slices, so that requests go on in between."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._since = clock.monotonic()
+
+    async def pause(self) -> None:
+        """Let others go on if this slice has been long enough."""
+        if self._clock.monotonic() - self._since > _SLICE_SECONDS:
+            await self._clock.sleep(0)
+            self._since = self._clock.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class RawLine:
+    """A line without its end; no `data` where it is too long."""
+
+    offset: int
+    data: bytes | None
+
+
+async def raw_lines(pieces: AsyncIterator[bytes], line_bytes_max: int) -> AsyncIterator[RawLine]:
+    """Cut a stream into lines. What follows the last line end counts as a line if there is anything."""
+    begun: list[bytes] = []
+    begun_bytes = offset = 0
+    async with aclosing(pieces):  # type: ignore[type-var]  # the streams of blobs are generators
+        async for piece in pieces:
+            first, *others = piece.split(b"\n")
+            if begun_bytes <= line_bytes_max:
+                begun.append(first)
+            begun_bytes += len(first)
+            for other in others:
+                yield _raw_line(offset, begun, begun_bytes, line_bytes_max)
+                offset += begun_bytes + 1
+                begun, begun_bytes = [other], len(other)
+    if begun_bytes:
+        yield _raw_line(offset, begun, begun_bytes, line_bytes_max)
+
+
+def _raw_line(offset: int, parts: list[bytes], size: int, line_bytes_max: int) -> RawLine:
+    if size > line_bytes_max:
+        return RawLine(offset, None)
+    return RawLine(offset, parts[0] if len(parts) == 1 else b"".join(parts))
+
+
+class LineReader:
+    """Reads single lines of a blob, a block at a time: neighbours come out of the block that is there already."""
+
+    def __init__(self, blobs: Blobs, key: str) -> None:
+        self._blobs = blobs
+        self._key = key
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+
+    async def read(self, place: Place) -> bytes:
+        """The bytes of one line. Raises NotFound if the blob is gone, StoreUnavailable."""
+        first, last = place.offset // _BLOCK_BYTES, (place.offset + place.length) // _BLOCK_BYTES
+        if last > first + 1:
+            return await self._blobs.read(self._key, place.offset, place.length)
+        data = b"".join([await self._block(number) for number in range(first, last + 1)])
+        start = place.offset - first * _BLOCK_BYTES
+        return data[start : start + place.length]
+
+    async def _block(self, number: int) -> bytes:
+        block = self._blocks.get(number)
+        if block is None:
+            block = await self._blobs.read(self._key, number * _BLOCK_BYTES, _BLOCK_BYTES)
+        self._blocks[number] = block
+        self._blocks.move_to_end(number)
+        while len(self._blocks) > _BLOCKS_MAX:
+            self._blocks.popitem(last=False)
+        return block
+
+
+class RunOrder:
+    """Which line goes next: pure, told when lines have been read by the engine and when they have ended.
+
+    The first line of a group goes alone until the engine has read its prompt. Then the group with the fewest running
+    lines goes first, so that each slot of the engine stays with one prefix as long as there are several.
+    """
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self._waiting: dict[int, deque[Place]] = {}
+        self._running: dict[int, int] = {}
+        self._warm = {NO_GROUP}
+        for place in places:
+            self._waiting.setdefault(place.group, deque()).append(place)
+
+    @property
+    def empty(self) -> bool:
+        """Whether every line has been taken."""
+        return not self._waiting
+
+    def take(self) -> Place | None:
+        """The next line; None if there is none that may go now."""
+        group = min((each for each in self._waiting if self._may_go(each)), key=self._load, default=None)
+        if group is None:
+            return None
+        self._running[group] = self._running.get(group, 0) + 1
+        line = self._waiting[group].popleft()
+        if not self._waiting[group]:
+            del self._waiting[group]
+        return line
+
+    def read(self, place: Place) -> None:
+        """The engine has read the prompt of a line."""
+        self._warm.add(place.group)
+
+    def ended(self, place: Place) -> None:
+        """A line that was taken has ended, however."""
+        self._running[place.group] -= 1
+
+    def _may_go(self, group: int) -> bool:
+        return group in self._warm or not self._running.get(group)
+
+    def _load(self, group: int) -> int:
+        return 0 if group == NO_GROUP else self._running.get(group, 0)

@@ -1,0 +1,219 @@
+"""The results of a chunk on their way to the store: gathered, written as a blob, committed with the states of their lines.
+
+It refuses to keep more than two segments in memory, to commit anything once the lease is lost, and to be cut in two by a
+cancellation: a commit that has begun comes to its end.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from forebay.blobs.blobs import Blobs
+from forebay.clock import Clock
+from forebay.commit_points import reach
+from forebay.config import BatchSettings
+from forebay.errors import InsufficientStorage, LeaseLost, StoreUnavailable
+from forebay.inference import Usage
+from forebay.jobs.kinds import Run
+from forebay.jobs.lines import pack_numbers
+from forebay.jobs.outcome import Interruption
+from forebay.store.batches import Batch, BatchStore, Segment
+from forebay.store.dead_letters import DeadLetterStore, LostLine
+from forebay.store.jobs import JobStore
+
+_AGAIN_SECONDS = 0.5
+_AGAIN_SECONDS_MAX = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one line: its line of the output file, or of the error file with its dead letter."""
+
+    number: int
+    line: bytes
+    usage: Usage | None = None
+    lost: LostLine | None = None
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A segment that is about to be written."""
+
+    segment: Segment
+    results: Sequence[Result]
+    output: bytes
+    errors: bytes
+    lost: list[LostLine] = field(default_factory=list)
+
+    @property
+    def usage(self) -> Usage:
+        used = [result.usage for result in self.results if result.usage is not None]
+        return Usage(
+            sum(usage.prompt_tokens for usage in used),
+            sum(usage.completion_tokens for usage in used),
+            sum(usage.cached_tokens for usage in used),
+        )
+
+
+class SegmentStore:
+    """Writes segments: the bytes first, then one transaction that names them."""
+
+    def __init__(
+        self, jobs: JobStore, batches: BatchStore, dead_letters: DeadLetterStore, blobs: Blobs, clock: Clock
+    ) -> None:
+        self._jobs = jobs
+        self._batches = batches
+        self._dead_letters = dead_letters
+        self._blobs = blobs
+        self._clock = clock
+
+    async def write(self, run: Run, batch: Batch, number: int, results: Sequence[Result]) -> None:
+        """Make a segment durable, as often as it takes while the stores are away. Raises LeaseLost."""
+        draft = _draft(run, batch, number, results)
+        pause = _AGAIN_SECONDS
+        while True:
+            if run.interruption is Interruption.LEASE_LOST:
+                raise LeaseLost
+            try:
+                await self._store(draft)
+                reach("chunk.segment_written")
+                await self._commit(run, batch, draft)
+                reach("chunk.segment_committed")
+            except (StoreUnavailable, InsufficientStorage):
+                await self._clock.sleep(self._clock.jitter(pause))
+                pause = min(pause * 2, _AGAIN_SECONDS_MAX)
+            else:
+                return
+
+    async def _store(self, draft: _Draft) -> None:
+        if draft.segment.output_key is not None:
+            await self._blobs.put(draft.segment.output_key, draft.output)
+        if draft.segment.error_key is not None:
+            await self._blobs.put(draft.segment.error_key, draft.errors)
+
+    async def _commit(self, run: Run, batch: Batch, draft: _Draft) -> None:
+        async with self._jobs.database.begin() as transaction:
+            await self._jobs.lock(transaction, batch.id)
+            if await self._batches.has_segment(transaction, draft.segment):
+                return  # the answer to an earlier commit was lost on its way
+            failed = len(draft.lost)
+            await self._jobs.count(transaction, batch.id, completed=len(draft.results) - failed, failed=failed)
+            await self._batches.add_segment(transaction, draft.segment, draft.usage)
+            await self._jobs.fence(transaction, run.lease)
+            await self._dead_letters.add_lines(transaction, batch.job, batch.endpoint, batch.input_file_id, draft.lost)
+
+
+def _draft(run: Run, batch: Batch, number: int, results: Sequence[Result]) -> _Draft:
+    output = b"".join(result.line for result in results if result.lost is None)
+    errors = b"".join(result.line for result in results if result.lost is not None)
+    key = f"{folder(batch.id)}{run.lease.id}/{run.lease.attempt}-{number}"
+    segment = Segment(
+        chunk_id=run.lease.id,
+        number=number,
+        batch_id=batch.id,
+        lines=pack_numbers(result.number for result in results),
+        output_key=f"{key}.out" if output else None,
+        output_bytes=len(output),
+        error_key=f"{key}.err" if errors else None,
+        error_bytes=len(errors),
+    )
+    return _Draft(segment, results, output, errors, [result.lost for result in results if result.lost is not None])
+
+
+def folder(batch_id: str) -> str:
+    """Where the segments of a batch are."""
+    return f"segments/{batch_id}/"
+
+
+class SegmentWriter:
+    """Collects the results of one attempt at a chunk and writes them when there are enough, or after a while."""
+
+    def __init__(
+        self, store: SegmentStore, run: Run, batch: Batch, number: int, settings: BatchSettings, clock: Clock
+    ) -> None:
+        self._store = store
+        self._run = run
+        self._batch = batch
+        self._number = number
+        self._settings = settings
+        self._clock = clock
+        self._results: list[Result] = []
+        self._bytes = 0
+        self._closed = False
+        self._some, self._enough, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._writing: asyncio.Task[None] | None = None
+        self._taken = 0  # how many results are being written
+
+    async def add(self, result: Result) -> None:
+        """Hand in a result; waits while two segments are there already."""
+        while self._fills(2):
+            self._room.clear()
+            await self._room.wait()
+        self._results.append(result)
+        self._bytes += len(result.line)
+        self._some.set()
+        if self._fills(1):
+            self._enough.set()
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._closed = True
+        self._some.set()
+        self._enough.set()
+
+    async def write(self) -> None:
+        """Write segments until it is closed and everything is written. Raises LeaseLost."""
+        while True:
+            await self._some.wait()
+            if not self._results:
+                return
+            await self._wait_for_enough()
+            await self._write_one()
+
+    async def flush(self) -> None:
+        """After an interruption: finish what is being written, and write the rest. Raises LeaseLost."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+            self._writing.result()
+            self._written()
+        while self._results:
+            await self._write_one()
+
+    async def abandon(self) -> None:
+        """The lease is lost: write nothing more."""
+        if self._writing is not None and not self._writing.done():
+            self._writing.cancel()
+            await asyncio.wait([self._writing])
+
+    def _fills(self, segments: int) -> bool:
+        return (
+            len(self._results) >= segments * self._settings.segment_lines
+            or self._bytes >= segments * self._settings.segment_bytes
+        )
+
+    async def _wait_for_enough(self) -> None:
+        try:
+            async with self._clock.timeout(self._settings.segment_seconds):
+                await self._enough.wait()
+        except TimeoutError:
+            pass  # long enough for those that are there
+
+    async def _write_one(self) -> None:
+        taken = self._results[: self._settings.segment_lines]
+        self._taken = len(taken)
+        self._writing = asyncio.create_task(self._store.write(self._run, self._batch, self._number, taken))
+        # On a cancellation the write goes on; `flush` waits for it and `abandon` ends it.
+        await asyncio.shield(self._writing)
+        self._written()
+
+    def _written(self) -> None:
+        self._writing = None
+        self._number += 1
+        self._bytes -= sum(len(result.line) for result in self._results[: self._taken])
+        del self._results[: self._taken]
+        self._room.set()
+        if not self._closed:
+            if not self._fills(1):
+                self._enough.clear()
+            if not self._results:
+                self._some.clear()
