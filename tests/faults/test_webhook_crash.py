@@ -26,6 +26,7 @@ async def test_a_death_between_answer_and_settlement(tmp_path: Path) -> None:
             sent = await call(first, "POST", f"/{hook['id']}/test")
             assert await first.process.wait() == -signal.SIGKILL
         assert len(receiver.received) == 1
+        (tmp_path / "server.log").unlink()  # the next server's address is read from it
         async with serving(CONFIG, folder=tmp_path) as second:
             await receiver.until(2, within_seconds=10)  # its own leases are taken back at the start
 
