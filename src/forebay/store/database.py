@@ -64,6 +64,8 @@ class Database:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        # The pool lets a newcomer overtake those who wait, who may then wait forever; a semaphore is a fair line.
+        self._places = asyncio.Semaphore(_POOL_CONNECTIONS)
         self._signals = Signals()
         self._ear: asyncio.Task[None] | None = None
         self._skew = 0.0
@@ -194,13 +196,21 @@ class Database:
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection]:
         try:
-            connection = await self._engine.connect()
-        except (SQLAlchemyError, OSError) as error:  # whatever it is: without a connection there is no database
-            raise StoreUnavailable from error
+            async with asyncio.timeout(_POOL_SECONDS):
+                await self._places.acquire()
+        except TimeoutError:
+            raise StoreUnavailable from None
         try:
-            yield connection
+            try:
+                connection = await self._engine.connect()
+            except (SQLAlchemyError, OSError) as error:  # whatever it is: without a connection there is no database
+                raise StoreUnavailable from error
+            try:
+                yield connection
+            finally:
+                await connection.close()
         finally:
-            await connection.close()
+            self._places.release()
 
 
 @asynccontextmanager
