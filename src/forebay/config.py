@@ -66,7 +66,7 @@ class SchedulerSettings(_Section):
         description="Take places back from batch work, which runs again later, when online requests wait for them.",
     )
     batch_floor_seconds: Seconds = Field(
-        30, description="Batch work that has not been served for this long gets one place, and keeps it to the end."
+        120, description="Batch work that has not been served for this long gets one place, and keeps it to the end."
     )
 
 

@@ -319,18 +319,16 @@ class Scheduler:
         hall.grants[ticket.number].set_result(replica)
 
     def _background(self, hall: _Hall, seats: list[Seats], now: float) -> Background:
-        while len(hall.backlog):
-            head = next(iter(hall.backlog))
-            if not hall.grants[head.number].done():
-                slots = sum(seat.slots for seat in seats)
-                return Background(
-                    head,
-                    running=_places(hall.batch.values()),
-                    reserved=reserved(hall.demand.peak(now), slots),
-                    starves=not hall.batch and self._floor_at(hall) <= now,
-                )
-            hall.backlog.leave(head)
-        return Background()
+        head = next(iter(hall.backlog), None)
+        if head is None or hall.grants[head.number].done():  # one that left makes way for the next when it cleans up
+            return Background()
+        slots = sum(seat.slots for seat in seats)
+        return Background(
+            head,
+            running=_places(hall.batch.values()),
+            reserved=reserved(hall.demand.peak(now), slots),
+            starves=not hall.batch and self._floor_at(hall) <= now,
+        )
 
     def _make_room(self, hall: _Hall, online: list[Ticket], seats: list[Seats], now: float) -> None:
         """Take places back from batch work, but never from one whom the floor spares."""
