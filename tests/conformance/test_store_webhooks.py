@@ -16,7 +16,7 @@ from forebay.store.database import Database
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, NewJob, Verdict
 from forebay.store.keys import KeyStore
-from forebay.store.webhooks import Delivery, DeliveryAttempt, Endpoint, WebhookStore, new_secret
+from forebay.store.webhooks import Delivery, DeliveryAttempt, Endpoint, WebhookStore
 from tests.support import postgres
 from tests.support.clock import FakeClock
 
@@ -318,7 +318,3 @@ async def test_what_is_pruned_takes_its_deliveries_along(
         await store.end_available(transaction, await store.get(project, job), Verdict(JobState.CANCELLED, clock.now()))
     assert await store.prune(clock.now() + 1, 10) == 2
     assert await hooks.list_deliveries(project, endpoint.id) == []
-
-
-def test_every_secret_is_another() -> None:
-    assert len({new_secret() for _ in range(100)}) == 100

@@ -210,3 +210,18 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused() -> None:
         with pytest.raises(Unreachable, match="certificate"):
             await post(outbound("127.0.0.0/8"), receiver.url)
         assert receiver.received == []
+
+
+async def test_a_certificate_is_checked_against_the_name_and_not_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(TLS / "certificate.pem", TLS / "key.pem")
+    trusting = ssl.create_default_context(cafile=str(TLS / "certificate.pem"))  # it is for `localhost`
+    monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trusting)
+    way = outbound("127.0.0.2/32", resolve=Resolver(["127.0.0.2"]))
+    async with receiving("127.0.0.2", tls=context) as receiver:
+        port = receiver.url.rpartition(":")[2]
+        assert (await post(way, f"https://localhost:{port}/")).status == 200
+        for host in ("other.example", "127.0.0.2"):
+            with pytest.raises(Unreachable, match="certificate"):
+                await post(way, f"https://{host}:{port}/")
+        assert len(receiver.received) == 1

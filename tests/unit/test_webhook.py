@@ -1,13 +1,13 @@
 """The decisions of a webhook delivery: when it is tried again, how it is signed, and which bodies make one."""
 
+import base64
 from datetime import UTC, datetime
 from email.utils import format_datetime
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
 
 from forebay.dialects.openai.call import parse
-from forebay.dialects.openai.webhooks import WebhookBody, WebhookChanges, WebhookSecret
+from forebay.dialects.openai.webhooks import WebhookBody, WebhookChanges
 from forebay.errors import InvalidRequest
 from forebay.jobs.webhook import DELAYS_SECONDS, retry_after, webhook_delay
 from forebay.outbound import Answer
@@ -49,21 +49,11 @@ def test_others_do_not_say_when(status: int) -> None:
 
 
 def test_a_secret_is_as_standard_webhooks_writes_it() -> None:
-    secrets = TypeAdapter(WebhookSecret)
-    assert secrets.validate_python(new_secret())
-    for good in ("whsec_" + "A" * 32, "whsec_" + "A" * 84 + "AA=="):
-        assert secrets.validate_python(good) == good
-    for bad in (
-        "",
-        "whsec_",
-        "A" * 44,
-        "whsec_" + "A" * 28,
-        "whsec_" + "A" * 88,
-        "whsec_" + "A" * 31,
-        "whsec_" + "ü" * 32,
-    ):
-        with pytest.raises(ValidationError):
-            secrets.validate_python(bad)
+    made = {new_secret() for _ in range(100)}
+    assert len(made) == 100
+    for secret in made:
+        assert secret.startswith("whsec_")
+        assert 24 <= len(base64.b64decode(secret.removeprefix("whsec_"), validate=True)) <= 64
 
 
 @pytest.mark.parametrize(
