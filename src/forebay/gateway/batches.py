@@ -115,15 +115,17 @@ async def create_batch(request: Request, caller: Member) -> Response:
         raise InvalidRequest(f"`endpoint` is one of {known}.", param="endpoint", code="invalid_value")
     if body.webhook_url is not None:
         state.outbound.check(body.webhook_url)
-    _check_file(await _input_file(state.files, caller, body.input_file_id), settings)
     desk: Desk = state.desk
-    await desk.check_room()
+
+    async def check() -> None:
+        _check_file(await _input_file(state.files, caller, body.input_file_id), settings)
+        await desk.check_room()
 
     async def perform(transaction: Transaction) -> dict[str, Any]:
-        await _check_live(state.batches, transaction, caller, settings.batches.live_per_project_max)
-        return await _insert(state.batches, desk, transaction, caller, body, seconds)
+        await check_live(state.batches, transaction, caller, settings.batches.live_per_project_max)
+        return await insert_batch(state.batches, desk, transaction, caller, body, seconds)
 
-    answer = await create(request, caller, raw, perform, retries=True)
+    answer = await create(request, caller, raw, perform, before=check, retries=True)
     if not replayed(answer):
         reach("batch.created")
     return answer
@@ -153,7 +155,8 @@ def _check_file(file: File, settings: Settings) -> None:
         )
 
 
-async def _check_live(batches: BatchStore, transaction: Transaction, caller: Principal, most: int) -> None:
+async def check_live(batches: BatchStore, transaction: Transaction, caller: Principal, most: int) -> None:
+    """Raise Overloaded if the project has `most` unfinished batches."""
     if await batches.unfinished(transaction, caller.project_id) >= most:
         raise Overloaded(
             f"This project has {most} unfinished batches already. Wait for one to end, or cancel one.",
@@ -162,7 +165,7 @@ async def _check_live(batches: BatchStore, transaction: Transaction, caller: Pri
         )
 
 
-async def _insert(
+async def insert_batch(
     batches: BatchStore, desk: Desk, transaction: Transaction, caller: Principal, body: BatchBody, seconds: int
 ) -> dict[str, Any]:
     """Make the job and the batch, and show them as they will be read."""

@@ -41,14 +41,25 @@ def replayed(response: Response) -> bool:
     return REPLAYED in response.headers
 
 
+async def _nothing() -> None:
+    return
+
+
 async def create(
-    request: Request, caller: Principal, fingerprint: bytes, perform: Perform, *, retries: bool = False
+    request: Request,
+    caller: Principal,
+    fingerprint: bytes,
+    perform: Perform,
+    *,
+    before: Callable[[], Awaitable[None]] = _nothing,
+    retries: bool = False,
 ) -> Response:
     """Run `perform` in a transaction and answer with what it returns; once for each Idempotency-Key.
 
-    `fingerprint` is the body, or what stands for it. `perform` uses no connection but its transaction, since others
-    with the same key hold theirs while they wait. With `retries` a request without a key is made once, too, if it
-    is the automatic retry of an official client.
+    `fingerprint` is the body, or what stands for it. `before` checks and prepares what a request that gets the answer
+    of an earlier one does not need. `perform` uses no connection but its transaction, since others with the same key
+    hold theirs while they wait. With `retries` a request without a key is made once, too, if it is the automatic
+    retry of an official client.
     Raises InvalidRequest for a bad key, Conflict for a key that another request has, and what `perform` raises.
     """
     store: IdempotencyStore = request.app.state.idempotency
@@ -58,11 +69,13 @@ async def create(
         key = f"\tretry {digest}"  # no client can send a tab in a key
         keep_seconds = RETRY_SECONDS if _is_retry(request) else _NEVER_SECONDS
     if key is None:
+        await before()
         async with store.database.begin() as transaction:
             content = to_json(await perform(transaction))
         return _answer(content)
     found = await store.find(caller.project_id, key, keep_seconds)
     if found is None:
+        await before()
         async with store.database.begin() as transaction:
             found = await store.claim(transaction, caller.project_id, key, digest, keep_seconds)
             if found is None:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from forebay.config import Settings
 from forebay.dialects.openai.errors import sanitise
 from forebay.errors import ForebayError, InvalidRequest, NotFound, RateLimited
-from forebay.gateway import admin, batches, files, health, jobs, uploads, webhooks
+from forebay.gateway import admin, batches, dead_letters, files, health, jobs, uploads, webhooks
 from forebay.gateway.answers import error_answer, json_answer, read_body
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least
 from forebay.gateway.online import Door, OnlineAnswer
@@ -53,6 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(admin.router)
     app.include_router(batches.router)
     app.include_router(jobs.router)
+    app.include_router(dead_letters.router)
     app.include_router(webhooks.router)
     app.add_exception_handler(ForebayError, _forebay_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -153,7 +153,11 @@ class Desk:
             )
         await self.check_room()
         async with self.jobs.database.begin() as transaction:
-            if not await self.jobs.revive(transaction, job):
-                raise Conflict(f"The job is {job.state.value}, so there is nothing to try again.")
-            await self.jobs.note(transaction, job_id, "job.retried")
+            await self.revive(transaction, job)
         return await self.jobs.get(project_id, job_id)
+
+    async def revive(self, transaction: Transaction, job: Job) -> None:
+        """The same as part of a transaction, after `check_room`, for a kind that is retried. Raises Conflict."""
+        if not await self.jobs.revive(transaction, job):
+            raise Conflict(f"The job is {job.state.value}, so there is nothing to try again.")
+        await self.jobs.note(transaction, job.id, "job.retried")
