@@ -141,7 +141,7 @@ def build_office(
         stores.webhooks,
         stores.dead_letters,
         kinds,
-        [finished_jobs, old_dead_letters, files, uploads, segments],
+        [finished_jobs, old_dead_letters, files, uploads, segments, idempotency_keys],
         node,
         settings.jobs,
         clock,
