@@ -234,7 +234,7 @@ async def serving(
 async def _start(home: Path, log_file: Path, environment: Mapping[str, str]) -> Server:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("FOREBAY_")}
     settings = {"FOREBAY_PORT": "0", "FOREBAY_DATA_DIR": str(home / "data"), "FOREBAY_ADMIN_KEY": ADMIN_KEY}
-    with log_file.open("ab") as log:
+    with log_file.open("wb") as log:  # one log for each start: the address in it is that of this one
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-m", "forebay.cli", "serve", "--config", str(home / "forebay.toml")),

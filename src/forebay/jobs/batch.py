@@ -3,6 +3,7 @@
 It refuses to run lines itself, and to show a result file before the batch has ended.
 """
 
+import asyncio
 from collections.abc import Sequence
 
 from forebay.blobs.blobs import Blobs
@@ -94,10 +95,8 @@ class BatchWork:
         index = await self._index(batch)
         if index.errors:
             return _refused(index, self._batches, batch)
-        chunks = [
-            (model, pack_places(places), len(places))
-            for model, places in plan_chunks(index, self._settings.batches.chunk_lines)
-        ]
+        # In a thread, since the order of many lines takes longer than requests should wait.
+        chunks = await asyncio.to_thread(_cut, index, self._settings.batches.chunk_lines)
         reach("batch.checked")
 
         async def write(transaction: Transaction) -> None:
@@ -193,6 +192,11 @@ class BatchWork:
             return
         seconds = max(batch.finalizing_at - batch.in_progress_at, 0.001)
         await self._batches.learn_rate(transaction, batch.model, lines / seconds)
+
+
+def _cut(index: Index, chunk_lines: int) -> list[tuple[str, bytes, int]]:
+    """Of each chunk the model, the packed places and how many there are."""
+    return [(model, pack_places(places), len(places)) for model, places in plan_chunks(index, chunk_lines)]
 
 
 def _refused(index: Index, batches: BatchStore, batch: Batch) -> Failed:
