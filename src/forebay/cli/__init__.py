@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import forebay
-from forebay.cli import batch, bench, chat, dead_letters, doctor, jobs, keys, models, serve, worker
+from forebay.cli import batch, bench, chat, db, dead_letters, doctor, jobs, keys, models, serve, worker
 
 app = typer.Typer(
     name="forebay",
@@ -43,6 +43,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(batch.app, name="batch")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(dead_letters.app, name="dead-letters")
+app.add_typer(db.app, name="db")
 app.add_typer(bench.app, name="bench")
 
 

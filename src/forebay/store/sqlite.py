@@ -7,7 +7,9 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import aiosqlite
@@ -64,6 +66,20 @@ def is_full(error: BaseException) -> bool:
 
 def _primary_code(error: BaseException) -> int:
     return int(getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a database that others may be writing to, as it is at one moment. Blocks. The copy is not flushed.
+
+    All pages are read in one transaction: page by page, a busy writer would make it begin again and again.
+    """
+    address = f"{source.resolve().as_uri()}?mode=rw"
+    with closing(sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS)) as reads:
+        reads.execute("PRAGMA query_only = ON")
+        with closing(sqlite3.connect(target)) as writes:
+            writes.execute("PRAGMA journal_mode = OFF")
+            writes.execute("PRAGMA synchronous = OFF")
+            reads.backup(writes)
 
 
 class ThreadConnection(aiosqlite.Connection):
