@@ -206,6 +206,22 @@ async def test_no_hostile_url_becomes_an_endpoint_or_is_reached_by_one(mine: Acc
         assert bird.connections == 0
 
 
+async def test_no_hostile_url_becomes_the_webhook_of_a_batch(server: Server, mine: Account) -> None:
+    batch = {"input_file_id": "file-none", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    headers = {"Authorization": f"Bearer {mine.key}"}
+    codes = []
+    async with canary() as bird:
+        for url in hostile_urls(bird.port):
+            if url.startswith("http://127.0.0.2"):
+                continue
+            body = {**batch, "webhook_url": url}
+            async with server.session.post(f"{server.url}/v1/batches", json=body, headers=headers) as response:
+                codes.append((await response.json())["error"]["code"])
+        assert bird.connections == 0
+    assert set(codes) == {"url_not_allowed", "file_not_found"}  # names get as far as the file, which is not there
+    assert codes.count("url_not_allowed") >= 100
+
+
 async def test_the_admin_key_has_webhooks_too(server: Server, receiver: Receiver) -> None:
     admin = Account(server, server.key)
     made = await admin.ok("POST", "", {"url": receiver.url})
