@@ -8,6 +8,11 @@ import pytest
 import pytest_asyncio
 from standardwebhooks import Webhook
 
+from forebay.clock import SystemClock, new_id
+from forebay.config import Settings
+from forebay.store.database import Database
+from forebay.store.key_format import Role
+from forebay.store.keys import KeyStore
 from tests.support.hostile_urls import hostile_urls
 from tests.support.receiver import Answer, Receiver, canary, receiving
 from tests.support.server import FAKE, Server, eventually, serving
@@ -71,9 +76,20 @@ class Account:
         return found
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def keys(server: Server) -> AsyncIterator[KeyStore]:
+    database = await Database.open(Settings(data_dir=server.folder / "data"))
+    yield KeyStore(database, SystemClock())
+    await database.close()
+
+
 @pytest_asyncio.fixture(loop_scope="module")
-async def mine(server: Server, request: pytest.FixtureRequest) -> Account:
-    return Account(server, await server.create_key(f"p{abs(hash(request.node.name))}"))
+async def mine(server: Server, keys: KeyStore) -> Account:
+    return await account(server, keys, new_id("project"))
+
+
+async def account(server: Server, keys: KeyStore, project: str, role: Role = Role.MEMBER) -> Account:
+    return Account(server, (await keys.create_key(project, role=role))[1])
 
 
 async def test_the_life_of_an_endpoint(mine: Account, receiver: Receiver) -> None:
@@ -152,12 +168,14 @@ async def test_410_shows_on_the_endpoint(mine: Account, receiver: Receiver) -> N
     assert (shown["enabled"], "410" in shown["disabled_reason"]) == (False, True)
 
 
-async def test_what_belongs_to_another_project_is_not_there(server: Server, mine: Account, receiver: Receiver) -> None:
+async def test_what_belongs_to_another_project_is_not_there(
+    server: Server, keys: KeyStore, mine: Account, receiver: Receiver
+) -> None:
     made = await mine.ok("POST", "", {"url": receiver.url})
     sent = await mine.ok("POST", f"/{made['id']}/test")
     await mine.settled(made["id"], sent["id"])
-    other = Account(server, await server.create_key("somebody_else"))
-    looker = Account(server, await server.create_key("somebody_else", "read_only"))
+    other = await account(server, keys, "somebody_else")
+    looker = await account(server, keys, "somebody_else", Role.READ_ONLY)
     calls: list[tuple[str, str, Any]] = [
         *[("GET", "", None), ("GET", "/deliveries", None), ("DELETE", "", None), ("POST", "", {"enabled": False})],
         *[("POST", "/rotate", None), ("POST", "/test", None)],
