@@ -226,9 +226,12 @@ class GroupConnection(ThreadConnection):
 
     def _bound_log(self) -> None:
         """Readers that never all pause keep the log growing; then the writer waits for them a little."""
-        if not os.path.exists(self._log) or os.path.getsize(self._log) <= self._log_bytes_max:
+        size = os.path.getsize(self._log)
+        if size <= _WAL_BYTES_MAX:
+            self._log_bytes_max = _WAL_BYTES_MAX
+        if size <= self._log_bytes_max:
             return
         self._conn.execute(f"PRAGMA busy_timeout = {_WAL_PATIENCE_MILLISECONDS}")
         blocked = self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         self._conn.execute("PRAGMA busy_timeout = 0")
-        self._log_bytes_max = 2 * self._log_bytes_max if blocked else _WAL_BYTES_MAX
+        self._log_bytes_max = 2 * size if blocked else _WAL_BYTES_MAX
