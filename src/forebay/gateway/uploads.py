@@ -18,7 +18,7 @@ from forebay.dialects.openai import files as wire
 from forebay.dialects.openai.call import parse
 from forebay.errors import InvalidRequest, NotFound, PayloadTooLarge
 from forebay.gateway.answers import json_answer, read_body
-from forebay.gateway.auth import principal
+from forebay.gateway.auth import Principal, principal
 from forebay.gateway.files import Caller, Member, drafted, file_object, limits_of
 from forebay.gateway.idempotency import create, idempotency_key, replayed
 from forebay.gateway.multipart import Form, read_form
@@ -103,18 +103,24 @@ async def complete_upload(request: Request, caller: Member, upload_id: str) -> R
     settings: Settings = request.app.state.settings
     uploads: UploadStore = request.app.state.uploads
     blobs: Blobs = request.app.state.blobs
-    body = parse(wire.CompleteBody, await read_body(request, settings.http.body_bytes_max))
+    raw = await read_body(request, settings.http.body_bytes_max)
+    body = parse(wire.CompleteBody, raw)
     upload = await uploads.get(caller.project_id, upload_id)
     if upload.status != "completed":
         try:
-            upload = await _complete(request, upload, body)
+            return await _complete(request, caller, upload, body, raw)
         except (InvalidRequest, NotFound):
             # Whoever sends it twice, because the first answer did not come in time, may overtake himself.
             upload = await uploads.get(caller.project_id, upload_id)
             if upload.status != "completed":
                 raise
-        await uploads.remove_parts(blobs, upload)
-    return json_answer(upload_object(upload, await _file_of(request, upload)))
+    await uploads.remove_parts(blobs, upload)
+    shown = upload_object(upload, await _file_of(request, upload))
+
+    async def perform(_transaction: Transaction) -> dict[str, Any]:
+        return shown
+
+    return await create(request, caller, raw, perform)
 
 
 @router.post("/uploads/{upload_id}/cancel")
@@ -145,7 +151,9 @@ class _PartIntake:
         await self._writer.write(data)
 
 
-async def _complete(request: Request, upload: Upload, body: wire.CompleteBody) -> Upload:
+async def _complete(
+    request: Request, caller: Principal, upload: Upload, body: wire.CompleteBody, raw: bytes
+) -> Response:
     """Make the file and bind the upload to it."""
     uploads: UploadStore = request.app.state.uploads
     files: FileStore = request.app.state.files
@@ -162,13 +170,17 @@ async def _complete(request: Request, upload: Upload, body: wire.CompleteBody) -
     async with drafted(lambda: files.discard(blobs, begun)) as draft:
         sha256 = await _join(blobs, begun, parts, body.md5)
         commit_points.reach("upload.joined")
-        async with files.database.begin() as transaction:
+
+        async def perform(transaction: Transaction) -> dict[str, Any]:
             await uploads.release_parts(transaction, upload)
             file = await files.finish(transaction, begun, size, sha256, upload.file_expires_after_seconds)
-            completed = await uploads.complete(transaction, upload, file)
-        draft.kept = True
+            return upload_object(await uploads.complete(transaction, upload, file), file)
+
+        response = await create(request, caller, raw, perform)
+        draft.kept = not replayed(response)
         commit_points.reach("file.row_committed")
-    return completed
+    await uploads.remove_parts(blobs, upload)
+    return response
 
 
 async def _join(blobs: Blobs, file: File, parts: Sequence[Part], md5: str | None) -> str:
