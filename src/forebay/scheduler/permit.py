@@ -4,8 +4,8 @@ It refuses to be used twice.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from forebay.errors import InvalidRequest, Preempted
 from forebay.inference import Request
@@ -53,25 +53,14 @@ class Permit:
         if self._preempted:
             raise Preempted
         self.held = True
-        with self._interruptible():
-            async with self.replica.run(self.request, self._grace_seconds, self._condemn, self._stopped) as stream:
-                yield stream
-
-    def preempt(self) -> None:
-        """Interrupt the run, or keep it from beginning. For the scheduler alone, once, while the place is taken."""
-        self._preempted = True
-        if self._runner is not None:
-            self._runner.cancel()
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Turn the cancellation that `preempt` sends into Preempted, as a timeout does with its own."""
         runner = asyncio.current_task()
         assert runner is not None
         self._runner, cancelled_before = runner, runner.cancelling()
         try:
-            yield
+            async with self.replica.run(self.request, self._grace_seconds, self._condemn, self.on_stopped) as stream:
+                yield stream
         except asyncio.CancelledError:
+            # As a timeout does with its own: the cancellation that `preempt` has sent ends here, any other goes on.
             if not self._preempted or runner.cancelling() - 1 > cancelled_before:
                 raise
             raise Preempted from None
@@ -80,6 +69,12 @@ class Permit:
             if self._preempted:
                 runner.uncancel()
             self.on_left()
+
+    def preempt(self) -> None:
+        """Interrupt the run, or keep it from beginning. For the scheduler alone, once, while the place is taken."""
+        self._preempted = True
+        if self._runner is not None:
+            self._runner.cancel()
 
     def _check_tools(self) -> None:
         """Only a running engine says whether its chat template has tools."""
@@ -90,6 +85,3 @@ class Permit:
                 param="tools",
                 code="capability_not_supported",
             )
-
-    def _stopped(self) -> None:
-        self.on_stopped()

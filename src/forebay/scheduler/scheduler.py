@@ -30,6 +30,7 @@ from forebay.telemetry import Metrics
 
 _FIRST_GUESS_SECONDS = 2.0
 _SMOOTHING = 0.1
+_NO_BATCH = Background()
 
 
 class Fleet(Protocol):
@@ -262,9 +263,9 @@ class Scheduler:
 
     def _leave(self, hall: _Hall, ticket: Ticket) -> None:
         """The run is over for its holder. If the engine has not stopped, the place is on its way back."""
-        hall.permits.pop(ticket.number, None)
         if ticket.number in hall.grants:
             hall.leaving[ticket.number] = ticket
+            hall.permits.pop(ticket.number, None)
 
     def _give_back(self, hall: _Hall, ticket: Ticket, replica: Replica) -> None:
         if hall.grants.pop(ticket.number, None) is None:
@@ -289,21 +290,19 @@ class Scheduler:
 
     def _grant(self, model: str, hall: _Hall) -> None:
         """Give every free place to whoever is first for it, and make room for those who wait online."""
-        if not len(hall.line) and not len(hall.backlog):
-            self._set_alarm(model, hall, None)
+        if not (len(hall.line) or len(hall.backlog) or hall.alarm):
             return
         replicas = {replica.id: replica for replica in self._fleet.replicas(model)}
         now, ageing = self._clock.monotonic(), self._settings.ageing_seconds
-        while True:
+        while len(hall.line) or len(hall.backlog):
             seats = _seats(hall, replicas.values())
             # A caller that left has a cancelled grant until its own clean-up runs.
             online = [ticket for ticket in hall.line if not hall.grants[ticket.number].done()]
             grant = next_grant(online, self._background(hall, seats, now), seats, now, ageing)
             if grant is None:
+                self._make_room(hall, online, seats, now)
                 break
             self._seat(hall, grant[0], replicas[grant[1].replica_id], now)
-        if online and hall.batch and self._settings.preempt:
-            self._make_room(hall, online, seats, now)
         self._set_alarm(model, hall, self._next_look(hall, now))
 
     def _seat(self, hall: _Hall, ticket: Ticket, replica: Replica, now: float) -> None:
@@ -319,9 +318,11 @@ class Scheduler:
         hall.grants[ticket.number].set_result(replica)
 
     def _background(self, hall: _Hall, seats: list[Seats], now: float) -> Background:
-        head = next(iter(hall.backlog), None)
-        if head is None or hall.grants[head.number].done():  # one that left makes way for the next when it cleans up
-            return Background()
+        if not len(hall.backlog):
+            return _NO_BATCH
+        head = next(iter(hall.backlog))
+        if hall.grants[head.number].done():  # its caller left, and makes way for the next when it cleans up
+            return _NO_BATCH
         slots = sum(seat.slots for seat in seats)
         return Background(
             head,
@@ -331,7 +332,9 @@ class Scheduler:
         )
 
     def _make_room(self, hall: _Hall, online: list[Ticket], seats: list[Seats], now: float) -> None:
-        """Take places back from batch work, but never from one whom the floor spares."""
+        """Take places back from batch work for those who wait online, but never from one whom the floor spares."""
+        if not (online and hall.batch and self._settings.preempt):
+            return
         running = [ticket for ticket in hall.batch.values() if ticket.number not in hall.leaving]
         if running and self._floor_at(hall) <= now and not any(ticket.spared for ticket in running):
             running[0].spared, hall.preempted_since = True, None
