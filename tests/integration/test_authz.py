@@ -23,7 +23,7 @@ from forebay.store.keys import KeyStore
 from tests.support.server import ADMIN_KEY, FAKE, Server, eventually, serving
 from tests.support.wire import Reply, get, post, wire
 
-CONFIG = FAKE + "[auth]\nkey_cache_seconds = 1\n"
+CONFIG = FAKE + "[auth]\nkey_cache_seconds = 1\nfailures_per_minute_max = 100000\n"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
 CHAT = b'{"model": "fake", "messages": [{"role": "user", "content": "[[fake tokens=1]]"}]}'
 COMPLETION = b'{"model": "fake", "prompt": "[[fake tokens=1]]"}'
