@@ -20,6 +20,7 @@ from forebay.store.files import FileStore
 from forebay.store.uploads import UploadStore
 from tests.support import s3
 from tests.support.clock import FakeClock
+from tests.support.memory import growth
 from tests.support.server import Server, eventually, serving
 from tests.support.wire import Reply, get, post, wire
 
@@ -295,17 +296,10 @@ async def test_a_sender_without_a_key_is_answered_before_the_body(server: Server
         await line.send(post(b"", TYPE, path="/v1/files", key="wrong").replace(b"Length: 0", b"Length: 999999999"))
         assert (await line.reply()).status == 401
         began = asyncio.get_running_loop().time()
-        sending = asyncio.create_task(_send_at(line, upload(bytes(4 * MIB)), 400_000))
+        sending = asyncio.create_task(line.send_slowly(upload(bytes(4 * MIB)), 400_000))
         await line.rest()  # closed at the ordinary deadline, however much comes
         assert asyncio.get_running_loop().time() - began < 4
         sending.cancel()
-
-
-async def _send_at(line: Any, body: bytes, bytes_per_second: int) -> None:
-    step = max(1, bytes_per_second // 20)
-    for start in range(0, len(body), step):
-        await line.send(body[start : start + step])
-        await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("path", ["/v1/files", "/v1/uploads/{upload}/parts"])
@@ -315,7 +309,7 @@ async def test_a_slow_but_steady_sender_may_take_longer_than_a_body(server: Serv
     async with wire(server.url) as line:
         began = asyncio.get_running_loop().time()
         await line.send(post(body, TYPE, path=target)[: -len(body)])
-        await _send_at(line, body, 60_000)
+        await line.send_slowly(body, 60_000)
         reply = await line.reply()
         assert reply.status == 200, reply
         assert asyncio.get_running_loop().time() - began > 4.5  # the deadline of a body is 2 s
@@ -326,7 +320,7 @@ async def test_a_sender_below_the_rate_is_cut_off_even_after_a_burst(server: Ser
     body = upload(bytes(4 * MIB))
     async with wire(server.url) as line:
         await line.send(post(body, TYPE, path="/v1/files")[: burst - len(body)])
-        trickling = asyncio.create_task(_send_at(line, body[burst:], 1000))
+        trickling = asyncio.create_task(line.send_slowly(body[burst:], 1000))
         async with asyncio.timeout(8):
             refused(await line.reply(), 408, "request_not_received")
         trickling.cancel()
@@ -516,31 +510,19 @@ async def test_a_large_file_never_sits_in_memory(prove: bool) -> None:
 
     async with serving(config) as server:
         await make(server, b"warm")
-        before, highest = server.rss(), 0
-
-        async def watch() -> None:
-            nonlocal highest
-            while True:
-                highest = max(highest, server.rss())
-                await asyncio.sleep(0.01)
-
-        watching = asyncio.create_task(watch())
         headers = {**server.headers, "Content-Type": "multipart/form-data; boundary=b0undary"}
-        async with server.session.post(f"{server.url}/v1/files", data=pieces(), headers=headers) as response:
+        address = f"{server.url}/v1/files"
+        async with growth(server.rss) as up, server.session.post(address, data=pieces(), headers=headers) as response:
             assert response.status == 200, await response.text()
             made = await response.json()
-        uploaded, highest = highest - before, 0
-        async with server.session.get(
-            f"{server.url}/v1/files/{made['id']}/content", headers=server.headers
-        ) as response:
-            received = 0
+        address += f"/{made['id']}/content"
+        received = 0
+        async with growth(server.rss) as down, server.session.get(address, headers=server.headers) as response:
             async for part in response.content.iter_any():
                 received += len(part)
-        watching.cancel()
-        print(f"{size // MIB} MiB: RSS +{uploaded / MIB:.1f} up, +{(highest - before) / MIB:.1f} down")
+        print(f"{size // MIB} MiB: RSS +{up.bytes / MIB:.1f} up, +{down.bytes / MIB:.1f} down")
         assert received == made["bytes"] == size
-        assert uploaded <= 100 * MIB
-        assert highest - before <= 100 * MIB
+        assert max(up.bytes, down.bytes) <= 100 * MIB
 
 
 async def test_files_in_a_bucket() -> None:

@@ -42,6 +42,13 @@ class Wire:
         except ConnectionError:
             return
 
+    async def send_slowly(self, data: bytes, bytes_per_second: int) -> None:
+        """Write `data` at a rate, a twentieth of a second's worth at a time."""
+        step = max(1, bytes_per_second // 20)
+        for start in range(0, len(data), step):
+            await self.send(data[start : start + step])
+            await asyncio.sleep(0.05)
+
     async def reply(self, *, head_only: bool = False) -> Reply:
         """The next answer. Raises EOFError (IncompleteReadError) or ConnectionError if there is none."""
         async with asyncio.timeout(_WAIT_SECONDS):
