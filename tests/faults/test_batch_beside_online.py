@@ -17,7 +17,7 @@ from forebay.clock import SystemClock, seeded
 from forebay.config import FakeModel, SchedulerSettings
 from forebay.dialects.openai.call import Call, Context, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
-from forebay.errors import ForebayError, Preempted
+from forebay.errors import EngineTimeout, ForebayError, Preempted
 from forebay.inference import Priority, Request
 from forebay.replicas.commands import traits_of
 from forebay.replicas.connection import open_session
@@ -96,10 +96,13 @@ async def hallway() -> AsyncIterator[tuple[Scheduler, Metrics, Engine]]:
         engine.end()
 
 
-def call(seconds: float, priority: Priority) -> Call:
-    """A chat that takes its engine about so long."""
-    tokens = max(1, round(seconds / TOKEN_SECONDS))
-    text = f"Hello. [[fake tokens={tokens} token_ms={TOKEN_SECONDS * 1000}]]"
+def lasting(seconds: float) -> str:
+    """What to say to an engine so that it takes about so long."""
+    return f"Hello. [[fake tokens={max(1, round(seconds / TOKEN_SECONDS))} token_ms={TOKEN_SECONDS * 1000}]]"
+
+
+def call(text: str, priority: Priority) -> Call:
+    """A chat that says `text`."""
     context = Context("req_test", "default", None, max_tokens=4096, slots=SLOTS)
     made = chat_call(parse(ChatBody, json.dumps(chat_body(text)).encode()), context)
     return replace(made, request=replace(made.request, priority=priority))
@@ -112,7 +115,7 @@ async def online(scheduler: Scheduler, chance: Random, seconds: float, outcome: 
     async with asyncio.TaskGroup() as group:
         while due < seconds:
             due += chance.expovariate(LOAD * SLOTS / ONLINE_SECONDS_MEAN)
-            wanted = call(chance.expovariate(1 / ONLINE_SECONDS_MEAN), Priority.DEFAULT)
+            wanted = call(lasting(chance.expovariate(1 / ONLINE_SECONDS_MEAN)), Priority.DEFAULT)
             await clock.sleep(max(0.0, began + due - clock.monotonic()))
             group.create_task(ask(scheduler, wanted, outcome))
 
@@ -141,7 +144,7 @@ async def measure(seconds: float, lines: int) -> tuple[Outcome, float]:
     """Online traffic for so long, and a batch of so many lines that begins before it; and when online ended."""
     outcome = Outcome()
     async with hallway() as (scheduler, metrics, engine), asyncio.TaskGroup() as group:
-        left = [call(LINE_SECONDS, Priority.BATCH) for _ in range(lines)]
+        left = [call(lasting(LINE_SECONDS), Priority.BATCH) for _ in range(lines)]
         workers = [group.create_task(work(scheduler, left, outcome)) for _ in range(WORKERS)]
         await online(scheduler, seeded(SEED), seconds, outcome)
         ended = SystemClock().monotonic()
@@ -161,8 +164,8 @@ def eventually_idle(engine: Engine) -> bool:
 @pytest.mark.timeout(600)
 async def test_online_requests_wait_no_longer_beside_a_batch_and_the_batch_is_finished(prove: bool) -> None:
     seconds, lines = (60.0, 600) if prove else (12.0, 150)
-    alone, _ = await measure(seconds, 0)
-    beside, ended = await measure(seconds, lines)
+    # At the same moments, on an engine each: what else the machine does meets both alike.
+    (alone, _), (beside, ended) = await asyncio.gather(measure(seconds, 0), measure(seconds, lines))
     during = sum(finished <= ended for finished in beside.lines[SLOTS:])  # the first began before anybody was online
     print(
         f"{len(alone.waits)} online requests: p99 wait {alone.p99() * 1000:.1f} ms alone, {beside.p99() * 1000:.1f} ms "
@@ -172,3 +175,20 @@ async def test_online_requests_wait_no_longer_beside_a_batch_and_the_batch_is_fi
     assert len(beside.lines) == lines
     assert during > 0
     assert beside.p99() <= max(1.25 * alone.p99(), alone.p99() + NOISE_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("directive", "timeout_seconds", "stall_seconds", "message"),
+    [("tokens=9 token_ms=1 hang_at=3", 30, 0.2, "making progress"), ("delay_ms=60000", 0.2, 30, "in time")],
+)
+async def test_an_answer_that_stands_still_is_given_up_and_its_place_comes_back(
+    directive: str, timeout_seconds: float, stall_seconds: float, message: str
+) -> None:
+    async with hallway() as (scheduler, _, engine):
+        wanted = call(f"[[fake {directive}]]", Priority.BATCH)
+        clock = SystemClock()
+        with pytest.raises(EngineTimeout, match=message):
+            async with scheduler.admit_when_room(wanted.request) as permit:
+                await gather(permit, wanted, timeout_seconds=timeout_seconds, stall_seconds=stall_seconds, clock=clock)
+        await eventually(lambda: scheduler.load(MODEL) == (0, 0), what="an empty hallway")
+        assert await asyncio.to_thread(partial(eventually_idle, engine))
