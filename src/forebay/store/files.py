@@ -20,7 +20,8 @@ from forebay.store.tables import files, projects, upload_parts, uploads
 
 LEFTOVER_SECONDS = 86_400  # nobody writes one blob for longer
 PAGE_SIZE_MAX = 10_000
-FILES_PER_PROJECT_MAX = 1_000_000
+FILES_PER_PROJECT_MAX = 100_000
+_ROWS_AT_ONCE = 500  # then somebody else may go on: a page of 10,000 takes tens of milliseconds
 _NO_SUCH_FILE = "There is no such file. GET /v1/files lists the ones there are."
 
 
@@ -141,7 +142,11 @@ class FileStore:
                 before = sa.tuple_(*row)
                 query = query.where(place > before if order == "asc" else place < before)
             rows = (await transaction.execute(query)).all()
-        return [_file(row) for row in rows[:limit]], len(rows) > limit
+        found: list[File] = []
+        for start in range(0, min(limit, len(rows)), _ROWS_AT_ONCE):
+            found += [_file(row) for row in rows[start : min(limit, start + _ROWS_AT_ONCE)]]
+            await self._clock.sleep(0)
+        return found, len(rows) > limit
 
     async def delete(self, blobs: Remover, project_id: str, file_id: str) -> None:
         """Remove a file for good. Raises NotFound."""
