@@ -5,7 +5,7 @@ import json
 import os
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +336,27 @@ async def test_a_cut_upload_leaves_nothing(server: Server) -> None:
         assert "uploading" in {state for _, state in rows_of(server)}
     await eventually(lambda: blobs_of(server) == before, what="the half file to be gone")
     await eventually(lambda: {state for _, state in rows_of(server)} <= {"ready"}, what="its row to be gone")
+
+
+async def test_files_on_their_way_in_are_limited(server: Server) -> None:
+    key, other = await server.create_key("busy"), await server.create_key("idle")
+    head = post(upload(b"x" * 500), TYPE, path="/v1/files", key=key)[:-100]
+    async with AsyncExitStack() as stack:
+        for _ in range(32):
+            line = await stack.enter_async_context(wire(server.url))
+            await line.send(head)
+
+        async def refuses() -> bool:
+            return (await send(server, upload(b"x"), key=key)).status == 429
+
+        await eventually(refuses, what="the limit")
+        refused(await send(server, upload(b"x"), key=key), 429, "too_many_uploads")
+        assert (await send(server, upload(b"x"), key=other)).status == 200
+
+    async def accepts() -> bool:
+        return (await send(server, upload(b"x"), key=key)).status == 200
+
+    await eventually(accepts, what="room again")
 
 
 async def test_lists(server: Server) -> None:

@@ -20,8 +20,7 @@ from forebay.config import BlobSettings
 from forebay.errors import InsufficientStorage, NotFound, SetupError, StoreUnavailable
 
 _PIECE_BYTES = 4 * 2**20  # of a read
-_PART_BYTES = 8 * 2**20  # of a multipart upload, which has at most 10,000 of them
-_PARTS_AT_ONCE = 2
+_PART_BYTES = 5 * 2**20  # the least that S3 takes; a writer holds up to four: gathered, queued, cut and on the way
 _PAGE = 1000
 _FULL = re.compile(r"\b507\b")
 _OUT_OF_RANGE = re.compile(r"\b416\b")
@@ -199,9 +198,7 @@ class S3Writer:
 
     async def _send(self) -> None:
         with _translated():
-            await obstore.put_async(
-                self._store, self._key, self._queued(), chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE
-            )
+            await obstore.put_async(self._store, self._key, self._queued(), chunk_size=_PART_BYTES, max_concurrency=1)
 
     async def _queued(self) -> AsyncIterator[bytes]:
         while (part := await self._parts.get()) is not None:

@@ -5,8 +5,9 @@ It refuses to hold a file in memory, and to answer before its bytes and its row 
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from forebay import commit_points
 from forebay.blobs.blobs import Blobs
 from forebay.config import Settings
 from forebay.dialects.openai import files as wire
-from forebay.errors import InvalidRequest, StoreUnavailable
+from forebay.errors import InvalidRequest, Overloaded, StoreUnavailable
 from forebay.gateway.answers import json_answer
 from forebay.gateway.auth import Principal, principal, role_at_least
 from forebay.gateway.download import Download
@@ -33,6 +34,8 @@ router = APIRouter(prefix="/v1", dependencies=[Depends(principal)])
 
 Caller = Annotated[Principal, Depends(principal)]
 Member = Annotated[Principal, Depends(role_at_least(Role.MEMBER))]
+RECEIVING_MAX = 64
+RECEIVING_PER_PROJECT_MAX = 32
 _FORM = {"type": "object", "required": ["file", "purpose"], "properties": {
     "file": {"type": "string", "format": "binary"},
     "purpose": {"type": "string", "enum": list(wire.PURPOSES)},
@@ -40,6 +43,26 @@ _FORM = {"type": "object", "required": ["file", "purpose"], "properties": {
     "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
 }}  # fmt: skip
 _TAKES_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
+
+
+class Receiving:
+    """Counts the files and parts that are on their way in, each of which holds memory, in all and by project."""
+
+    def __init__(self) -> None:
+        self._projects: Counter[str] = Counter()
+
+    @contextmanager
+    def entered(self, project_id: str) -> Iterator[None]:
+        """Count one while the block lasts. Raises Overloaded if there are as many as there may be."""
+        if self._projects.total() >= RECEIVING_MAX or self._projects[project_id] >= RECEIVING_PER_PROJECT_MAX:
+            raise Overloaded("Too many files are on their way in. Send fewer at once.", code="too_many_uploads")
+        self._projects[project_id] += 1
+        try:
+            yield
+        finally:
+            self._projects[project_id] -= 1
+            if not self._projects[project_id]:
+                del self._projects[project_id]
 
 
 @dataclass(slots=True)
@@ -113,11 +136,17 @@ class _Intake:
 @router.post("/files", openapi_extra=_TAKES_FORM)
 async def create_file(request: Request, caller: Member) -> Response:
     """Store a file."""
+    receiving: Receiving = request.app.state.receiving
+    idempotency_key(request)
+    with receiving.entered(caller.project_id):
+        return await _receive_file(request, caller)
+
+
+async def _receive_file(request: Request, caller: Principal) -> Response:
     settings: Settings = request.app.state.settings
     store: FileStore = request.app.state.files
     blobs: Blobs = request.app.state.blobs
     limits = limits_of(settings, settings.files.bytes_max)
-    idempotency_key(request)
     allow_steady_body(request.scope, settings.files.receive_bytes_per_second_min)
     begun = await store.begin(caller.project_id)
     async with drafted(lambda: store.discard(blobs, begun)) as draft:

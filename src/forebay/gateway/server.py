@@ -44,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="Forebay", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.settings = settings
     app.state.stopping = False
+    app.state.receiving = files.Receiving()
     app.state.watchers = jobs.Watchers(settings.jobs.watchers_max, lambda: bool(app.state.stopping))
     app.include_router(health.open_router)
     app.include_router(health.router)

@@ -19,7 +19,7 @@ from forebay.dialects.openai.call import parse
 from forebay.errors import InvalidRequest, NotFound, PayloadTooLarge
 from forebay.gateway.answers import json_answer, read_body
 from forebay.gateway.auth import Principal, principal
-from forebay.gateway.files import Caller, Member, drafted, file_object, limits_of
+from forebay.gateway.files import Caller, Member, Receiving, drafted, file_object, limits_of
 from forebay.gateway.idempotency import create, idempotency_key, replayed
 from forebay.gateway.multipart import Form, read_form
 from forebay.gateway.protocol import allow_steady_body
@@ -76,10 +76,16 @@ async def show_upload(request: Request, caller: Caller, upload_id: str) -> Respo
 @router.post("/uploads/{upload_id}/parts", openapi_extra=_TAKES_PART)
 async def create_part(request: Request, caller: Member, upload_id: str) -> Response:
     """Store one part; a part that was cut off left nothing and is sent again."""
+    receiving: Receiving = request.app.state.receiving
+    idempotency_key(request)
+    with receiving.entered(caller.project_id):
+        return await _receive_part(request, caller, upload_id)
+
+
+async def _receive_part(request: Request, caller: Principal, upload_id: str) -> Response:
     settings: Settings = request.app.state.settings
     store: UploadStore = request.app.state.uploads
     blobs: Blobs = request.app.state.blobs
-    idempotency_key(request)
     allow_steady_body(request.scope, settings.files.receive_bytes_per_second_min)
     begun = await store.begin_part(caller.project_id, upload_id)
     async with drafted(lambda: store.discard_part(blobs, begun)) as draft:
