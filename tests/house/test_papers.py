@@ -116,7 +116,8 @@ def _commands() -> set[str]:
 def test_commands_that_a_page_names_exist(page: Path) -> None:
     commands = _commands()
     assert {"serve", "keys create"} <= commands
-    for words in re.findall(r"(?:^|[`/(]|&& )forebay ([a-z]+(?: [a-z]+)?)", page.read_text("utf-8"), re.MULTILINE):
+    word = r"[a-z]+(?:-[a-z]+)*"
+    for words in re.findall(rf"(?:^|[`/(]|&& )forebay ({word}(?: {word})?)", page.read_text("utf-8"), re.MULTILINE):
         first = words.split()[0]
         assert first in commands, f"{source.name(page)}: there is no `forebay {first}`"
         if any(command.startswith(f"{first} ") for command in commands) and " " in words:

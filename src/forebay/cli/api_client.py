@@ -8,7 +8,7 @@ import functools
 import getpass
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 from urllib.parse import quote, urlencode
@@ -98,7 +98,7 @@ class ApiClient:
         async with self.request(method, path, **content) as response:
             return _parsed(await _read(response, _ANSWER_BYTES_MAX))
 
-    async def events(self, path: str) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, path: str) -> AsyncGenerator[dict[str, Any], None]:
         """The parsed events of a stream, with their names as `event`."""
         async with self.request("GET", path) as response:
             async for block in blocks_of(response):

@@ -3,7 +3,7 @@
 It refuses to give up because a connection broke off: the job is looked for again for a while.
 """
 
-import sys
+from contextlib import aclosing
 from typing import Any
 
 import typer
@@ -16,23 +16,26 @@ from forebay.errors import SetupError
 
 _AGAIN_SECONDS = 1.0
 _TRIES_MAX = 120  # in a row without news
+_PHASES = {"available": "in line", "run": "running", "join": "finishing"}
 
 
 async def follow(client: ApiClient, job_id: str) -> dict[str, Any]:
     """Show the job until it is done; the job as it ended. Raises SetupError."""
-    view = _Bar() if sys.stderr.isatty() else _Lines()
+    console = Console(stderr=True)
+    view = _Bar(console) if console.is_terminal and not console.is_dumb_terminal else _Lines()
     clock = SystemClock()
     tries = 0
     with view:
         while True:
             try:
-                async for event in client.events(path_of("jobs", job_id, "events")):
-                    tries = 0
-                    if event["event"] == "error":
-                        raise SetupError(str(event["data"].get("error", {}).get("message")))
-                    view.show(event["data"])
-                    if event["event"] == "done":
-                        return dict(event["data"])
+                async with aclosing(client.events(path_of("jobs", job_id, "events"))) as events:
+                    async for event in events:
+                        tries = 0
+                        if event["event"] == "error":
+                            raise SetupError(str(event["data"].get("error", {}).get("message")))
+                        view.show(event["data"])
+                        if event["event"] == "done":
+                            return dict(event["data"])
             except NotNow:
                 if tries >= _TRIES_MAX:
                     raise
@@ -55,20 +58,23 @@ def _phase(job: dict[str, Any]) -> str:
     position = job.get("queue_position")
     if job["status"] == "available" and position:
         return f"in line behind {position}"
-    return str(job["progress"].get("stage") or job["status"])
+    if job.get("cancel_requested_at") and not job.get("finished_at"):
+        return "stopping"
+    stage = str(job["progress"].get("stage") or job["status"])
+    return _PHASES.get(stage, stage) if not job.get("finished_at") else str(job["status"])
 
 
 class _Bar:
     """A bar that stays at the bottom of a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._progress = Progress(*columns, console=console)
         self._bar = self._progress.add_task("", total=None, note="")
 
     def __enter__(self) -> None:
