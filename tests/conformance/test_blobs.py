@@ -1,6 +1,7 @@
 """One suite for blobs, over a local folder and a real S3 endpoint, and what goes wrong with each."""
 
 import asyncio
+import errno
 import hashlib
 import os
 import signal
@@ -251,6 +252,38 @@ async def test_a_disk_without_room_is_refused_and_reads_go_on(tmp_path: Path) ->
             await writer.write(b"x")
     assert await full.read("files/one") == b"before"
     assert await keys_of(full) == ["files/one"]
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "error"),
+    [
+        *[(call, errno.ENOSPC, InsufficientStorage) for call in ("write", "fsync", "mkdir", "rename", "open")],
+        ("write", errno.EDQUOT, InsufficientStorage),
+        ("write", errno.EIO, StoreUnavailable),
+        ("fsync", errno.EIO, StoreUnavailable),
+        ("rename", errno.EACCES, StoreUnavailable),
+    ],
+)
+async def test_a_disk_that_fails_at_any_step_leaves_nothing_and_recovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, error: type[Exception]
+) -> None:
+    blobs = open_blobs(Settings(data_dir=tmp_path))
+    await blobs.put("files/one", b"before")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fail)
+        with pytest.raises(error):
+            await blobs.put("segments/new/two", b"x")
+        with pytest.raises(error):
+            async with blobs.write("segments/new/three") as writer:
+                await writer.write(bytes(3 * MIB))
+    assert await keys_of(blobs) == ["files/one"]
+    assert leftovers(Settings(data_dir=tmp_path)) == []
+    await blobs.put("segments/new/two", b"x")
+    assert await blobs.read("segments/new/two") == b"x"
 
 
 async def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:

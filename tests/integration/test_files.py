@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -271,6 +272,27 @@ async def test_what_is_no_such_form_is_refused_and_leaves_nothing(server: Server
     refused(await send(server, body, kind), status, code)
     assert blobs_of(server) == before
     assert {state for _, state in rows_of(server)} <= {"ready"}
+
+
+async def test_mutilated_forms_do_no_harm(server: Server, prove: bool) -> None:
+    """A form with bytes changed, cut out and doubled is taken or refused, and nothing of it stays behind."""
+    chance = random.Random(20261121)
+    whole = form(PURPOSE, ("file", "a.txt", b"data\r\n--b0undar"))
+    statuses = set()
+    for _ in range(3000 if prove else 300):
+        body = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            place, length = chance.randrange(len(body)), chance.randint(0, 12)
+            other = chance.choice(
+                (chance.randbytes(length), body[place : place + length] * 2, b"\r\n", b"--", b'"', b"")
+            )
+            body[place : place + length] = other
+        reply = await send(server, bytes(body))
+        statuses.add(reply.status)
+        assert reply.status in {200, 400}, (bytes(body), reply)
+    assert statuses == {200, 400} or not prove
+    assert {state for _, state in rows_of(server)} <= {"ready"}
+    assert not [path for path in blobs_of(server) if ".partial" in path.parts]
 
 
 async def test_a_file_above_the_limit_is_refused_while_it_is_sent(server: Server) -> None:

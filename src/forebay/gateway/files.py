@@ -19,7 +19,7 @@ from forebay import commit_points
 from forebay.blobs.blobs import Blobs
 from forebay.config import Settings
 from forebay.dialects.openai import files as wire
-from forebay.errors import InvalidRequest, Overloaded, StoreUnavailable
+from forebay.errors import InsufficientStorage, InvalidRequest, Overloaded, StoreUnavailable
 from forebay.gateway.answers import json_answer
 from forebay.gateway.auth import Principal, principal, role_at_least
 from forebay.gateway.download import Download
@@ -80,7 +80,7 @@ async def drafted(discard: Callable[[], Awaitable[None]]) -> AsyncIterator[Draft
         yield draft
     finally:
         if not draft.kept:
-            with suppress(StoreUnavailable):
+            with suppress(StoreUnavailable, InsufficientStorage):
                 await asyncio.shield(asyncio.ensure_future(discard()))
 
 

@@ -160,7 +160,7 @@ class FileStore:
             raise NotFound(_NO_SUCH_FILE)
         try:
             await self._remove(blobs, file_id)
-        except StoreUnavailable:
+        except (StoreUnavailable, InsufficientStorage):
             return  # it is gone for everybody; the sweep takes the rest
 
     async def discard(self, blobs: Remover, file: File) -> None:

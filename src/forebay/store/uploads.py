@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from forebay.clock import Clock, new_id
 from forebay.config import FileSettings
-from forebay.errors import InvalidRequest, NotFound, Overloaded, StoreUnavailable
+from forebay.errors import InsufficientStorage, InvalidRequest, NotFound, Overloaded, StoreUnavailable
 from forebay.store.database import Database, Transaction
 from forebay.store.files import LEFTOVER_SECONDS, File, Remover, check_quota
 from forebay.store.tables import upload_parts, uploads
@@ -176,7 +176,7 @@ class UploadStore:
         for part in found:
             try:
                 await self._remove(blobs, part)
-            except StoreUnavailable:
+            except (StoreUnavailable, InsufficientStorage):
                 return
 
     async def sweep(self, blobs: Remover, now: float, rows_max: int) -> int:
