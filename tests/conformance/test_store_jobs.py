@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from pydantic import SecretStr
 
 from forebay.config import Settings
@@ -13,6 +14,7 @@ from forebay.store.database import Database
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
 from forebay.store.keys import KeyStore
+from forebay.store.tables import line_rates
 from tests.support import postgres
 from tests.support.clock import FakeClock
 
@@ -371,3 +373,35 @@ async def test_news_wakes_who_listens(jobs: JobStore) -> None:
         await insert(jobs, noop())
         async with asyncio.timeout(5):
             await news.wait()
+
+
+async def test_the_lines_before_a_job_and_the_rate_of_its_model(jobs: JobStore) -> None:
+    await insert(jobs, noop(id="a", model="m", total=10), noop(id="b", model="n", total=5))
+    await insert(jobs, noop(id="c", model="m", total=7), noop(id="d", model="m", total=1, priority=-1))
+    async with jobs.database.begin() as transaction:
+        await jobs.count(transaction, "a", completed=2, failed=1)
+        await transaction.execute(sa.insert(line_rates).values(model="m", lines_per_second=2.5, updated_at=0))
+    found = {name: await jobs.lines_ahead(await jobs.get("default", name)) for name in "abcd"}
+    assert found == {"a": 1, "b": 0, "c": 8, "d": 0}
+    (held,) = await lease(jobs)
+    assert held.id == "d"
+    await settle(jobs, held, done(jobs))
+    assert await jobs.lines_ahead(await jobs.get("default", "c")) == 7
+    assert [await jobs.line_rate(model) for model in "mn"] == [2.5, None]
+
+
+async def test_a_finished_job_is_deleted_with_its_children(jobs: JobStore) -> None:
+    (parent,) = await insert(jobs, noop())
+    await insert(jobs, NewJob("chunk", "default", id="chunk", parent_id=parent))
+    await insert(jobs, NewJob("webhook", "default", id="webhook", parent_id=parent))
+    job = await jobs.get("default", parent)
+    assert not await jobs.delete(job, "chunk")
+    (held,) = await lease(jobs)
+    assert not await jobs.delete(job, "chunk")
+    async with jobs.database.begin() as transaction:
+        await jobs.note(transaction, parent, "job.noted")
+    await settle(jobs, held, done(jobs))
+    assert await jobs.delete(job, "chunk")
+    assert not await jobs.delete(job, "chunk")
+    assert [left.id for left in await jobs.list("default")] == ["webhook"]
+    assert await jobs.log(parent) == []

@@ -103,7 +103,7 @@ async def test_a_job_as_it_goes(server: Server, jobs: JobStore) -> None:
     created = found.pop("created_at")
     assert abs(created - SystemClock().now()) < 60
     assert found == {
-        "id": job_id, "object": "job", "kind": KIND, "status": "available", "priority": -1, "model": "fake",
+        "id": job_id, "object": "job", "kind": KIND, "status": "available", "priority": 1, "model": "fake",
         "started_at": None, "finished_at": None, "cancel_requested_at": None, "queue_position": 0, "eta_seconds": None,
         "progress": {"total": 4, "completed": 0, "failed": 0, "stage": "sending", "percent": 0.0},
         "attempts": [], "error": None,

@@ -47,7 +47,7 @@ def job_object(job: Job, outlook: Outlook) -> dict[str, Any]:
         "started_at": _whole(job.started_at),
         "finished_at": _whole(job.finished_at),
         "cancel_requested_at": _whole(job.cancel_requested_at),
-        "priority": job.priority,
+        "priority": -job.priority,  # for callers, more is more urgent
         "model": job.model,
         "queue_position": outlook.queue_position,
         "eta_seconds": None if outlook.eta_seconds is None else round(outlook.eta_seconds, 1),
