@@ -95,10 +95,11 @@ async def test_a_line_is_answered_as_it_would_be_online() -> None:
         )
         output, _ = await results(server, await finished(server, batch["id"]))
         by_name = {each["custom_id"]: each["response"]["body"] for each in output}
-        for name, text, more in (
+        asked: list[tuple[str, str, dict[str, Any]]] = [
             ("sampled", "Say it.", fields),
             ("called", "Look. [[fake tool=look]]", {"tools": [tool]}),
-        ):
+        ]
+        for name, text, more in asked:
             async with await server.chat(text, **more) as response:
                 online = await response.json()
             for answer in (online, by_name[name]):
@@ -106,7 +107,7 @@ async def test_a_line_is_answered_as_it_would_be_online() -> None:
             assert by_name[name] == online
 
 
-WRONG = {
+WRONG: dict[str, Any] = {
     "temperature": 9,
     "max_tokens": 0,
     "messages": [],
@@ -336,7 +337,7 @@ async def test_what_cannot_be_created_is_refused() -> None:
     async with serving(IDLE) as server:
         file = await upload(server, jsonl([line("a", "x")]))
         for name, (fields, param) in CREATIONS.items():
-            status, answer = await create(server, **{"file_id": file["id"]}, **fields)
+            status, answer = await create(server, file_id=file["id"], **fields)
             assert status == 400, name
             if param is not None:
                 assert (answer["error"]["param"] or "").startswith(param), (name, answer)

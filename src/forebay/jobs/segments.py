@@ -98,8 +98,8 @@ class SegmentStore:
                 return  # the answer to an earlier commit was lost on its way
             failed = len(draft.lost)
             await self._jobs.count(transaction, batch.id, completed=len(draft.results) - failed, failed=failed)
-            await self._batches.add_segment(transaction, draft.segment, draft.usage)
             await self._jobs.fence(transaction, run.lease)
+            await self._batches.add_segment(transaction, draft.segment, draft.usage)
             await self._dead_letters.add_lines(transaction, batch.job, batch.endpoint, batch.input_file_id, draft.lost)
 
 

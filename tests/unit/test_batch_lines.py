@@ -1,0 +1,235 @@
+"""Lines of batches: reading them off a stream, checking them, cutting them into chunks, the order in which they run."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay.blobs.local import LocalBlobs
+from forebay.clock import SystemClock
+from forebay.config import BatchSettings
+from forebay.dialects.openai.batches import (
+    PREFIX_CHARS_MIN,
+    answer_line,
+    failure_line,
+    parse_line,
+    prefix_of,
+    refusal_line,
+    window_seconds,
+)
+from forebay.errors import InvalidRequest
+from forebay.jobs.checking import Check, Index, plan_chunks
+from forebay.jobs.lines import (
+    NO_GROUP,
+    LineReader,
+    Place,
+    RunOrder,
+    pack_numbers,
+    pack_places,
+    raw_lines,
+    unpack_numbers,
+    unpack_places,
+)
+from tests.support.batches import CHAT, jsonl, line
+
+LONG = "x" * PREFIX_CHARS_MIN
+
+
+async def pieces(data: bytes, size: int) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+async def read(data: bytes, size: int, most: int = 100) -> list[tuple[int, bytes | None]]:
+    return [(each.offset, each.data) async for each in raw_lines(pieces(data, size), most)]
+
+
+async def check(data: bytes, models: tuple[str, ...] = ("fake", "other"), **settings: Any) -> Index:
+    return await Check(CHAT, models, BatchSettings(**settings), SystemClock()).run(pieces(data, 1000))
+
+
+@given(lines=st.lists(st.binary(max_size=20).map(lambda data: data.replace(b"\n", b""))), size=st.integers(1, 30))
+async def test_a_stream_is_cut_the_same_however_it_comes(lines: list[bytes], size: int) -> None:
+    data = b"\n".join(lines)
+    found = await read(data, size)
+    expected = data.split(b"\n")
+    if expected[-1] == b"":
+        expected.pop()  # what follows the last line end is no line
+    assert [each for _, each in found] == expected
+    assert all(data[offset : offset + len(each or b"")] == each for offset, each in found)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+async def test_a_line_that_is_too_long_is_not_kept_and_the_next_one_is_found(size: int) -> None:
+    data = b"short\n" + b"x" * 200 + b"\nafter\n" + b"y" * 101
+    assert await read(data, size) == [(0, b"short"), (6, None), (207, b"after"), (213, None)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 2**32 - 1), st.integers(0, 2**63), st.integers(0, 2**32 - 1), st.integers(0, 9)))
+)
+def test_packed_places_come_back(fields: list[tuple[int, int, int, int]]) -> None:
+    places = [Place(*each) for each in fields]
+    assert unpack_places(pack_places(places)) == places
+    numbers = [place.number for place in places]
+    assert unpack_numbers(pack_numbers(numbers)) == numbers
+
+
+async def test_single_lines_are_read_across_blocks(tmp_path: Path) -> None:
+    lines = [b"a" * 200_000, b"b" * 100_000, b"c" * 1_000_000, b"d"]
+    blobs = LocalBlobs(tmp_path, 0)
+    await blobs.check()
+    await blobs.put("files/x", b"\n".join(lines))
+    reader = LineReader(blobs, "files/x")
+    offset = 0
+    for number, each in enumerate(lines, 1):
+        assert await reader.read(Place(number, offset, len(each))) == each
+        offset += len(each) + 1
+
+
+@pytest.mark.parametrize(("window", "seconds"), [("24h", 86_400), ("2h", 7200), ("30m", 1800), ("45s", 45)])
+def test_windows(window: str, seconds: int) -> None:
+    assert window_seconds(window, 10) == seconds
+
+
+@pytest.mark.parametrize("window", ["", "24", "24H", "25h", "9s", "-1h", "1d", "01h", "1.5h", " 24h", "9999999h"])
+def test_what_is_no_window(window: str) -> None:
+    with pytest.raises(InvalidRequest):
+        window_seconds(window, 10)
+
+
+def test_results_are_lines_of_json() -> None:
+    body = b'{"id":"chatcmpl-1","choices":[]}'
+    assert json.loads(answer_line("batch_req_1", "a\n", "req_1", body)) == {
+        "id": "batch_req_1",
+        "custom_id": "a\n",
+        "response": {"status_code": 200, "request_id": "req_1", "body": json.loads(body)},
+        "error": None,
+    }
+    refused = json.loads(refusal_line("batch_req_1", "a", "req_1", InvalidRequest("No.", param="n")))
+    assert refused["response"]["body"]["error"]["param"] == "n"
+    failed = json.loads(failure_line("batch_req_1", "a", "batch_expired", "Late."))
+    assert failed == {
+        "id": "batch_req_1",
+        "custom_id": "a",
+        "response": None,
+        "error": {"code": "batch_expired", "message": "Late."},
+    }
+    for each in (answer_line("i", "\u2028\n", "r", b"{}"), failure_line("i", "\n", "c", "\n")):
+        assert each.count(b"\n") == 1
+        assert each.endswith(b"\n")
+
+
+def prefix(*messages: tuple[str, str]) -> bytes:
+    body = {"model": "fake", "messages": [{"role": role, "content": text} for role, text in messages]}
+    data = json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": body}).encode()
+    return prefix_of(parse_line(data, CHAT))
+
+
+def test_lines_with_one_long_system_prompt_share_a_prefix() -> None:
+    assert prefix(("system", LONG), ("user", "one")) == prefix(("system", LONG), ("user", "two")) != b""
+    assert prefix(("system", LONG), ("user", "one")) != prefix(("system", LONG + "y"), ("user", "one"))
+    assert prefix(("system", "Be brief."), ("user", "one")) == b""
+    assert prefix(("user", LONG * 8 + "one")) == prefix(("user", LONG * 8 + "two")) != b""
+
+
+async def test_a_file_of_evil_lines_is_refused_line_by_line() -> None:
+    evil = ["\x00", '{"custom_id": "\\ud800"}', "[" * 100_000, '{"a":1e999}', "null", '"x"', "{}", "1" * 5000]
+    found = await check(b"\n".join(each.encode() for each in evil))
+    assert [error["line"] for error in found.errors] == list(range(1, len(evil) + 1))
+    assert all(len(error["message"]) < 300 for error in found.errors)
+
+
+@given(st.binary(max_size=400))
+async def test_no_bytes_break_the_check(data: bytes) -> None:
+    index = await check(data)
+    assert index.errors or len(index)
+
+
+async def test_lines_are_cut_by_model_and_put_together_by_prefix() -> None:
+    def shared(name: str, letter: str, model: str = "fake") -> dict[str, Any]:
+        request = line(name, "Go.", model=model)
+        request["body"]["messages"].insert(0, {"role": "system", "content": letter * PREFIX_CHARS_MIN})
+        return request
+
+    data = jsonl(
+        [shared("1", "a"), line("2", "x", model="other"), shared("3", "b"), line("4", "y"), shared("5", "a"),
+         shared("6", "c"), shared("7", "b")]
+    )  # fmt: skip
+    index = await check(data)
+    chunks = list(plan_chunks(index, 4))
+    assert [(model, [place.number for place in places]) for model, places in chunks] == [
+        ("fake", [1, 5, 3, 7]),
+        ("fake", [4, 6]),
+        ("other", [2]),
+    ]
+    groups = {place.number: place.group for _, places in chunks for place in places}
+    assert groups[1] == groups[5] != groups[3] == groups[7]
+    assert groups[2] == groups[4] == groups[6] == NO_GROUP
+    assert all(
+        json.loads(data[p.offset : p.offset + p.length])["custom_id"] == str(p.number) for _, c in chunks for p in c
+    )
+
+
+def order(*groups: int) -> RunOrder:
+    return RunOrder(Place(number, 0, 0, group) for number, group in enumerate(groups, 1))
+
+
+def test_the_first_line_of_a_group_goes_alone_until_it_is_read() -> None:
+    lines = order(1, 1, 1)
+    first = lines.take()
+    assert first is not None
+    assert lines.take() is None
+    lines.read(first)
+    assert [lines.take(), lines.take()] == [Place(2, 0, 0, 1), Place(3, 0, 0, 1)]
+    assert lines.empty
+
+
+def test_a_first_line_that_fails_lets_the_next_one_try() -> None:
+    lines = order(1, 1)
+    first = lines.take()
+    assert first is not None
+    lines.ended(first)
+    assert lines.take() == Place(2, 0, 0, 1)
+
+
+def test_several_groups_run_side_by_side() -> None:
+    lines = order(1, 1, 1, 2, 2, 2)
+    first, second = lines.take(), lines.take()
+    assert (first, second) == (Place(1, 0, 0, 1), Place(4, 0, 0, 2))
+    assert lines.take() is None
+    assert second is not None
+    lines.read(second)
+    lines.ended(second)
+    following = lines.take()
+    assert following == Place(5, 0, 0, 2)
+
+
+def test_lines_of_no_group_wait_for_nobody() -> None:
+    lines = order(NO_GROUP, 1, NO_GROUP, 1)
+    taken = [lines.take() for _ in range(3)]
+    assert [each.number for each in taken if each] == [1, 3, 2]
+    assert lines.take() is None
+
+
+@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 8), st.randoms())
+def test_every_line_runs_once_in_any_order(groups: list[int], window: int, random: Any) -> None:
+    lines = order(*groups)
+    running: list[Place] = []
+    seen: list[int] = []
+    while not lines.empty or running:
+        place = lines.take() if len(running) < window else None
+        if place is not None:
+            running.append(place)
+            seen.append(place.number)
+        else:
+            assert running, "nobody runs and nobody may go"
+            ended = running.pop(random.randrange(len(running)))
+            if random.random() < 0.8:
+                lines.read(ended)
+            lines.ended(ended)
+    assert sorted(seen) == list(range(1, len(groups) + 1))
