@@ -20,10 +20,10 @@ from forebay.gateway.answers import error_answer, json_answer
 from forebay.gateway.auth import Principal, principal, role_at_least
 from forebay.jobs.desk import Desk, Outlook
 from forebay.store.job_state import FINISHED, JobState
-from forebay.store.jobs import PAGE_SIZE_MAX, Job
+from forebay.store.jobs import PAGE_SIZE_MAX, Job, JobStore
 from forebay.store.key_format import Role
 
-_REFRESH_SECONDS = 5.0  # how often there is an event although nothing has changed but the outlook
+_REFRESH_SECONDS = 10.0  # how often there is an event although nothing has changed but the outlook
 _EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -128,7 +128,7 @@ async def watch_job(request: Request, job_id: str, caller: Caller) -> Response:
     state = request.app.state
     desk: Desk = state.desk
     job = await desk.get(caller.project_id, job_id)
-    return WatchAnswer(desk, job, state.watchers, state.settings.jobs.watch_seconds, state.clock)
+    return WatchAnswer(desk, job, state.watchers, state.clock)
 
 
 @router.post("/{job_id}/cancel")
@@ -158,50 +158,73 @@ async def _show(desk: Desk, job: Job) -> Response:
 
 
 class Watchers:
-    """Counts open streams of events, which end when the server is `stopping`."""
+    """The open streams of events, and the one look at the database for all of them."""
 
-    def __init__(self, watchers_max: int, stopping: Callable[[], bool]) -> None:
+    def __init__(self, watchers_max: int, watch_seconds: float, stopping: Callable[[], bool]) -> None:
         self.stopping = stopping
         self._watchers_max = watchers_max
-        self._open = 0
+        self._watch_seconds = watch_seconds
+        self._watched: dict[str, set[asyncio.Event]] = {}
+        self._looking: asyncio.Task[None] | None = None
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Count a stream while it lasts. Raises Overloaded if there are too many."""
-        if self._open >= self._watchers_max:
+    def watching(self, jobs: JobStore, clock: Clock, job_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set when there is news of a job, or the server stops. Raises Overloaded if there are too many."""
+        if sum(map(len, self._watched.values())) >= self._watchers_max:
             raise Overloaded(
                 "Too many streams of job events are open. Ask for the job itself from time to time instead.",
                 code="too_many_watchers",
             )
-        self._open += 1
+        news = asyncio.Event()
+        self._watched.setdefault(job_id, set()).add(news)
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look(jobs, clock))
         try:
-            yield
+            yield news
         finally:
-            self._open -= 1
+            self._watched[job_id].discard(news)
+            if not self._watched[job_id]:
+                del self._watched[job_id]
+            if not self._watched:
+                self._looking.cancel()
+                self._looking = None
+
+    async def _look(self, jobs: JobStore, clock: Clock) -> None:
+        known: dict[str, tuple[Any, ...]] = {}
+        while True:
+            try:
+                found = await jobs.marks(list(self._watched))
+            except ForebayError:  # the database is away, and comes back
+                found = known
+            for job_id, events in self._watched.items():
+                if self.stopping() or job_id not in known or found.get(job_id) != known[job_id]:
+                    for news in events:
+                        news.set()
+            known = {job_id: found.get(job_id, ()) for job_id in self._watched}
+            await clock.sleep(self._watch_seconds)
 
 
 class WatchAnswer(Response):
-    """The events of one job, looked for and sent while somebody reads them."""
+    """The events of one job, sent while somebody reads them."""
 
-    def __init__(self, desk: Desk, job: Job, watchers: Watchers, watch_seconds: float, clock: Clock) -> None:
+    def __init__(self, desk: Desk, job: Job, watchers: Watchers, clock: Clock) -> None:
         super().__init__()
         self._desk = desk
         self._job = job
         self._watchers = watchers
-        self._watch_seconds = watch_seconds
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the job is done, the reader is gone or the server stops."""
         try:
-            with self._watchers.watching():
-                await self._send_while_there(receive, send)
+            with self._watchers.watching(self._desk.jobs, self._clock, self._job.id) as news:
+                await self._send_while_there(news, receive, send)
         except Overloaded as error:
             await error_answer(error)(scope, receive, send)
 
-    async def _send_while_there(self, receive: Receive, send: Send) -> None:
+    async def _send_while_there(self, news: asyncio.Event, receive: Receive, send: Send) -> None:
         leaving = asyncio.create_task(_gone(receive))
-        telling = asyncio.create_task(self._tell(send))
+        telling = asyncio.create_task(self._tell(news, send))
         try:
             await asyncio.wait({leaving, telling}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -211,23 +234,21 @@ class WatchAnswer(Response):
         if not telling.cancelled():
             telling.result()
 
-    async def _tell(self, send: Send) -> None:
+    async def _tell(self, news: asyncio.Event, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
-        async for event in self._events():
+        async for event in self._events(news):
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self, news: asyncio.Event) -> AsyncIterator[bytes]:
         told: Job | None = None
-        told_at = self._clock.monotonic()
+        late = False
         while not self._watchers.stopping():
-            late = self._clock.monotonic() - told_at >= _REFRESH_SECONDS
+            news.clear()
             try:
                 job = await self._desk.get(self._job.project_id, self._job.id)
-                if told is None or _seen(job) != _seen(told) or late:
-                    shown = job_object(job, await self._desk.outlook(job))
-                    told_at = self._clock.monotonic()
-                    yield _event(_name(job, told), shown)
+                if late or job != told:
+                    yield _event(_name(job, told), job_object(job, await self._desk.outlook(job)))
                     told = job
                 if job.finished:
                     return
@@ -235,19 +256,22 @@ class WatchAnswer(Response):
                 yield _event("error", body_of(error))
                 return
             except ForebayError:  # the database is away, and comes back
-                if late:
-                    told_at = self._clock.monotonic()
-                    yield b": no news\n\n"
-            await self._clock.sleep(self._watch_seconds)
+                yield b": no news\n\n"
+            late = not await self._heard(news)
+
+    async def _heard(self, news: asyncio.Event) -> bool:
+        """Wait for news, but not for ever; whether there was any."""
+        try:
+            async with self._clock.timeout(_REFRESH_SECONDS):
+                await news.wait()
+        except TimeoutError:
+            return False
+        return True
 
 
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _seen(job: Job) -> tuple[object, ...]:
-    return job.state, job.stage, job.attempt, job.total, job.completed, job.failed, job.cancel_requested_at
 
 
 def _name(job: Job, told: Job | None) -> str:

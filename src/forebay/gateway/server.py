@@ -45,7 +45,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.stopping = False
     app.state.receiving = files.Receiving()
-    app.state.watchers = jobs.Watchers(settings.jobs.watchers_max, lambda: bool(app.state.stopping))
+    app.state.watchers = jobs.Watchers(
+        settings.jobs.watchers_max, settings.jobs.watch_seconds, lambda: bool(app.state.stopping)
+    )
     app.include_router(health.open_router)
     app.include_router(health.router)
     app.include_router(router)

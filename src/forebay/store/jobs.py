@@ -496,6 +496,13 @@ class JobStore:
         async with self.database.read() as connection:
             return [_job(row) for row in await connection.execute(query)]
 
+    async def marks(self, ids: Collection[str]) -> dict[str, tuple[Any, ...]]:
+        """Of each of these jobs something that changes whenever there is news of it; nothing of one that is gone."""
+        fields = (jobs.c.state, jobs.c.stage, jobs.c.attempt, jobs.c.total, jobs.c.completed, jobs.c.failed)
+        query = sa.select(jobs.c.id, *fields, jobs.c.cancel_requested_at).where(jobs.c.id.in_(ids))
+        async with self.database.read() as connection:
+            return {row[0]: tuple(row[1:]) for row in await connection.execute(query)}
+
     async def ahead(self, job: Job) -> int:
         """How many live jobs of the same kind go before this one."""
         query = sa.select(sa.func.count()).select_from(jobs).where(_goes_before(job))
