@@ -2,12 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import pytest_asyncio
+import sqlalchemy as sa
 
-from tests.support.batches import content, finished, line, results, submit
+from forebay.clock import SystemClock
+from forebay.config import Settings
+from forebay.store.database import Database
+from forebay.store.dead_letters import DeadLetterStore, LostLine
+from forebay.store.jobs import JobStore
+from tests.support.batches import CHAT, content, finished, jsonl, line, results, submit, upload
 from tests.support.receiver import Answer, receiving
 from tests.support.server import Server, eventually, serving
 
@@ -41,8 +48,10 @@ async def one_server() -> AsyncIterator[Server]:
 async def server(one_server: Server) -> AsyncIterator[Server]:
     """The server without dead letters."""
     yield one_server
-    for letter in await letters(one_server):
-        assert (await ask(one_server, "DELETE", f"/{letter['id']}"))[0] == 200
+    database = await Database.open(Settings(data_dir=one_server.folder / "data"))
+    async with database.begin() as transaction:
+        await transaction.execute(sa.text("DELETE FROM dead_letters"))
+    await database.close()
 
 
 async def ask(
@@ -231,3 +240,29 @@ async def test_a_requeue_with_a_key_is_made_once(server: Server) -> None:
     assert await ask(server, "POST", f"/{letter['id']}/requeue", **key) == first
     status, error = await ask(server, "POST", "/requeue", **key)
     assert (status, error["error"]["code"]) == (409, "idempotency_conflict")
+
+
+async def test_a_call_takes_up_a_thousand_at_most(server: Server) -> None:
+    lines = [jsonl([line(f"id-{number}", "[[fake tokens=1]]")]) for number in range(1001)]
+    file = await upload(server, b"".join(lines))
+    batch = await submit(server, [line("good", "Good.")])
+    await finished(server, batch["id"])
+    database = await Database.open(Settings(data_dir=server.folder / "data"))
+    job = await JobStore(database, SystemClock()).get("default", batch["id"])
+    offsets = accumulate((len(each) for each in lines), initial=0)
+    lost = [
+        LostLine(f"id-{number}", number + 1, offset, len(each), "engine_error", "It failed.", [])
+        for number, (offset, each) in enumerate(zip(offsets, lines, strict=False))
+    ]
+    async with database.begin() as transaction:
+        await DeadLetterStore(database, SystemClock()).add_lines(transaction, job, CHAT, file["id"], lost)
+    await database.close()
+    names: set[str] = set()
+    for count, left in ((1000, 1), (1, 0)):
+        _, taken = await ask(server, "POST", "/requeue", body={"job": batch["id"]})
+        assert (taken["requeued"], taken["left"]) == (count, left)
+        ended = await finished(server, taken["jobs"][0]["id"])
+        output, errors = await results(server, ended)
+        assert (len(output), errors) == (count, [])
+        names |= {each["custom_id"] for each in output}
+    assert len(names) == 1001

@@ -298,16 +298,17 @@ async def test_the_official_client_that_tries_again_gets_its_batch(server: Serve
     assert (await server.get("/v1/batches?limit=1"))["data"][0]["id"] == batch.id
 
 
-async def test_a_server_killed_before_its_answer_gives_it_after_its_start(tmp_path: Path) -> None:
-    async with serving(CONFIG, folder=tmp_path) as server:
+async def test_a_server_killed_before_its_answer_gives_it_after_its_start(url: str | None, tmp_path: Path) -> None:
+    database = {} if url is None else {"FOREBAY_DATABASE_URL": postgres.new_database()}
+    killed = {**database, "FOREBAY_REHEARSAL_KILL_AT": "batch.created"}
+    async with serving(CONFIG, folder=tmp_path, environment=database) as server:
         body = batch_body((await upload(server, LINES))["id"])
-    async with serving(CONFIG, folder=tmp_path, environment={"FOREBAY_REHEARSAL_KILL_AT": "batch.created"}) as server:
+    async with serving(CONFIG, folder=tmp_path, environment=killed) as server:
         with pytest.raises(aiohttp.ClientError):
             await post(server, "batches", key="killed", json=body)
         assert await server.process.wait() == -9
-    async with serving(CONFIG, folder=tmp_path) as server:
-        assert await batches(server) == 1
-        reply = await post(server, "batches", key="killed", json=body)
-        assert (reply.status, reply.replayed) == (200, True)
+    async with serving(CONFIG, folder=tmp_path, environment=database) as server:
         (kept,) = await pages(server, "/v1/batches?limit=100")
-        assert kept["id"] == reply.json["id"]
+        reply = await post(server, "batches", key="killed", json=body)
+        assert (reply.status, reply.replayed, reply.json["id"]) == (200, True, kept["id"])
+        assert await batches(server) == 1
