@@ -411,11 +411,11 @@ class JobStore:
         return count
 
     async def overdue(self, kinds: Collection[str], limit: int) -> list[Job]:
-        """Jobs that nobody runs and whose deadline has passed."""
+        """Jobs that nobody runs and whose deadline has passed. One that waits is ended by the ends of its children."""
         query = (
             sa.select(jobs)
             .where(
-                jobs.c.state.in_((JobState.AVAILABLE, JobState.WAITING)),
+                jobs.c.state == JobState.AVAILABLE,
                 jobs.c.kind.in_(kinds),
                 jobs.c.deadline_at <= self.now(),
             )
