@@ -387,17 +387,18 @@ async def test_a_project_has_a_bounded_number_of_unfinished_batches() -> None:
         assert (await create(server, file["id"]))[0] == 200
 
 
-async def test_an_input_file_that_was_removed_fails_the_batch(tmp_path: Path) -> None:
-    async with serving(IDLE, folder=tmp_path) as server:
+async def test_an_input_file_stays_until_its_batch_has_ended() -> None:
+    async with serving(IDLE) as server:
         file = await upload(server, jsonl([line("a", "x")]))
         _, batch = await create(server, file["id"])
-        async with server.session.delete(f"{server.url}/v1/files/{file['id']}", headers=server.headers) as response:
+        url = f"{server.url}/v1/files/{file['id']}"
+        async with server.session.delete(url, headers=server.headers) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (409, "file_in_use")
+        await cancel(server, batch["id"])
+        async with server.session.delete(url, headers=server.headers) as response:
             assert response.status == 200
-        await server.stop()
-    async with serving(FAKE, folder=tmp_path) as server:
-        ended = await finished(server, batch["id"])
-        assert ended["status"] == "failed"
-        assert ended["errors"]["data"][0]["code"] == "file_not_found"
+        status, answer = await create(server, file["id"])
+        assert (status, answer["error"]["code"]) == (400, "file_not_found")
 
 
 async def test_results_expire_as_asked_for() -> None:

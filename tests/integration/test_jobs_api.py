@@ -16,6 +16,7 @@ from forebay.config import Settings
 from forebay.store.database import Database
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
+from tests.support.batches import line, submit
 from tests.support.server import FAKE, Server, eventually, serving
 
 CONFIG = FAKE + "[jobs]\nenabled = false\nwatch_seconds = 0.02\nwatchers_max = 3\n"
@@ -289,3 +290,32 @@ async def test_a_stop_of_the_server_ends_the_streams() -> None:
             assert await watched.ended()
             assert await stopping == 0
         await database.close()
+
+
+async def test_the_time_left_comes_true() -> None:
+    quick = "[batches]\nsegment_seconds = 0.1\nsegment_lines = 4\n[jobs]\nwatch_seconds = 0.05\n"
+    async with serving(FAKE + "slots = 4\n" + quick) as server:
+        lines = [line(f"id-{number}", "[[fake tokens=5 token_ms=100]]") for number in range(40)]  # 0.5 s each: 5 s
+        batch = await submit(server, lines)
+        said: list[tuple[float, float]] = []
+        clock = SystemClock()
+        async with watching(server, batch["id"]) as watched:
+            name, job = await watched.next()
+            while name != "done":
+                if job["eta_seconds"] is not None and 10 <= job["progress"]["completed"] <= 30:
+                    said.append((clock.monotonic(), job["eta_seconds"]))
+                name, job = await watched.next()
+        ended = clock.monotonic()
+        assert job["status"] == "completed"
+        assert len(said) >= 2
+        for at, eta in said:
+            assert 0.4 < (eta + 0.5) / (ended - at + 0.5) < 2.5, (eta, ended - at)
+        # The next one is told in advance, by what was learnt from this one.
+        batch = await submit(server, lines)
+        async with watching(server, batch["id"]) as watched:
+            name, job = await watched.next()
+            while job["eta_seconds"] is None:
+                name, job = await watched.next()
+            assert job["progress"]["completed"] == 0
+            assert 2 < job["eta_seconds"] < 15
+        assert (await server.post(f"/v1/batches/{batch['id']}/cancel"))[0] == 200

@@ -57,7 +57,7 @@ class BatchWork:
         """Check the file, or join the results."""
         try:
             batch = await self._batches.load(lease.id)
-            return await (self._join(lease, batch) if lease.job.stage == JOIN else self._check(batch))
+            return await (self._join(batch) if lease.job.stage == JOIN else self._check(batch))
         except (StoreUnavailable, InsufficientStorage):
             return Snoozed(_AWAY_SECONDS)  # the results are worth waiting for
 
@@ -73,10 +73,10 @@ class BatchWork:
     async def sweep(self, _now: float, limit: int) -> int:
         """Remove what finished batches have left behind where a crash kept `after` from doing so; how many batches."""
         left = set(await self._batches.unswept(limit))
-        seen: set[str] = set()
-        async for key in self._blobs.list("segments/"):
-            seen.add(key.split("/")[1])
-        left |= seen - await self._batches.live(seen)
+        seen = sorted({key.split("/")[1] async for key in self._blobs.list("segments/")})
+        for start in range(0, len(seen), limit):
+            some = set(seen[start : start + limit])
+            left |= some - await self._batches.live(some)
         for batch_id in sorted(left)[:limit]:
             await self._clear(batch_id)
         return min(len(left), limit)
@@ -141,9 +141,8 @@ class BatchWork:
 
     # Joining.
 
-    async def _join(self, lease: Lease, batch: Batch) -> Outcome:
+    async def _join(self, batch: Batch) -> Outcome:
         async with self._jobs.database.begin() as transaction:
-            await self._jobs.fence(transaction, lease)
             await self._batches.finalize(transaction, batch.id, self._jobs.now())
         batch = await self._batches.load(batch.id)
         joined = await self._joiner.join(batch)

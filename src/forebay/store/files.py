@@ -14,9 +14,10 @@ import sqlalchemy as sa
 
 from forebay.clock import Clock, new_id
 from forebay.config import FileSettings
-from forebay.errors import InsufficientStorage, NotFound, StoreUnavailable
+from forebay.errors import Conflict, InsufficientStorage, NotFound, StoreUnavailable
 from forebay.store.database import Database, Transaction
-from forebay.store.tables import files, projects, upload_parts, uploads
+from forebay.store.job_state import LIVE
+from forebay.store.tables import batches, files, jobs, projects, upload_parts, uploads
 
 LEFTOVER_SECONDS = 86_400  # nobody writes one blob for longer
 PAGE_SIZE_MAX = 10_000
@@ -149,15 +150,19 @@ class FileStore:
         return found, len(rows) > limit
 
     async def delete(self, blobs: Remover, project_id: str, file_id: str) -> None:
-        """Remove a file for good. Raises NotFound."""
+        """Remove a file for good. Raises NotFound, and Conflict while a batch reads it."""
         query = sa.update(files).where(
             files.c.id == file_id,
             files.c.project_id == project_id,
             files.c.state == "ready",
             _unexpired(self._clock.now()),
+            ~_is_read(),
         )
         if not await self._mark(query):
-            raise NotFound(_NO_SUCH_FILE)
+            await self.get(project_id, file_id)
+            raise Conflict(
+                "A batch that has not ended reads this file. Wait for its end, or cancel it.", code="file_in_use"
+            )
         try:
             await self._remove(blobs, file_id)
         except (StoreUnavailable, InsufficientStorage):
@@ -172,7 +177,7 @@ class FileStore:
         """Remove files that have expired, were deleted half-way or begun and left; how many, at most `rows_max`."""
         gone = sa.or_(
             sa.and_(files.c.state == "uploading", files.c.created_at < now - LEFTOVER_SECONDS),
-            sa.and_(files.c.state == "ready", files.c.expires_at <= now),
+            sa.and_(files.c.state == "ready", files.c.expires_at <= now, ~_is_read()),
         )
         chosen = sa.select(files.c.id).where(gone).limit(rows_max).scalar_subquery()
         await self._mark(sa.update(files).where(files.c.id.in_(chosen), gone))
@@ -251,6 +256,12 @@ def _ready(file: File, size: int, sha256: str, now: float, keep_seconds: float |
 
 def _unexpired(now: float) -> sa.ColumnElement[bool]:
     return sa.or_(files.c.expires_at.is_(None), files.c.expires_at > now)
+
+
+def _is_read() -> sa.ColumnElement[bool]:
+    """Whether it is the input of a batch that has not ended: its lines are read until then."""
+    reads = sa.select(batches.c.id).join(jobs, jobs.c.id == batches.c.id)
+    return reads.where(batches.c.input_file_id == files.c.id, jobs.c.state.in_(LIVE)).exists()
 
 
 def _row(file: File) -> dict[str, Any]:
