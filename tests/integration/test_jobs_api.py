@@ -316,6 +316,6 @@ async def test_the_time_left_comes_true() -> None:
             name, job = await watched.next()
             while job["eta_seconds"] is None:
                 name, job = await watched.next()
-            assert job["progress"]["completed"] == 0
+            assert job["progress"]["completed"] <= 4
             assert 2 < job["eta_seconds"] < 15
         assert (await server.post(f"/v1/batches/{batch['id']}/cancel"))[0] == 200
