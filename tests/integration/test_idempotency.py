@@ -264,6 +264,7 @@ async def test_the_answer_stays_when_what_it_needed_has_gone(server: Server) -> 
     file = await upload(server, LINES)
     body = batch_body(file["id"])
     first = await post(server, "batches", key="stays", json=body)
+    assert (await server.post(f"/v1/batches/{first.json['id']}/cancel"))[0] == 200
     async with server.session.delete(f"{server.url}/v1/files/{file['id']}", headers=server.headers) as response:
         assert response.status == 200
     again = await post(server, "batches", key="stays", json=body)

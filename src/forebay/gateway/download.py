@@ -57,7 +57,7 @@ class Download(Response):
             else:
                 Log().warning("request.failed", code=error.code, reason="The store failed in the middle of a download.")
         except TimeoutError:
-            Log().warning("request.failed", code="client_stalled", reason="The client stopped reading.")
+            Log().warning("request.failed", code="client_closed_request", reason="The client stopped reading.")
         finally:
             gone.cancel()
 
