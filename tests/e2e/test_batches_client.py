@@ -81,7 +81,7 @@ async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 async def test_a_thousand_lines_come_back_once_each(client: openai.AsyncOpenAI) -> None:
-    structured = request(LINES - 1, response_format=FORMAT, max_tokens=20)
+    structured = request(LINES - 1, response_format=FORMAT, max_tokens=64, temperature=0)
     batch = await run(client, jsonl([*(request(number) for number in range(LINES - 1)), structured]))
     assert batch.status == "completed"
     assert batch.error_file_id is None

@@ -43,6 +43,8 @@ class Stage:
 
     server: Target
     engine: Target
+    url: str  # of the server
+    key: str
     server_pid: int
     engine_pids: tuple[int, ...]
 
@@ -60,7 +62,8 @@ async def staged(name: str, model: Model, path: Path | None, settings: str) -> A
         engine = Target("direct", engine_url, engine_key, _for_engine(name, model), keeps_alive=alive)
         stack.callback(server.close)
         stack.callback(engine.close)
-        yield Stage(server, engine, server_pid, (engine_pid, _child_of(_child_of(server_pid))))
+        pids = (engine_pid, _child_of(_child_of(server_pid)))
+        yield Stage(server, engine, server_url, server_key, server_pid, pids)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from forebay.bench import batch as batch_bench
 from forebay.bench import chat as chat_bench
 from forebay.bench import jobs as jobs_bench
 from forebay.bench import overhead as overhead_bench
@@ -23,6 +24,9 @@ Seeds = Annotated[int, typer.Option(min=1, max=20, help="How often everything is
 Quick = Annotated[bool, typer.Option("--quick", help="A few seconds, to see that it works; the figures mean little.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the JSON and the table.")]
 Seconds = Annotated[float, typer.Option(min=0.5, max=120, help="Length of each part that is measured by time.")]
+DatabaseUrl = Annotated[
+    str | None, typer.Option(help="An empty PostgreSQL database; SQLite in a new folder if absent.")
+]
 
 _RESULTS = Path("benchmarks/results")
 
@@ -53,9 +57,7 @@ def chat(
 
 @app.command()
 def jobs(
-    database_url: Annotated[
-        str | None, typer.Option(help="An empty PostgreSQL database; SQLite in a new folder if absent.")
-    ] = None,
+    database_url: DatabaseUrl = None,
     seeds: Seeds = 3,
     quick: Quick = False,
     out: Out = _RESULTS,
@@ -64,6 +66,19 @@ def jobs(
     size = jobs_bench.Size(500, 5) if quick else jobs_bench.Size(20_000, 100)
     with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
         _show(runner.run(jobs_bench.run(database_url, 1 if quick else seeds, size, _say)), out)
+
+
+@app.command()
+def batch(
+    database_url: DatabaseUrl = None,
+    seeds: Seeds = 3,
+    quick: Quick = False,
+    out: Out = _RESULTS,
+) -> None:
+    """Batches: handing in the largest one, and lines per second beside the engine driven directly (P6, P9)."""
+    size = batch_bench.Size(500, 300) if quick else batch_bench.Size(50_000, 10_000)
+    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        _show(runner.run(batch_bench.run(database_url, 1 if quick else seeds, size, _say)), out)
 
 
 def _say(what: str) -> None:
