@@ -21,16 +21,20 @@ def bench(folder: Path, kind: str) -> "subprocess.CompletedProcess[str]":
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "ids"), [("overhead", {"P1", "P2", "P3", "P4"}), ("chat", {"P5"})])
+@pytest.mark.parametrize(
+    ("kind", "ids"),
+    [("overhead", {"P1", "P2", "P3", "P4"}), ("chat", {"P5"}), ("batch", {"P6", "P9"}), ("jobs", {"P8", "P10"})],
+)
 def test_a_short_run(tmp_path: Path, kind: str, ids: set[str]) -> None:
     smollm2_path()
     ran = bench(tmp_path, kind)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    report: dict[str, Any] = json.loads((tmp_path / "results" / f"{kind}.json").read_text("utf-8"))
+    name = kind if kind in {"overhead", "chat"} else f"{kind}-sqlite"
+    report: dict[str, Any] = json.loads((tmp_path / "results" / f"{name}.json").read_text("utf-8"))
     assert report["errors"] == 0
     assert report["requests"] > 0
     assert {measure["id"] for measure in report["measures"].values()} == ids
     assert all(len(measure["by_seed"]) == 1 for measure in report["measures"].values())
-    table = (tmp_path / "results" / f"{kind}.md").read_text("utf-8")
+    table = (tmp_path / "results" / f"{name}.md").read_text("utf-8")
     assert all(name in table for name in report["measures"])
     assert "0 errors" in table
