@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from forebay.clock import SystemClock
 from forebay.config import JobSettings
@@ -316,3 +317,34 @@ async def test_the_outcome_survives_a_database_that_is_away(database: Database, 
         postgres.bring_back(url)
         found = await back.until_finished(job_id)
         assert (found.state, found.attempt) == (JobState.COMPLETED, 1)
+
+
+async def test_the_outcome_survives_a_disk_that_is_full(database: Database) -> None:
+    if not database.is_sqlite:
+        pytest.skip("a database of our own can be told how large it may grow")
+    script, tried = Script(), asyncio.Event()
+
+    async def write(transaction: Transaction) -> None:
+        tried.set()
+        for _ in range(20):
+            await back.jobs.note(transaction, script.attempts[0].id, "note", "x" * 900)
+
+    async def perform(lease: Lease, _run: Run) -> Outcome:
+        script.attempts.append(lease)
+        await _bound(database, full=True)
+        return Done(write)
+
+    kind = Kind("job", perform, 4, doubling(0.01, 0.05, 3))
+    async with back_office(database, [kind], settings=JobSettings(lease_seconds=30, poll_seconds=0.05)) as back:
+        (job_id,) = await back.submit(job())
+        await asyncio.wait_for(tried.wait(), 10)
+        await _bound(database, full=False)
+        found = await back.until_finished(job_id)
+        assert (found.state, found.attempt) == (JobState.COMPLETED, 1)
+
+
+async def _bound(database: Database, *, full: bool) -> None:
+    """Leave SQLite no further page, or as many as it likes."""
+    async with database.begin() as transaction:
+        pages = await transaction.scalar(sa.text("PRAGMA page_count"))
+        await transaction.execute(sa.text(f"PRAGMA max_page_count = {pages if full else 2**30}"))

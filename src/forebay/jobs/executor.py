@@ -1,12 +1,13 @@
 """One attempt at one job, as a row of small steps: perform -> outcome -> verdict -> settle.
 
-It refuses to write anything once the lease is lost, and to lose an outcome because the database is away for a while.
+It refuses to write anything once the lease is lost, and to lose an outcome because the database is away or full for
+a while.
 """
 
 import asyncio
 
 from forebay.clock import Clock
-from forebay.errors import ForebayError, LeaseLost, ServerError, StoreUnavailable
+from forebay.errors import ForebayError, InsufficientStorage, LeaseLost, ServerError, StoreUnavailable
 from forebay.jobs.completer import Completer
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Done, Failed, Interruption, Outcome, interrupted, verdict
@@ -58,7 +59,7 @@ class Executor:
             run.performing = False
 
     async def _settle(self, kind: Kind, run: Run, outcome: Outcome) -> None:
-        """Settle, again and again while the database is away: until it is done, or the lease is another's."""
+        """Settle, again and again while the database is away or full: until it is done, or the lease is another's."""
         lease = run.lease
         while run.interruption is not Interruption.LEASE_LOST:
             decided = verdict(lease.job, outcome, kind.retry, self._jobs.now())
@@ -69,7 +70,7 @@ class Executor:
                     await self._settlement.settle(lease, outcome, decided)
             except LeaseLost:
                 break
-            except StoreUnavailable:
+            except (StoreUnavailable, InsufficientStorage):
                 await self._clock.sleep(self._clock.jitter(_SETTLE_PAUSE_SECONDS))
             else:
                 self._report(lease, decided.state, outcome)
