@@ -1,5 +1,6 @@
 """Lines of batches: reading them off a stream, checking them, cutting them into chunks, the order in which they run."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from forebay.jobs.lines import (
     LineReader,
     Place,
     RunOrder,
+    Window,
     pack_numbers,
     pack_places,
     raw_lines,
@@ -233,3 +235,25 @@ def test_every_line_runs_once_in_any_order(groups: list[int], window: int, rando
                 lines.read(ended)
             lines.ended(ended)
     assert sorted(seen) == list(range(1, len(groups) + 1))
+
+
+async def test_the_chunk_that_began_first_goes_first_and_shared_prefixes_do_not_wait_ahead() -> None:
+    window = Window(slots=1, ahead=1)
+    entered: list[str] = []
+
+    async def enter(name: str, turn: int, *, shares: bool) -> None:
+        await window.enter(turn, shares=shares)
+        entered.append(name)
+
+    await enter("a", 2, shares=True)
+    others = [
+        asyncio.create_task(enter(name, turn, shares=shares))
+        for name, turn, shares in (("gone", 0, True), ("early", 1, True), ("late", 3, False))
+    ]
+    await asyncio.sleep(0)
+    assert entered == ["a"]
+    others[0].cancel()
+    await asyncio.wait([others[0]])
+    window.leave()
+    await asyncio.wait(others[1:])
+    assert entered == ["a", "early", "late"]

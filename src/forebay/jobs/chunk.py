@@ -5,6 +5,7 @@ to let go of finished lines: whatever ends an attempt, they are written down fir
 """
 
 import asyncio
+import itertools
 from dataclasses import dataclass
 
 from forebay.blobs.blobs import Blobs
@@ -14,7 +15,7 @@ from forebay.config import BatchSettings
 from forebay.errors import EngineUnavailable, ForebayError, ModelNotReady, ShuttingDown, StoreUnavailable
 from forebay.jobs.kinds import Run
 from forebay.jobs.line_runner import LineRunner
-from forebay.jobs.lines import LineReader, Place, RunOrder, unpack_numbers, unpack_places
+from forebay.jobs.lines import LineReader, Place, RunOrder, Window, unpack_numbers, unpack_places
 from forebay.jobs.outcome import Done, Failed, Interruption, Outcome, Snoozed
 from forebay.jobs.segments import SegmentStore, SegmentWriter
 from forebay.replicas.catalog import Catalog
@@ -35,7 +36,8 @@ class _Attempt:
     batch: Batch
     order: RunOrder
     changed: asyncio.Event  # set when another line may go
-    window: asyncio.Semaphore
+    window: Window
+    turn: int
     reader: LineReader
     writer: SegmentWriter
 
@@ -60,7 +62,8 @@ class ChunkWork:
         self._catalog = catalog
         self._settings = settings
         self._clock = clock
-        self._windows: dict[str, asyncio.Semaphore] = {}
+        self._windows: dict[str, Window] = {}
+        self._turns = itertools.count()
 
     async def perform(self, lease: Lease, run: Run) -> Outcome:
         """Run what is left of a chunk."""
@@ -96,14 +99,15 @@ class ChunkWork:
             RunOrder(place for place in unpack_places(chunk.lines) if place.number not in done),
             asyncio.Event(),
             self._window(lease.job.model or ""),
+            next(self._turns),
             LineReader(self._blobs, blob_key(batch.input_file_id)),
             SegmentWriter(self._segments, run, batch, number, self._settings, self._clock),
         )
 
-    def _window(self, model: str) -> asyncio.Semaphore:
+    def _window(self, model: str) -> Window:
         if model not in self._windows:
             found = self._catalog.get(model)
-            self._windows[model] = asyncio.Semaphore(found.slots * found.replicas + _AHEAD)
+            self._windows[model] = Window(found.slots * found.replicas, _AHEAD)
         return self._windows[model]
 
     async def _run(self, attempt: _Attempt) -> ForebayError | None:
@@ -123,10 +127,10 @@ class ChunkWork:
     async def _run_lines(self, attempt: _Attempt) -> None:
         async with asyncio.TaskGroup() as group:
             while not attempt.order.empty:
-                await attempt.window.acquire()
+                await attempt.window.enter(attempt.turn, shares=attempt.order.shares)
                 place = attempt.order.take()
                 if place is None:
-                    attempt.window.release()
+                    attempt.window.leave()
                     attempt.changed.clear()
                     await attempt.changed.wait()
                 else:
@@ -143,7 +147,7 @@ class ChunkWork:
         finally:
             attempt.order.ended(place)
             attempt.changed.set()
-            attempt.window.release()
+            attempt.window.leave()
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -4,6 +4,7 @@ It refuses to hold more of a file than a few blocks, and to start lines that sha
 has been read by the engine: all at once, each of them would read the prefix again.
 """
 
+import asyncio
 import struct
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable
@@ -144,6 +145,11 @@ class RunOrder:
         """Whether every line has been taken."""
         return not self._waiting
 
+    @property
+    def shares(self) -> bool:
+        """Whether lines of a group are left."""
+        return any(group != NO_GROUP for group in self._waiting)
+
     def take(self) -> Place | None:
         """The next line; None if there is none that may go now."""
         group = min((each for each in self._waiting if self._may_go(each)), key=self._load, default=None)
@@ -168,3 +174,44 @@ class RunOrder:
 
     def _load(self, group: int) -> int:
         return 0 if group == NO_GROUP else self._running.get(group, 0)
+
+
+class Window:
+    """How many lines of one model are in flight at once; the chunk that began first goes first.
+
+    Some lines may wait in line ahead of a free slot, so that none is idle. Lines with shared prefixes may not: the one
+    that follows another into its slot has to be of the same prefix, and is chosen when the slot is free.
+    """
+
+    def __init__(self, slots: int, ahead: int) -> None:
+        self._slots = slots
+        self._ahead = ahead
+        self._used = 0
+        self._waiting: list[tuple[int, bool, asyncio.Future[None]]] = []
+
+    async def enter(self, turn: int, *, shares: bool) -> None:
+        """Wait for a place; the lowest `turn` goes first."""
+        entered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((turn, shares, entered))
+        self._let_in()
+        try:
+            await entered
+        except asyncio.CancelledError:
+            if entered.done() and not entered.cancelled():
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Give a place back."""
+        self._used -= 1
+        self._let_in()
+
+    def _let_in(self) -> None:
+        self._waiting = [each for each in self._waiting if not each[2].done()]
+        while self._waiting:
+            first = min(self._waiting, key=lambda each: each[0])
+            if self._used >= self._slots + (0 if first[1] else self._ahead):
+                return
+            self._waiting.remove(first)
+            self._used += 1
+            first[2].set_result(None)
