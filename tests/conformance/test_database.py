@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from forebay.clock import SystemClock
 from forebay.config import Settings
-from forebay.errors import StoreUnavailable
+from forebay.errors import InvalidRequest, StoreUnavailable
 from forebay.store.database import Database
 from tests.support import postgres
 from tests.support.clock import FakeClock
@@ -361,3 +361,11 @@ async def test_the_clock_is_the_databases(tmp_path: Path, monkeypatch: pytest.Mo
     await ids(slow)
     assert slow.now(clock) == clock.now()
     await slow.close()
+
+
+async def test_a_text_that_cannot_be_kept_is_the_callers_mistake(tmp_path: Path) -> None:
+    database = await Database.open(Settings(data_dir=tmp_path, database_url=SecretStr(postgres.new_database())))
+    with pytest.raises(InvalidRequest):
+        async with database.read() as transaction:
+            await transaction.execute(sa.text("SELECT id FROM projects WHERE id = :id"), {"id": "a\0b"})
+    await database.close()

@@ -1,6 +1,7 @@
 """One suite for dead letters, over SQLite and PostgreSQL."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,9 @@ async def test_old_ones_are_pruned_a_few_at_a_time(store: DeadLetterStore, clock
     assert left.custom_id == "d"
     await store.delete("default", left.id)
     assert await store.list("default") == []
+
+
+async def test_a_message_that_quotes_a_nul_is_kept_without_it(store: DeadLetterStore, clock: FakeClock) -> None:
+    await add(store, clock, replace(lost("a"), error_message="Unknown field `a\0b`."))
+    (letter,) = await store.list("default")
+    assert letter.error_message == "Unknown field `a\ufffdb`."

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import postgres
 from tests.support.batches import CHAT, content, create, finished, jsonl, line, results, submit, upload
 from tests.support.server import Server, eventually, serving
 
@@ -149,6 +150,7 @@ FILES: dict[str, tuple[list[Any], str, int | None]] = {
     "a blank line": ([line("a", "x"), "", line("b", "x")], "invalid_json_line", 2),
     "no custom_id": ([{**line("a", "x"), "custom_id": None}], "invalid_custom_id", 1),
     "an empty custom_id": ([line("", "x")], "invalid_custom_id", 1),
+    "a NUL in a custom_id": ([line("a\0b", "x")], "invalid_custom_id", 1),
     "a long custom_id": ([line("i" * 513, "x")], "invalid_custom_id", 1),
     "two of a custom_id": ([line("a", "x"), line("b", "x"), line("a", "y")], "duplicate_custom_id", 3),
     "another url": ([line("a", "x"), line("b", "x", url="/v1/completions")], "mismatched_url", 2),
@@ -300,6 +302,16 @@ async def test_a_stop_and_a_start_lose_nothing_and_run_nothing_twice(tmp_path: P
         assert len(output) == 32
         again = await server.metric("forebay_batch_lines_total", model="fake", outcome="completed")
         assert again == 32 - resumed["request_counts"]["completed"]
+
+
+async def test_a_nul_in_one_line_harms_no_other_line_on_postgres() -> None:
+    async with serving(FAKE, environment={"FOREBAY_DATABASE_URL": postgres.new_database()}) as server:
+        odd = line("odd", "x", **{"a\0b": 1})
+        ended = await finished(server, (await submit(server, [line("fine", "x"), odd]))["id"])
+        output, errors = await results(server, ended)
+        assert ([each["custom_id"] for each in output], [each["custom_id"] for each in errors]) == (["fine"], ["odd"])
+        async with server.session.get(f"{server.url}/v1/batches/a%00b", headers=server.headers) as response:
+            assert response.status == 400, await response.text()
 
 
 async def test_the_more_urgent_batch_goes_first() -> None:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from forebay.errors import InsufficientStorage, SetupError, StoreUnavailable
+from forebay.errors import InsufficientStorage, InvalidRequest, SetupError, StoreUnavailable
 from forebay.store import sqlite
 
 READ = {"forebay_read": True}  # the execution option of a transaction that only reads
@@ -27,6 +27,7 @@ _STATEMENT_SECONDS = 30
 # a standby that takes no writes; a lock that was not to be had.
 _PASSING_STATES = ("08", "40", "53", "57", "58", "25006", "55P03")
 _DISK_FULL_STATE = "53100"
+_NUL_STATE = "22021"  # PostgreSQL keeps no text with the character NUL; SQLite does
 
 
 def parse(address: str) -> URL:
@@ -82,7 +83,10 @@ def opening(url: URL) -> Iterator[None]:
 
 @asynccontextmanager
 async def available() -> AsyncIterator[None]:
-    """Turn what the driver says of a database that is away or full into StoreUnavailable or InsufficientStorage."""
+    """Turn what the driver says of a database that is away or full into StoreUnavailable or InsufficientStorage.
+
+    What no text of the database can hold becomes InvalidRequest: it can only come from a caller.
+    """
     try:
         yield
     except SQLAlchemyError as error:
@@ -90,6 +94,8 @@ async def available() -> AsyncIterator[None]:
         state = str(getattr(cause, "sqlstate", None) or "")
         if sqlite.is_full(cause) or state == _DISK_FULL_STATE:
             raise InsufficientStorage from error
+        if state == _NUL_STATE:
+            raise InvalidRequest("A text has the character NUL, which cannot be kept. Leave it out.") from error
         if isinstance(error, (OperationalError, InterfaceError, PoolTimeout)) or state.startswith(_PASSING_STATES):
             raise StoreUnavailable from error
         if isinstance(error, DBAPIError) and error.connection_invalidated:

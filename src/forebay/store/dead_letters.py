@@ -86,7 +86,7 @@ class DeadLetterStore:
                     "kind": job.kind,
                     "job_id": job.id,
                     "error_code": code,
-                    "error_message": message[:_MESSAGE_CHARS_MAX],
+                    "error_message": _kept(message),
                     "attempts": [*job.errors, last][-ERRORS_MAX:],
                 }
             ],
@@ -108,7 +108,7 @@ class DeadLetterStore:
                 "source_offset": line.source_offset,
                 "source_bytes": line.source_bytes,
                 "error_code": line.error_code,
-                "error_message": line.error_message[:_MESSAGE_CHARS_MAX],
+                "error_message": _kept(line.error_message),
                 "attempts": [dict(attempt) for attempt in line.attempts],
             }
             for line in lines
@@ -177,3 +177,8 @@ def _conditions(project_id: str, chosen: Chosen) -> Sequence[sa.ColumnElement[bo
     given = [column == value for column, value in pairs if value is not None]
     waiting = [columns.requeued_at.is_(None)] if chosen.waiting else []
     return [columns.project_id == project_id, *given, *waiting]
+
+
+def _kept(message: str) -> str:
+    """As much as there is room for, without NUL: a message may quote a caller, and PostgreSQL keeps no such text."""
+    return message[:_MESSAGE_CHARS_MAX].replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -88,9 +88,9 @@ def parse_line(data: bytes, endpoint: str) -> InputLine:
     if len(fields) != len(_FIELDS) or fields.keys() != _FIELDS:
         _explain_fields(fields)
     custom_id, body = fields["custom_id"], fields["body"]
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= CUSTOM_ID_CHARS_MAX:
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= CUSTOM_ID_CHARS_MAX or "\0" in custom_id:
         raise InvalidRequest(
-            f"`custom_id` is a text of 1 to {CUSTOM_ID_CHARS_MAX} characters.",
+            f"`custom_id` is a text of 1 to {CUSTOM_ID_CHARS_MAX} characters, none of them NUL.",
             param="custom_id",
             code="invalid_custom_id",
         )
