@@ -10,13 +10,14 @@ from forebay.clock import Clock
 from forebay.errors import ForebayError, InsufficientStorage, LeaseLost, ServerError, StoreUnavailable
 from forebay.jobs.completer import Completer
 from forebay.jobs.kinds import Kind, Run
-from forebay.jobs.outcome import Done, Failed, Interruption, Outcome, interrupted, verdict
+from forebay.jobs.outcome import Done, Failed, Interruption, Outcome, Snoozed, interrupted, verdict
 from forebay.jobs.settlement import Settlement
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, Lease
 from forebay.telemetry import Log, Metrics
 
 _SETTLE_PAUSE_SECONDS = 0.5
+_AWAY_SECONDS = 1.0  # the wait for a store that was away or full in the middle of an attempt
 
 
 class Executor:
@@ -50,6 +51,8 @@ class Executor:
         except LeaseLost:
             run.interruption = Interruption.LEASE_LOST
             return None
+        except (StoreUnavailable, InsufficientStorage):
+            return Snoozed(_AWAY_SECONDS)  # not the job's fault, so it uses up no attempt
         except ForebayError as error:
             return Failed(error, error.retryable)
         except Exception:  # noqa: BLE001  # the one place where a bug in a kind becomes an outcome
