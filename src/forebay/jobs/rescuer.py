@@ -18,6 +18,7 @@ from forebay.telemetry import Log, Metrics
 _LOST_MAX = 1000
 _OVERDUE_MAX = 1000
 _TICKS = 3  # in the time of one lease
+_TICK_SECONDS_MAX = 4.0  # so that a long lease does not make a long wait longer
 
 
 class Rescuer:
@@ -47,7 +48,7 @@ class Rescuer:
                 await self.tick()
             except ForebayError as error:  # the database is away; the next tick comes
                 self._log.debug("worker.store_away", reason=str(error))
-            await self._clock.sleep(self._clock.jitter(self._settings.lease_seconds / _TICKS))
+            await self._clock.sleep(self._clock.jitter(min(self._settings.lease_seconds / _TICKS, _TICK_SECONDS_MAX)))
 
     async def tick(self) -> None:
         """One round: rescue, expire, measure."""
