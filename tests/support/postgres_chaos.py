@@ -18,25 +18,31 @@ from tests.support.server import DEADLINE_SECONDS, Server, eventually
 
 _PROGRAMS = utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION]
 _USER = "pgserver" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
+_ROLE = "forebay"
+_CONNECTED = f"FROM pg_stat_activity WHERE usename = '{_ROLE}' AND pid <> ALL($1::int[])"
 STOPS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "kill": signal.SIGKILL}
 
 
 class OwnPostgres:
-    """One PostgreSQL server. `connections` is how many it takes, three more for those who clean up."""
+    """One PostgreSQL server. `connections` is how many it takes, three of them from administrators only."""
 
     def __init__(self, folder: Path, connections: int) -> None:
-        self.url = f"postgresql+asyncpg://postgres@/postgres?host={folder}"
+        self.url = f"postgresql+asyncpg://{_ROLE}@/postgres?host={folder}"
         self._folder = folder
         self._connections = connections
         self._process: asyncio.subprocess.Process | None = None
 
     async def create(self) -> None:
-        """Make its data folder."""
+        """Make its data folder, start it, and let an ordinary role in."""
         arguments = ("--auth=trust", "--encoding=utf8", "-U", "postgres", "-D", str(self._data))
         process = await asyncio.create_subprocess_exec(
             str(_PROGRAMS / "initdb"), *arguments, user=_USER, cwd=self._folder, stdout=asyncio.subprocess.DEVNULL
         )
         assert await process.wait() == 0
+        await self.start()
+        await self.fetch(f"CREATE ROLE {_ROLE} LOGIN")
+        await self.fetch(f"GRANT ALL ON DATABASE postgres TO {_ROLE}")
+        await self.fetch(f"GRANT ALL ON SCHEMA public TO {_ROLE}")
 
     async def start(self) -> None:
         """Start it and wait until it takes connections."""
@@ -50,38 +56,60 @@ class OwnPostgres:
         await self._process.wait()
 
     async def connect(self) -> asyncpg.Connection:
-        """A connection of the test's own."""
-        return await asyncpg.connect(host=str(self._folder), user="postgres", database="postgres", timeout=5)
+        """A connection of an administrator, for whom three places are kept."""
+        return await self._connect_as("postgres")
+
+    async def _connect_as(self, role: str) -> asyncpg.Connection:
+        return await asyncpg.connect(host=str(self._folder), user=role, database="postgres", timeout=5)
 
     @asynccontextmanager
-    async def crowded(self) -> AsyncIterator[int]:
-        """Every place is taken by idle connections; how many. Whoever gives one up does not get it back."""
-        idle: list[asyncpg.Connection] = []
-        filling = asyncio.create_task(self._fill(idle))
+    async def idle(self, count: int) -> AsyncIterator[None]:
+        """So many connections that do nothing."""
+        idle = await asyncio.gather(*(self._connect_as(_ROLE) for _ in range(count)))
         try:
-            await eventually(lambda: len(idle) >= self._connections - 3, what="a crowd of idle connections")
-            yield len(idle)
+            yield
+        finally:
+            for connection in idle:
+                connection.terminate()
+
+    async def starve(self, seconds: float) -> int:
+        """For so long take every place as soon as it is free; the fewest connections that were left to the others."""
+        fewest = self._connections
+        mine: list[asyncpg.Connection] = []
+        filling = asyncio.create_task(self._fill(mine))
+        until = asyncio.get_running_loop().time() + seconds
+        try:
+            while asyncio.get_running_loop().time() < until:
+                await eventually(lambda: len(mine) > 0, what="a place that was taken")
+                spared = [connection.get_server_pid() for connection in mine]
+                await self._end_connections(spared)
+                await asyncio.sleep(0.2)
+                fewest = min(fewest, await self._others(mine))
         finally:
             filling.cancel()
             await asyncio.wait([filling])
-            for connection in idle:
+            for connection in mine:
                 connection.terminate()
+        return fewest
+
+    async def end_connections(self) -> int:
+        """pg_terminate_backend for all but administrators; how many there were."""
+        return await self._end_connections([])
+
+    async def _end_connections(self, spared: list[int]) -> int:
+        [row] = await self.fetch(f"SELECT count(pg_terminate_backend(pid)) {_CONNECTED}", spared)
+        return int(row["count"])
+
+    async def _others(self, mine: list[asyncpg.Connection]) -> int:
+        [row] = await self.fetch(f"SELECT count(*) {_CONNECTED}", [each.get_server_pid() for each in mine])
+        return int(row["count"])
 
     async def _fill(self, idle: list[asyncpg.Connection]) -> None:
         while True:
             try:
-                idle.append(await self.connect())
+                idle.append(await self._connect_as(_ROLE))
             except (asyncpg.PostgresError, OSError):
-                await asyncio.sleep(0.05)
-
-    async def end_connections(self) -> int:
-        """pg_terminate_backend for everybody else; how many there were."""
-        connection = await self.connect()
-        try:
-            query = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'postgres' AND pid <> pg_backend_pid()"
-            return int(await connection.fetchval(query))
-        finally:
-            await connection.close()
+                await asyncio.sleep(0.02)
 
     async def fetch(self, query: str, *arguments: Any) -> list[Any]:
         """The rows of a query."""
@@ -124,7 +152,6 @@ async def own_postgres(connections: int = 100) -> AsyncIterator[OwnPostgres]:
     postgres = OwnPostgres(folder, connections)
     try:
         await postgres.create()
-        await postgres.start()
         yield postgres
     finally:
         with suppress(AssertionError):
