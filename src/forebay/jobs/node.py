@@ -23,9 +23,18 @@ class Node:
 
     @classmethod
     def claim(cls, data_dir: Path) -> "Node":
-        """The first free name of the data folder. Raises SetupError if too many processes share it."""
+        """The first free name of the data folder. Raises SetupError if too many processes share it, or it is no folder."""
         folder = data_dir / "nodes"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return cls._first_free(folder)
+        except OSError as error:
+            raise SetupError(
+                f"The folder {folder} cannot be used: {error.strerror}. Choose another data folder with FOREBAY_DATA_DIR."
+            ) from None
+
+    @classmethod
+    def _first_free(cls, folder: Path) -> "Node":
         for number in range(_NODES_MAX):
             lock = filelock.FileLock(folder / f"{number}.lock", timeout=0)
             try:
