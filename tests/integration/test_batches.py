@@ -86,6 +86,21 @@ async def test_every_line_is_answered_once() -> None:
         await nothing_left_over(server)
 
 
+async def test_a_submit_is_answered_with_an_estimate_once_the_model_has_run_a_batch() -> None:
+    async with serving(FAKE) as server:
+        lines = [line(f"id-{i}", f"Line {i:04}. [[fake tokens=4 ttft_ms=50]]") for i in range(160)]
+        first = await submit(server, lines)
+        assert first["eta_seconds"] is None, "nobody knows yet"
+        before = await finished(server, first["id"])
+        took = max(1, before["finalizing_at"] - before["in_progress_at"])
+        second = await submit(server, [*lines, *({**each, "custom_id": each["custom_id"] + "b"} for each in lines)])
+        assert 0.3 * took <= second["eta_seconds"] <= 6 * took
+        third = await submit(server, lines)
+        assert third["eta_seconds"] > 0
+        await finished(server, second["id"])
+        await finished(server, third["id"])
+
+
 async def test_a_line_is_answered_as_it_would_be_online() -> None:
     fields: dict[str, Any] = {"max_tokens": 3, "temperature": 0.2, "seed": 7, "n": 2}
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}

@@ -19,7 +19,8 @@ from forebay.gateway.answers import json_answer, read_body
 from forebay.gateway.auth import Principal, principal, role_at_least
 from forebay.gateway.idempotency import create, replayed
 from forebay.gateway.jobs import page_of
-from forebay.jobs.desk import Desk, Outlook
+from forebay.jobs.desk import UNKNOWN, Desk, Outlook
+from forebay.jobs.estimate import guess
 from forebay.replicas.calls import ENDPOINTS
 from forebay.store.batches import BATCH, JOIN, PAGE_SIZE_MAX, Batch, BatchStore, NewBatch
 from forebay.store.database import Transaction
@@ -117,13 +118,20 @@ async def create_batch(request: Request, caller: Member) -> Response:
         state.outbound.check(body.webhook_url)
     desk: Desk = state.desk
 
+    outlook = UNKNOWN
+
     async def check() -> None:
-        _check_file(await _input_file(state.files, caller, body.input_file_id), settings)
+        nonlocal outlook
+        file = await _input_file(state.files, caller, body.input_file_id)
+        _check_file(file, settings)
         await desk.check_room()
+        found = await guess(state.blobs, file, body.endpoint)
+        if found is not None:
+            outlook = await desk.estimate(BATCH, found.model, found.lines, -body.priority)
 
     async def perform(transaction: Transaction) -> dict[str, Any]:
         await check_live(state.batches, transaction, caller, settings.batches.live_per_project_max)
-        return await insert_batch(state.batches, desk, transaction, caller, body, seconds)
+        return await insert_batch(state.batches, desk, transaction, caller, body, seconds, outlook)
 
     answer = await create(request, caller, raw, perform, before=check, retries=True)
     if not replayed(answer):
@@ -166,7 +174,13 @@ async def check_live(batches: BatchStore, transaction: Transaction, caller: Prin
 
 
 async def insert_batch(
-    batches: BatchStore, desk: Desk, transaction: Transaction, caller: Principal, body: BatchBody, seconds: int
+    batches: BatchStore,
+    desk: Desk,
+    transaction: Transaction,
+    caller: Principal,
+    body: BatchBody,
+    seconds: int,
+    outlook: Outlook = UNKNOWN,
 ) -> dict[str, Any]:
     """Make the job and the batch, and show them as they will be read."""
     now = desk.jobs.now()
@@ -192,7 +206,7 @@ async def insert_batch(
         created_at=now,
     )
     await batches.insert(transaction, new)
-    shown = batch_object(await batches.read(transaction, job.id), Outlook(None, None))
+    shown = batch_object(await batches.read(transaction, job.id), outlook)
     return shown if secret is None else shown | {"webhook_secret": secret}
 
 

@@ -28,6 +28,9 @@ class Outlook:
     eta_seconds: float | None
 
 
+UNKNOWN = Outlook(None, None)
+
+
 class Desk:
     """The front of the back office."""
 
@@ -90,7 +93,7 @@ class Desk:
         """What a job's own progress says of its end, without a look at the others."""
         done = job.completed + job.failed
         if job.finished or not done or job.started_at is None:
-            return Outlook(None, None)
+            return UNKNOWN
         spent = max(0.0, self.jobs.now() - job.started_at)
         return Outlook(None, max(0, job.total - done) * spent / done)
 
@@ -108,6 +111,13 @@ class Desk:
         if not rate:
             return Outlook(position, None)
         return Outlook(position, (await self.jobs.lines_ahead(job) + job.total) / rate)
+
+    async def estimate(self, kind: str, model: str, lines: int, priority: int) -> Outlook:
+        """The same for a job that is about to be made."""
+        rate = await self.jobs.line_rate(model)
+        if not rate:
+            return UNKNOWN
+        return Outlook(None, (await self.jobs.lines_left(kind, model, priority) + lines) / rate)
 
     async def delete(self, project_id: str, job_id: str) -> None:
         """Remove a finished job and all that hangs on it. Raises NotFound, and Conflict while it is not finished."""

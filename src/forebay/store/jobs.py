@@ -516,6 +516,15 @@ class JobStore:
         async with self.database.read() as connection:
             return int(await connection.scalar(query) or 0)
 
+    async def lines_left(self, kind: str, model: str, priority: int) -> int:
+        """How many lines of the model are left in live jobs that go before a new one of this priority."""
+        left = jobs.c.total - jobs.c.completed - jobs.c.failed
+        query = sa.select(sa.func.sum(left)).where(
+            jobs.c.kind == kind, jobs.c.state.in_(LIVE), jobs.c.model == model, jobs.c.priority <= priority
+        )
+        async with self.database.read() as connection:
+            return int(await connection.scalar(query) or 0)
+
     async def line_rate(self, model: str) -> float | None:
         """Lines a second of a model in batches, as it was measured last; None if it never was."""
         query = sa.select(line_rates.c.lines_per_second).where(line_rates.c.model == model)
