@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,27 +20,37 @@ _GIVE_UP_SECONDS = 60.0
 
 
 class SteadyLoad:
-    """`pace` batches a second of `lines` lines; the receiver hears of the end of each."""
+    """`pace` batches a second of `lines` lines that end with `more`; the receiver hears of the end of each."""
 
-    def __init__(self, server: Server, receiver: Receiver, pace: float, lines: int) -> None:
+    def __init__(self, server: Server, receiver: Receiver, pace: float, lines: int, more: str) -> None:
         self.batches: dict[str, str] = {}  # the mark of every acknowledged batch
         self.errors: Counter[str] = Counter()
         self._server = server
         self._receiver = receiver
         self._pace = pace
         self._lines = lines
+        self._more = more
         self._random = random.Random(5)
 
     async def offer(self, count: int) -> float:
         """Offer so many and wait until the receiver has heard of each; batches a second, from the first to the end."""
-        began = time.monotonic()
+        return await self._offer(lambda offered: offered < count)
+
+    async def offer_during(self, chaos: Coroutine[Any, Any, None]) -> float:
+        """The same for as long as `chaos` takes."""
         async with asyncio.TaskGroup() as group:
-            offered = []
-            for number in range(count):
-                await asyncio.sleep(max(0.0, began + number / self._pace - time.monotonic()))
+            raging = group.create_task(chaos)
+            return await self._offer(lambda _: not raging.done())
+
+    async def _offer(self, more: Callable[[int], bool]) -> float:
+        began = time.monotonic()
+        offered: list[asyncio.Task[str]] = []
+        async with asyncio.TaskGroup() as group:
+            while more(len(offered)):
                 offered.append(group.create_task(self._submit()))
+                await asyncio.sleep(max(0.0, began + len(offered) / self._pace - time.monotonic()))
         await self.until_told({batch.result() for batch in offered})
-        return count / (time.monotonic() - began)
+        return len(offered) / (time.monotonic() - began)
 
     async def until_told(self, batches: set[str]) -> None:
         """Wait until the receiver has heard of the end of these."""
@@ -68,7 +78,7 @@ class SteadyLoad:
 
     async def _submit(self) -> str:
         mark = self._random.randbytes(8).hex()
-        lines = jsonl(line(f"{mark}-{i}", f"Line {i} of {mark}. [[fake echo=1]]") for i in range(self._lines))
+        lines = jsonl(line(f"{mark}-{i}", f"Line {i} of {mark}. {self._more}") for i in range(self._lines))
         file = await self._until_accepted("/v1/files", mark, lines)
         body = {"input_file_id": file["id"], "endpoint": CHAT, "completion_window": "24h"}
         batch = await self._until_accepted("/v1/batches", mark, {**body, "webhook_url": self._receiver.url})
@@ -104,7 +114,9 @@ def _form(data: bytes) -> aiohttp.FormData:
 
 
 @asynccontextmanager
-async def steady_load(server: Server, pace: float, lines: int) -> AsyncIterator[SteadyLoad]:
+async def steady_load(
+    server: Server, pace: float, lines: int, more: str = "[[fake echo=1]]"
+) -> AsyncIterator[SteadyLoad]:
     """A load with a receiver of its own."""
     async with receiving(NETWORK) as receiver:
-        yield SteadyLoad(server, receiver, pace, lines)
+        yield SteadyLoad(server, receiver, pace, lines, more)

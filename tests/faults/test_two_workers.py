@@ -1,0 +1,145 @@
+"""Two workers on one PostgreSQL, of which one is killed again and again: the other takes over, and nothing is lost."""
+
+import random
+import statistics
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.postgres_chaos import OwnPostgres, WorkerProcess, own_postgres, start_worker
+from tests.support.server import Server, eventually, serving
+from tests.support.steady_load import NETWORK, steady_load
+
+LEASE_SECONDS = 6
+LEASE_SECONDS_LONG = 15  # the default
+CONFIG = f"""
+default_models = false
+[batches]
+live_per_project_max = 10_000
+chunk_lines = 8
+[jobs]
+lease_seconds = %d
+[outbound]
+allowed_networks = ["{NETWORK}/32"]
+[models.fake]
+engine = "fake"
+slots = 8
+"""
+LINES = 24  # in three chunks
+LINE = "[[fake echo=1 token_ms=25]]"  # a tenth of a second
+PACE = 2.0  # more than half of what one worker can do
+STEADY = 44  # batches, in 22 s
+KILLS = 10
+RESCUE_SECONDS = 5.0
+RATE_MIN = 0.95
+SEED = 8
+HELD = "SELECT id, attempt FROM jobs WHERE state = 'running' AND node = $1"
+WAITING = """
+SELECT count(*) FROM jobs JOIN unnest($1::text[], $2::int[]) AS held (id, attempt) USING (id)
+WHERE jobs.attempt = held.attempt AND state IN ('running', 'available')
+"""
+
+
+async def rescue_seconds(postgres: OwnPostgres, worker: WorkerProcess) -> float | None:
+    """Kill a worker; how long it takes until others have leased all that it held, None if it held nothing."""
+
+    async def busy() -> bool:
+        return len(await postgres.fetch(HELD, worker.node)) > 0
+
+    await eventually(busy, within_seconds=30, what="work for the one that is to be killed")
+    family = psutil.Process(worker.process.pid).children(recursive=True)
+    await worker.kill()
+    killed_at = time.monotonic()
+    held = await postgres.fetch(HELD, worker.node)
+
+    async def leased_again() -> bool:
+        [row] = await postgres.fetch(WAITING, [row["id"] for row in held], [row["attempt"] for row in held])
+        return int(row["count"]) == 0
+
+    await eventually(leased_again, within_seconds=60, what="the rescue")
+    took = time.monotonic() - killed_at
+    await eventually(lambda: not any(child.is_running() for child in family), what="the end of its engines")
+    return took if held else None
+
+
+class Pair:
+    """Two workers, one of which dies again and again."""
+
+    def __init__(self, postgres: OwnPostgres, server: Server, environment: Mapping[str, str]) -> None:
+        self.workers: list[WorkerProcess] = []
+        self.rescues: list[float] = []
+        self.kills = 0
+        self._postgres = postgres
+        self._server = server
+        self._environment = environment
+        self._chance = random.Random(SEED)
+
+    async def complete(self) -> None:
+        """Start workers until there are two."""
+        while len(self.workers) < 2:
+            name = f"worker-{self.kills}-{len(self.workers)}"
+            self.workers.append(await start_worker(self._server, name, self._environment))
+
+    async def kill(self, count: int) -> None:
+        """Kill one of them, see the other take over, and start it again: until that was seen `count` times."""
+        while len(self.rescues) < count:
+            await self.complete()
+            assert self.kills < 2 * count, "most of the killed held jobs"
+            victim = self.workers.pop(self._chance.randrange(2))
+            took = await rescue_seconds(self._postgres, victim)
+            self.kills += 1
+            self.rescues += [] if took is None else [took]
+
+    def unharmed(self) -> None:
+        """Nobody else has ended, and nothing was logged that nobody foresaw."""
+        living: list[Server | WorkerProcess] = [self._server, *self.workers]
+        for each in living:
+            assert each.process.returncode is None, each.log
+            for trouble in (".bug", "Traceback", "never retrieved"):
+                assert trouble not in each.log, each.log[-6000:]
+
+    async def close(self) -> None:
+        """End those that live."""
+        for worker in self.workers:
+            await worker.kill()
+
+
+@asynccontextmanager
+async def pair(postgres: OwnPostgres, server: Server, environment: Mapping[str, str]) -> AsyncIterator[Pair]:
+    """Two workers beside a server."""
+    workers = Pair(postgres, server, environment)
+    try:
+        await workers.complete()
+        yield workers
+    finally:
+        await workers.close()
+
+
+@pytest.mark.timeout(900)
+async def test_one_of_two_is_killed(tmp_path: Path, prove: bool) -> None:
+    lease_seconds = LEASE_SECONDS_LONG if prove else LEASE_SECONDS
+    async with own_postgres() as postgres:
+        environment = {"FOREBAY_DATABASE_URL": postgres.url, "FOREBAY_LOG_FORMAT": "json"}
+        idle = {**environment, "FOREBAY_JOBS_ENABLED": "false"}
+        async with (
+            serving(CONFIG % lease_seconds, folder=tmp_path, environment=idle) as server,
+            pair(postgres, server, environment) as workers,
+            steady_load(server, PACE, LINES, LINE) as load,
+        ):
+            before = await load.offer(STEADY)
+            await load.offer_during(workers.kill(KILLS))
+            assert len(workers.workers) == 1
+            after = await load.offer(STEADY)
+            workers.unharmed()
+            await load.check()
+            print(
+                f"\nkills={workers.kills} median={statistics.median(workers.rescues):.2f}"
+                f" max={max(workers.rescues):.2f} batches={len(load.batches)} errors={dict(load.errors)}"
+                f" before={before:.2f} after={after:.2f}"
+            )
+            assert max(workers.rescues) <= lease_seconds + RESCUE_SECONDS
+            assert after >= RATE_MIN * before
