@@ -98,6 +98,9 @@ class EngineStream:
         transport = self.connection.transport if self.connection is not None else None
         if transport is None or transport.is_closing() or not confirms_stop or not transport.can_write_eof():
             return False
+        assert self.connection is not None
+        assert self.connection.protocol is not None
+        self.connection.protocol.force_close()  # or it would be reused if the answer came to its end just now
         transport.write_eof()
         return True
 
