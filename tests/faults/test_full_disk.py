@@ -280,14 +280,14 @@ async def writes(server: Server, batch_id: str) -> bool:
 
 async def test_while_results_are_joined(disk: Disk) -> None:
     async with running(disk) as server:
-        asked = lines(200, "tokens=4000")
+        asked = lines(100, "tokens=4000")
         first = await finished(server, (await submit(server, asked))["id"])
         size = int((await server.get(f"/v1/files/{first['output_file_id']}"))["bytes"])
         async with server.session.delete(
             f"{server.url}/v1/files/{first['output_file_id']}", headers=server.headers
         ) as response:
             assert response.status == 200
-        assert size > 2**20
+        assert size > 2**19
         disk.fill(leave=int(1.6 * size))
         batch = await submit(server, asked)
 
