@@ -280,16 +280,19 @@ async def writes(server: Server, batch_id: str) -> bool:
 
 async def test_while_results_are_joined(disk: Disk) -> None:
     async with running(disk) as server:
-        asked = lines(100, "tokens=4000")
-        first = await finished(server, (await submit(server, asked))["id"])
+        asked = [line(f"id-{number}", "[[fake echo=1]] " + "x" * 10_000) for number in range(300)]
+        file = await upload(server, jsonl(asked))
+        _, batch = await create(server, file["id"])
+        first = await finished(server, batch["id"])
         size = int((await server.get(f"/v1/files/{first['output_file_id']}"))["bytes"])
         async with server.session.delete(
             f"{server.url}/v1/files/{first['output_file_id']}", headers=server.headers
         ) as response:
             assert response.status == 200
-        assert size > 2**19
+        assert size > 2**21
         disk.fill(leave=int(1.6 * size))
-        batch = await submit(server, asked)
+        status, batch = await create(server, file["id"])
+        assert status == 200, batch
 
         async def put_off() -> bool:
             job = await server.get(f"/v1/jobs/{batch['id']}")
