@@ -30,9 +30,9 @@ engine = "fake"
 slots = 8
 """
 LINES = 24  # in three chunks
-LINE = "[[fake echo=1 token_ms=25]]"  # a tenth of a second
-PACE = 2.0  # more than half of what one worker can do
-STEADY = 44  # batches, in 22 s
+LINE = "[[fake echo=1 token_ms=50]]"  # 0.2 s: one worker does 1.7 batches a second, whatever the processor does
+PACE = 1.0  # well below that
+BACKLOG = 40
 KILLS = 10
 RESCUE_SECONDS = 5.0
 RATE_MIN = 0.95
@@ -78,16 +78,16 @@ class Pair:
         self._environment = environment
         self._chance = random.Random(SEED)
 
-    async def complete(self) -> None:
-        """Start workers until there are two."""
-        while len(self.workers) < 2:
+    async def complete(self, count: int) -> None:
+        """Start workers until there are so many."""
+        while len(self.workers) < count:
             name = f"worker-{self.kills}-{len(self.workers)}"
             self.workers.append(await start_worker(self._server, name, self._environment))
 
     async def kill(self, count: int) -> None:
         """Kill one of them, see the other take over, and start it again: until that was seen `count` times."""
         while len(self.rescues) < count:
-            await self.complete()
+            await self.complete(2)
             assert self.kills < 2 * count, "most of the killed held jobs"
             victim = self.workers.pop(self._chance.randrange(2))
             took = await rescue_seconds(self._postgres, victim)
@@ -110,10 +110,10 @@ class Pair:
 
 @asynccontextmanager
 async def pair(postgres: OwnPostgres, server: Server, environment: Mapping[str, str]) -> AsyncIterator[Pair]:
-    """Two workers beside a server."""
+    """One worker beside a server; the other comes when the killing begins."""
     workers = Pair(postgres, server, environment)
     try:
-        await workers.complete()
+        await workers.complete(1)
         yield workers
     finally:
         await workers.close()
@@ -130,10 +130,10 @@ async def test_one_of_two_is_killed(tmp_path: Path, prove: bool) -> None:
             pair(postgres, server, environment) as workers,
             steady_load(server, PACE, LINES, LINE) as load,
         ):
-            before = await load.offer(STEADY)
+            before = await load.drain(BACKLOG)
             await load.offer_during(workers.kill(KILLS))
             assert len(workers.workers) == 1
-            after = await load.offer(STEADY)
+            after = await load.drain(BACKLOG)
             workers.unharmed()
             await load.check()
             print(

@@ -62,18 +62,8 @@ class OwnPostgres:
     async def _connect_as(self, role: str) -> asyncpg.Connection:
         return await asyncpg.connect(host=str(self._folder), user=role, database="postgres", timeout=5)
 
-    @asynccontextmanager
-    async def idle(self, count: int) -> AsyncIterator[None]:
-        """So many connections that do nothing."""
-        idle = await asyncio.gather(*(self._connect_as(_ROLE) for _ in range(count)))
-        try:
-            yield
-        finally:
-            for connection in idle:
-                connection.terminate()
-
     async def starve(self, seconds: float) -> int:
-        """For so long take every place as soon as it is free; the fewest connections that were left to the others."""
+        """For so long take every place with a connection that does nothing; the fewest that were left to the others."""
         fewest = self._connections
         mine: list[asyncpg.Connection] = []
         filling = asyncio.create_task(self._fill(mine))
@@ -104,10 +94,10 @@ class OwnPostgres:
         [row] = await self.fetch(f"SELECT count(*) {_CONNECTED}", [each.get_server_pid() for each in mine])
         return int(row["count"])
 
-    async def _fill(self, idle: list[asyncpg.Connection]) -> None:
+    async def _fill(self, mine: list[asyncpg.Connection]) -> None:
         while True:
             try:
-                idle.append(await self._connect_as(_ROLE))
+                mine.append(await self._connect_as(_ROLE))
             except (asyncpg.PostgresError, OSError):
                 await asyncio.sleep(0.02)
 

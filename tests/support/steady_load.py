@@ -17,6 +17,7 @@ from tests.support.server import Server
 NETWORK = "127.0.0.2"  # where the receiver of the webhooks is
 _AGAIN_SECONDS = 0.25
 _GIVE_UP_SECONDS = 60.0
+_AT_ONCE = 8
 
 
 class SteadyLoad:
@@ -30,38 +31,49 @@ class SteadyLoad:
         self._pace = pace
         self._lines = lines
         self._more = more
+        self._heard: set[str] = set()
+        self._read = 0
         self._random = random.Random(5)
 
-    async def offer(self, count: int) -> float:
-        """Offer so many and wait until the receiver has heard of each; batches a second, from the first to the end."""
-        return await self._offer(lambda offered: offered < count)
-
-    async def offer_during(self, chaos: Coroutine[Any, Any, None]) -> float:
+    async def offer_during(self, chaos: Coroutine[Any, Any, None]) -> None:
         """The same for as long as `chaos` takes."""
         async with asyncio.TaskGroup() as group:
             raging = group.create_task(chaos)
-            return await self._offer(lambda _: not raging.done())
+            await self._offer(lambda: not raging.done())
 
-    async def _offer(self, more: Callable[[int], bool]) -> float:
+    async def drain(self, count: int) -> float:
+        """Offer so many at once; batches a second, from the first to when the receiver has heard of each."""
+        began = time.monotonic()
+        room = asyncio.Semaphore(_AT_ONCE)
+
+        async def submit() -> str:
+            async with room:
+                return await self._submit()
+
+        await self.until_told(set(await asyncio.gather(*(submit() for _ in range(count)))))
+        return count / (time.monotonic() - began)
+
+    async def _offer(self, more: Callable[[], bool]) -> None:
         began = time.monotonic()
         offered: list[asyncio.Task[str]] = []
         async with asyncio.TaskGroup() as group:
-            while more(len(offered)):
+            while more():
                 offered.append(group.create_task(self._submit()))
                 await asyncio.sleep(max(0.0, began + len(offered) / self._pace - time.monotonic()))
         await self.until_told({batch.result() for batch in offered})
-        return len(offered) / (time.monotonic() - began)
 
     async def until_told(self, batches: set[str]) -> None:
         """Wait until the receiver has heard of the end of these."""
         async with asyncio.timeout(_GIVE_UP_SECONDS):
-            while missing := batches - self.told():
-                del missing
+            while not batches <= self._told():
                 await asyncio.sleep(0.02)
 
-    def told(self) -> set[str]:
+    def _told(self) -> set[str]:
         """The batches of which the receiver has heard."""
-        return {request.event["data"]["id"] for request in self._receiver.received}
+        for request in self._receiver.received[self._read :]:
+            self._read += 1
+            self._heard.add(request.event["data"]["id"])
+        return self._heard
 
     async def check(self) -> None:
         """Every acknowledged batch has ended, every line of it has its own answer once, and one event tells of it."""
@@ -114,9 +126,7 @@ def _form(data: bytes) -> aiohttp.FormData:
 
 
 @asynccontextmanager
-async def steady_load(
-    server: Server, pace: float, lines: int, more: str = "[[fake echo=1]]"
-) -> AsyncIterator[SteadyLoad]:
+async def steady_load(server: Server, pace: float, lines: int, more: str) -> AsyncIterator[SteadyLoad]:
     """A load with a receiver of its own."""
     async with receiving(NETWORK) as receiver:
         yield SteadyLoad(server, receiver, pace, lines, more)
