@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from forebay.clock import seeded
+from forebay.clock import SystemClock, seeded
 from forebay.config import JobSettings
 from forebay.errors import InsufficientStorage
 from forebay.jobs.kinds import Kind, Run
@@ -85,7 +85,7 @@ class Disk:
         async def hold() -> None:
             while True:
                 self.fill()
-                await asyncio.sleep(0.005)
+                await SystemClock().sleep(0.005)
 
         self.fill()
         holding = asyncio.create_task(hold())
@@ -375,17 +375,17 @@ async def test_while_a_job_is_settled(disk: Disk) -> None:
 
 @pytest.mark.timeout(600)
 async def test_again_and_again_while_a_batch_runs(disk: Disk, prove: bool) -> None:
-    chance = seeded(SEED)
+    chance, clock = seeded(SEED), SystemClock()
     fills, count = (25, 4000) if prove else (5, 800)
     async with running(disk) as server:
         batch = await submit(server, lines(count, "tokens=6 token_ms=8"))
         small = await upload(server, jsonl(lines(2)))
         made: list[str] = []
         for _ in range(fills):
-            await asyncio.sleep(chance.uniform(0.05, 1.5))
+            await clock.sleep(chance.uniform(0.05, 1.5))
             async with disk.full():
                 made += await refused(server, small["id"])
                 await reads_go_on(server, small["id"])
-                await asyncio.sleep(chance.uniform(0.1, 4.5))  # some longer than a lease
+                await clock.sleep(chance.uniform(0.1, 4.5))  # some longer than a lease
         await all_finished(server, [batch["id"], *made], 120)
         assert not list((disk.folder / "blobs" / ".partial").iterdir())
