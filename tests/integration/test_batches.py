@@ -343,6 +343,17 @@ async def test_the_more_urgent_batch_goes_first() -> None:
         assert times[1] <= times[2]
 
 
+async def test_an_urgent_batch_goes_before_the_lines_of_chunks_that_run_already() -> None:
+    config = FAKE.replace("chunk_lines = 64", "chunk_lines = 50").replace("slots = 8", "slots = 2")
+    async with serving(config) as server:
+        first = await submit(server, [line(f"id-{i}", "x [[fake tokens=1 delay_ms=50]]") for i in range(200)])
+        await progress(server, first["id"], 16)
+        urgent = await submit(server, [line("urgent", "x")], priority=1)
+        await finished(server, urgent["id"])
+        counts = (await server.get(f"/v1/batches/{first['id']}"))["request_counts"]
+        assert counts["completed"] < 100, counts
+
+
 CREATIONS: dict[str, tuple[dict[str, Any], str | None]] = {
     "no such file": ({"input_file_id": "file_nothing"}, "input_file_id"),
     "no such endpoint": ({"endpoint": "/v1/nothing"}, "endpoint"),

@@ -242,7 +242,7 @@ async def test_the_chunk_that_began_first_goes_first_and_shared_prefixes_do_not_
     entered: list[str] = []
 
     async def enter(name: str, turn: int, *, shares: bool) -> None:
-        await window.enter(turn, shares=shares)
+        await window.enter((turn,), shares=shares)
         entered.append(name)
 
     await enter("a", 2, shares=True)

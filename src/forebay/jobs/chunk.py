@@ -37,7 +37,7 @@ class _Attempt:
     order: RunOrder
     changed: asyncio.Event  # set when another line may go
     window: Window
-    turn: int
+    turn: tuple[float, ...]  # the more urgent chunk goes first, then the one that began first
     reader: LineReader
     writer: SegmentWriter
 
@@ -99,7 +99,7 @@ class ChunkWork:
             RunOrder(place for place in unpack_places(chunk.lines) if place.number not in done),
             asyncio.Event(),
             self._window(lease.job.model or ""),
-            next(self._turns),
+            (lease.job.priority, lease.job.deadline_at, next(self._turns)),
             LineReader(self._blobs, blob_key(batch.input_file_id)),
             SegmentWriter(self._segments, run, batch, number, self._settings, self._clock),
         )

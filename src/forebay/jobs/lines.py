@@ -177,7 +177,7 @@ class RunOrder:
 
 
 class Window:
-    """How many lines of one model are in flight at once; the chunk that began first goes first.
+    """How many lines of one model are in flight at once, and whose turn it is.
 
     Some lines may wait in line ahead of a free slot, so that none is idle. Lines with shared prefixes may not: the one
     that follows another into its slot has to be of the same prefix, and is chosen when the slot is free.
@@ -187,9 +187,9 @@ class Window:
         self._slots = slots
         self._ahead = ahead
         self._used = 0
-        self._waiting: list[tuple[int, bool, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[tuple[float, ...], bool, asyncio.Future[None]]] = []
 
-    async def enter(self, turn: int, *, shares: bool) -> None:
+    async def enter(self, turn: tuple[float, ...], *, shares: bool) -> None:
         """Wait for a place; the lowest `turn` goes first."""
         entered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((turn, shares, entered))
