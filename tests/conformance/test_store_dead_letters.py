@@ -1,5 +1,8 @@
 """One suite for dead letters, over SQLite and PostgreSQL."""
 
+import asyncio
+import itertools
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from forebay.clock import SystemClock
 from forebay.config import Settings
 from forebay.errors import NotFound
 from forebay.store.database import Database
@@ -139,3 +143,21 @@ async def test_a_message_that_quotes_a_nul_is_kept_without_it(store: DeadLetterS
     await add(store, clock, replace(lost("a"), error_message="Unknown field `a\0b`."))
     (letter,) = await store.list("default")
     assert letter.error_message == "Unknown field `a\ufffdb`."
+
+
+async def test_many_lost_lines_let_others_go_on(store: DeadLetterStore) -> None:
+    real = DeadLetterStore(store.database, SystemClock())
+    turns = [time.monotonic()]
+
+    async def others() -> None:
+        while True:
+            await asyncio.sleep(0)
+            turns.append(time.monotonic())
+
+    going = asyncio.create_task(others())
+    await add(real, FakeClock(), *(lost(str(number)) for number in range(20_000)))
+    going.cancel()
+    longest = max(later - earlier for earlier, later in itertools.pairwise(turns))
+    assert longest < (turns[-1] - turns[0]) / 5
+    async with store.database.read() as transaction:
+        assert await store.count(transaction, "default", Chosen()) == 20_000

@@ -17,6 +17,7 @@ from forebay.store.tables import dead_letters
 
 PAGE_SIZE_MAX = 100
 _MESSAGE_CHARS_MAX = 2000
+_ROWS_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,27 +94,13 @@ class DeadLetterStore:
         )
 
     async def add_lines(
-        self, transaction: Transaction, batch: Job, endpoint: str, source_file_id: str, lines: Collection[LostLine]
+        self, transaction: Transaction, batch: Job, endpoint: str, source_file_id: str, lines: Sequence[LostLine]
     ) -> None:
-        """Keep lines of a batch that were given up."""
-        rows = [
-            {
-                "project_id": batch.project_id,
-                "kind": batch.kind,
-                "job_id": batch.id,
-                "endpoint": endpoint,
-                "custom_id": line.custom_id,
-                "line": line.line,
-                "source_file_id": source_file_id,
-                "source_offset": line.source_offset,
-                "source_bytes": line.source_bytes,
-                "error_code": line.error_code,
-                "error_message": _kept(line.error_message),
-                "attempts": [dict(attempt) for attempt in line.attempts],
-            }
-            for line in lines
-        ]
-        await self._insert(transaction, rows)
+        """Keep lines of a batch that were given up, a few at a time: all of a large batch would hold up requests."""
+        for start in range(0, len(lines), _ROWS_AT_ONCE):
+            some = lines[start : start + _ROWS_AT_ONCE]
+            await self._insert(transaction, _line_rows(batch, endpoint, source_file_id, some))
+            await self._clock.sleep(0)
 
     async def _insert(self, transaction: Transaction, rows: Sequence[Mapping[str, Any]]) -> None:
         if rows:
@@ -182,3 +169,23 @@ def _conditions(project_id: str, chosen: Chosen) -> Sequence[sa.ColumnElement[bo
 def _kept(message: str) -> str:
     """As much as there is room for, without NUL: a message may quote a caller, and PostgreSQL keeps no such text."""
     return message[:_MESSAGE_CHARS_MAX].replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def _line_rows(batch: Job, endpoint: str, source_file_id: str, lines: Sequence[LostLine]) -> list[dict[str, Any]]:
+    return [
+        {
+            "project_id": batch.project_id,
+            "kind": batch.kind,
+            "job_id": batch.id,
+            "endpoint": endpoint,
+            "custom_id": line.custom_id,
+            "line": line.line,
+            "source_file_id": source_file_id,
+            "source_offset": line.source_offset,
+            "source_bytes": line.source_bytes,
+            "error_code": line.error_code,
+            "error_message": _kept(line.error_message),
+            "attempts": [dict(attempt) for attempt in line.attempts],
+        }
+        for line in lines
+    ]
