@@ -25,6 +25,7 @@ from tests.support.postgres_chaos import STOPS, OwnPostgres, WorkerProcess, own_
 from tests.support.server import Server, serving
 from tests.support.steady_load import NETWORK, SteadyLoad, steady_load
 
+POLL_SECONDS = 10
 CONFIG = f"""
 default_models = false
 [batches]
@@ -32,7 +33,7 @@ live_per_project_max = 10_000
 chunk_lines = 2
 [jobs]
 lease_seconds = 10
-poll_seconds = 10
+poll_seconds = {POLL_SECONDS}
 [outbound]
 allowed_networks = ["{NETWORK}/32"]
 [models.fake]
@@ -42,10 +43,11 @@ slots = 4
 """
 LINES = 5
 JOBS_EACH = 5  # a batch, three chunks, a webhook
-LINE = "[[fake echo=1 token_ms=75]]"  # 0.3 s: an engine does 2.7 batches a second, whatever the processor does
-PACE = 405 / 180  # 2,025 jobs in three minutes, less than half of what two engines do
-BACKLOG = 110  # 20 s for two engines
+LINE = "[[fake echo=1 token_ms=100]]"  # 0.4 s: an engine does 2 batches a second, whatever the processor does
+PACE = 405 / 180  # 2,025 jobs in three minutes, little more than half of what two engines do
+BACKLOG = 88  # 22 s for two engines
 RATE_MIN = 0.95
+WOKEN_SECONDS = 4  # a worker that nobody wakes looks again after half its poll at the earliest
 SEED = 3
 
 
@@ -87,6 +89,8 @@ async def as_fast_after(place: Site, chaos: Coroutine[Any, Any, None]) -> tuple[
     await place.load.offer_during(chaos)
     place.unharmed()
     after = await place.load.drain(place.backlog)
+    for _ in range(3):
+        assert await place.load.drain(1) >= 1 / WOKEN_SECONDS, "an idle worker hears of work"
     place.unharmed()
     await place.load.check()
     assert after >= RATE_MIN * before, (before, after)

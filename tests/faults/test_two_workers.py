@@ -62,8 +62,15 @@ async def rescue_seconds(postgres: OwnPostgres, worker: WorkerProcess) -> float 
 
     await eventually(leased_again, within_seconds=60, what="the rescue")
     took = time.monotonic() - killed_at
-    await eventually(lambda: not any(child.is_running() for child in family), what="the end of its engines")
+    await eventually(lambda: not any(_lives(child) for child in family), what="the end of its engines")
     return took if held else None
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE and process.is_running())
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Pair:
