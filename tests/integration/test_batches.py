@@ -302,6 +302,15 @@ async def test_a_model_that_cannot_be_started_does_not_hold_up_the_others() -> N
         assert len(errors) == 40
 
 
+async def test_lines_that_are_cut_off_before_they_begin_give_their_places_back() -> None:
+    config = BROKEN.replace("chunk_lines = 64", "chunk_lines = 10").replace("attempts_max = 3", "attempts_max = 1")
+    config = config.replace("[models.broken]", "[models.broken]\nslots = 1")
+    async with serving(config) as server:
+        batch = await submit(server, [line(f"id-{i}", "x", model="broken") for i in range(120)])
+        ended = await finished(server, batch["id"], within_seconds=40)
+        assert ended["request_counts"] == {"total": 120, "completed": 0, "failed": 120}
+
+
 async def test_a_stop_and_a_start_lose_nothing_and_run_nothing_twice(tmp_path: Path) -> None:
     async with serving(FAKE, folder=tmp_path) as server:
         batch = await submit(server, [line(f"id-{i}", f"Line {i}. {SLOW}") for i in range(32)])

@@ -7,6 +7,7 @@ to let go of finished lines: whatever ends an attempt, they are written down fir
 import asyncio
 import itertools
 from dataclasses import dataclass
+from functools import partial
 
 from forebay.blobs.blobs import Blobs
 from forebay.clock import Clock
@@ -134,20 +135,23 @@ class ChunkWork:
                     attempt.changed.clear()
                     await attempt.changed.wait()
                 else:
-                    group.create_task(self._run_line(attempt, place))
+                    running = group.create_task(self._run_line(attempt, place))
+                    # Not a `finally` of the line itself: one that is cancelled before its first step has none.
+                    running.add_done_callback(partial(_ended, attempt, place))
 
     async def _run_line(self, attempt: _Attempt, place: Place) -> None:
         def read() -> None:
             attempt.order.read(place)
             attempt.changed.set()
 
-        try:
-            raw = await attempt.reader.read(place)
-            await attempt.writer.add(await self._lines.run(attempt.batch, place, raw, read))
-        finally:
-            attempt.order.ended(place)
-            attempt.changed.set()
-            attempt.window.leave()
+        raw = await attempt.reader.read(place)
+        await attempt.writer.add(await self._lines.run(attempt.batch, place, raw, read))
+
+
+def _ended(attempt: _Attempt, place: Place, _running: "asyncio.Task[None]") -> None:
+    attempt.order.ended(place)
+    attempt.changed.set()
+    attempt.window.leave()
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
