@@ -36,6 +36,8 @@ class Executor:
         outcome = await self._perform(kind, run)
         if outcome is not None:
             await self._settle(kind, run, outcome)
+        elif run.interruption is Interruption.LEASE_LOST:
+            self._report_lost(kind, run.lease)
 
     async def _perform(self, kind: Kind, run: Run) -> Outcome | None:
         """The outcome; None where nothing may be written."""
@@ -79,14 +81,17 @@ class Executor:
                 self._report(lease, decided.state, outcome)
                 await self._follow(kind, lease, decided.state)
                 return
-        self._metrics.jobs_settled.labels(kind.name, "lease_lost").inc()
-        self._log.warning("job.lease_lost", job=lease.id, kind=kind.name, attempt=lease.attempt)
+        self._report_lost(kind, lease)
 
     async def _follow(self, kind: Kind, lease: Lease, state: JobState) -> None:
         try:
             await kind.after(lease.job, state)
         except ForebayError as error:  # a sweep will do it
             self._log.warning("pruner.failed", reason=str(error))
+
+    def _report_lost(self, kind: Kind, lease: Lease) -> None:
+        self._metrics.jobs_settled.labels(kind.name, "lease_lost").inc()
+        self._log.warning("job.lease_lost", job=lease.id, kind=kind.name, attempt=lease.attempt)
 
     def _report(self, lease: Lease, state: JobState, outcome: Outcome) -> None:
         self._metrics.jobs_settled.labels(lease.job.kind, state.value).inc()
