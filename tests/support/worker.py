@@ -4,6 +4,7 @@ The engines are fake ones behind the kind `command`, so that what each of them w
 """
 
 import asyncio
+import json
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import sqlalchemy as sa
@@ -109,6 +111,11 @@ class Life:
         """Whether a worker has said so."""
         return _TAKES.search(self.log) is not None
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The events by that name that it has logged."""
+        named = f'"event": "{name}"'
+        return [json.loads(line) for line in self.log.splitlines() if named in line and line.endswith("}")]
+
     def engines(self) -> list["EngineLife"]:
         """Its engines in the order of their starts."""
         logs = sorted(self.engine_logs.glob("*.log"), key=lambda path: path.stat().st_ctime_ns)
@@ -128,13 +135,16 @@ class Life:
 class Site:
     """Places that share a database: each has a data folder and at most one living process."""
 
-    def __init__(self, folder: Path, database_url: str | None, places: Collection[str]) -> None:
+    def __init__(
+        self, folder: Path, database_url: str | None, places: Collection[str], lease_seconds: float = LEASE_SECONDS
+    ) -> None:
         self.folder = folder
         self.lives: dict[str, list[Life]] = {place: [] for place in places}
+        config = CONFIG.replace(f"lease_seconds = {LEASE_SECONDS}", f"lease_seconds = {lease_seconds}")
         self._config = folder / "forebay.toml"
-        self._config.write_text(CONFIG, encoding="utf-8")
+        self._config.write_text(config, encoding="utf-8")
         self._idle = folder / "idle.toml"
-        self._idle.write_text(CONFIG.replace("preload = true", "preload = false"), encoding="utf-8")
+        self._idle.write_text(config.replace("preload = true", "preload = false"), encoding="utf-8")
         self._url = database_url
 
     @property
