@@ -2,8 +2,6 @@
 
 import asyncio
 import random
-import time
-from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, Lease, NewJob
 from tests.support import postgres as shared_postgres
 from tests.support.office import back_office, settings_for
-from tests.support.postgres_chaos import STOPS, OwnPostgres, WorkerProcess, own_postgres, worker_beside
+from tests.support.postgres_chaos import OwnPostgres, WorkerProcess, own_postgres, worker_beside
 from tests.support.server import Server, serving
 from tests.support.steady_load import NETWORK, SteadyLoad, steady_load
 
@@ -97,18 +95,6 @@ async def as_fast_after(place: Site, chaos: Coroutine[Any, Any, None]) -> tuple[
     return before, after
 
 
-async def restart(postgres: OwnPostgres, chance: random.Random, seconds: float, done: Counter[str]) -> None:
-    """Restart it every 5 to 40 s for so long, and count in which way."""
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        await asyncio.sleep(min(left, chance.uniform(5, 40)))
-        how = chance.choice(sorted(STOPS))
-        await postgres.stop(how)
-        await asyncio.sleep(chance.uniform(0, 2))
-        await postgres.start()
-        done[how] += 1
-
-
 async def test_a_database_that_is_away_uses_up_no_attempt(tmp_path: Path) -> None:
     url = shared_postgres.new_database()
     database = await Database.open(settings_for(tmp_path, url))
@@ -135,45 +121,29 @@ async def test_a_database_that_is_away_uses_up_no_attempt(tmp_path: Path) -> Non
 @pytest.mark.timeout(1200)
 async def test_restarts(tmp_path: Path, prove: bool) -> None:
     seconds = 600 if prove else 180
-    done: Counter[str] = Counter()
     async with site(tmp_path, server_works=True) as place:
-        rates = await as_fast_after(place, restart(place.postgres, random.Random(SEED), seconds, done))
+        rates = await as_fast_after(place, place.postgres.restart_often(seconds, random.Random(SEED)))
         jobs = len(place.load.batches) * JOBS_EACH
-        _tell(f"restarts={dict(done)} jobs={jobs}", place.load, rates)
-        assert done.total() >= seconds / 45
+        _tell(f"restarts={dict(place.postgres.restarts)} jobs={jobs}", place.load, rates)
+        assert place.postgres.restarts.total() >= seconds / 45
         assert jobs >= 2000
 
 
 @pytest.mark.timeout(300)
 async def test_a_storm_that_ends_every_connection(tmp_path: Path) -> None:
-    ended = 0
-
-    async def storm(postgres: OwnPostgres) -> None:
-        nonlocal ended
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            ended += await postgres.end_connections()
-            await asyncio.sleep(0.2)
-
     async with site(tmp_path, server_works=False) as place:
-        rates = await as_fast_after(place, storm(place.postgres))
-        _tell(f"ended={ended}", place.load, rates)
-        assert ended > 100, ended
+        rates = await as_fast_after(place, place.postgres.storm(10))
+        _tell(f"ended={place.postgres.connections_ended}", place.load, rates)
+        assert place.postgres.connections_ended > 100
 
 
 @pytest.mark.timeout(300)
 async def test_a_crowd_that_takes_every_connection(tmp_path: Path) -> None:
     """Three hundred idle connections, and none to be had for seconds."""
-    fewest = 320
-
-    async def crowd(postgres: OwnPostgres) -> None:
-        nonlocal fewest
-        fewest = await postgres.starve(8)
-
     async with site(tmp_path, server_works=False, connections=320) as place:
-        rates = await as_fast_after(place, crowd(place.postgres))
-        _tell(f"left={fewest}", place.load, rates)
-        assert fewest == 0
+        rates = await as_fast_after(place, place.postgres.starve(8))
+        _tell(f"left={place.postgres.connections_left_min}", place.load, rates)
+        assert place.postgres.connections_left_min == 0
         assert place.load.errors["503 store_unavailable"], "the others felt it"
 
 

@@ -2,10 +2,13 @@
 
 import asyncio
 import os
+import random
 import shutil
 import signal
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -28,6 +31,9 @@ class OwnPostgres:
 
     def __init__(self, folder: Path, connections: int) -> None:
         self.url = f"postgresql+asyncpg://{_ROLE}@/postgres?host={folder}"
+        self.restarts: Counter[str] = Counter()
+        self.connections_ended = 0
+        self.connections_left_min = connections  # to others, while it was crowded
         self._folder = folder
         self._connections = connections
         self._process: asyncio.subprocess.Process | None = None
@@ -62,29 +68,41 @@ class OwnPostgres:
     async def _connect_as(self, role: str) -> asyncpg.Connection:
         return await asyncpg.connect(host=str(self._folder), user=role, database="postgres", timeout=5)
 
-    async def starve(self, seconds: float) -> int:
-        """For so long take every place with a connection that does nothing; the fewest that were left to the others."""
-        fewest = self._connections
+    async def restart_often(self, seconds: float, chance: random.Random) -> None:
+        """For so long end and start it every 5 to 40 s, with up to 2 s in between."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, chance.uniform(5, 40)))
+            how = chance.choice(sorted(STOPS))
+            await self.stop(how)
+            await asyncio.sleep(chance.uniform(0, 2))
+            await self.start()
+            self.restarts[how] += 1
+
+    async def storm(self, seconds: float) -> None:
+        """For so long end every connection but those of administrators, five times a second."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.connections_ended += await self._end_connections([])
+            await asyncio.sleep(0.2)
+
+    async def starve(self, seconds: float) -> None:
+        """For so long take every place with a connection that does nothing, as soon as it is free."""
         mine: list[asyncpg.Connection] = []
         filling = asyncio.create_task(self._fill(mine))
-        until = asyncio.get_running_loop().time() + seconds
+        until = time.monotonic() + seconds
         try:
-            while asyncio.get_running_loop().time() < until:
+            while time.monotonic() < until:
                 await eventually(lambda: len(mine) > 0, what="a place that was taken")
                 spared = [connection.get_server_pid() for connection in mine]
-                await self._end_connections(spared)
+                self.connections_ended += await self._end_connections(spared)
                 await asyncio.sleep(0.2)
-                fewest = min(fewest, await self._others(mine))
+                self.connections_left_min = min(self.connections_left_min, await self._others(mine))
         finally:
             filling.cancel()
             await asyncio.wait([filling])
             for connection in mine:
                 connection.terminate()
-        return fewest
-
-    async def end_connections(self) -> int:
-        """pg_terminate_backend for all but administrators; how many there were."""
-        return await self._end_connections([])
 
     async def _end_connections(self, spared: list[int]) -> int:
         [row] = await self.fetch(f"SELECT count(pg_terminate_backend(pid)) {_CONNECTED}", spared)
