@@ -39,7 +39,7 @@ REPEATED = ("chunk.leased", "chunk.segment_written", "chunk.segment_committed", 
 
 @dataclass(frozen=True)
 class End:
-    """How a life ends: at the `point`, or by kill -9 `after_seconds`, then perhaps after its engine was killed."""
+    """How a life ends: at the `point`, or by kill -9 `after_seconds` from its start, or from its engine's return."""
 
     point: str | None = None
     after_seconds: float = 0.0
@@ -65,20 +65,27 @@ class Matrix:
     receiver: Receiver
     chance: random.Random
     figures: Figures = field(default_factory=Figures)
+    starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def live(self, place: str, end: End) -> None:
         """One life of a place, to its end."""
-        life = await self.site.start(place, end.point)
-        resuming = asyncio.create_task(self._resumed(life))
+        async with self.starting:  # as many at once as a machine with two cores can bear
+            life = await self.site.start(place, end.point)
+            resuming = asyncio.create_task(self._resumed(life))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if end.point or end.engine else end.after_seconds):
+                    await self.site.until_up(life)
         if end.point is not None:
             async with asyncio.timeout(60):
                 code = await life.process.wait()
             assert code == -signal.SIGKILL, f"{end}: ended by {code}\n{life.log[-2000:]}"
             self.figures.kills[end.point.partition(":")[0]] += 1
         else:
+            since = life.began
             if end.engine:
                 await self._kill_engine(life)
-            await asyncio.sleep(end.after_seconds)  # the moment is the fault
+                since = time.time()
+            await asyncio.sleep(max(0.0, since + end.after_seconds - time.time()))  # the moment is the fault
             assert life.process.returncode is None, f"it ended by itself\n{life.log[-2000:]}"
             await life.kill()
             self.figures.kills["server" if place == "server" else "worker"] += 1
