@@ -11,7 +11,7 @@ from forebay.clock import SystemClock
 from forebay.config import JobSettings
 from forebay.errors import Conflict, EngineCrashed, InvalidRequest, NotFound, Overloaded
 from forebay.jobs.kinds import Kind, Run
-from forebay.jobs.outcome import Cancelled, Done, Interruption, Outcome, Snoozed, Waiting
+from forebay.jobs.outcome import Cancelled, Done, Failed, Interruption, Outcome, Snoozed, Waiting
 from forebay.jobs.retry import doubling
 from forebay.store.database import Database, Transaction
 from forebay.store.dead_letters import DeadLetterStore
@@ -120,6 +120,25 @@ async def test_a_snoozed_job_uses_up_no_attempt(database: Database) -> None:
         (job_id,) = await back.submit(job())
         found = await back.until_finished(job_id)
         assert (found.state, found.failures, found.attempt) == (JobState.COMPLETED, 0, 7)
+
+
+async def test_progress_forgives_earlier_failures(database: Database) -> None:
+    """Three failures in a row are too many; two, some progress and two more are not."""
+    jobs, attempts = JobStore(database, SystemClock()), 0
+
+    async def perform(lease: Lease, run: Run) -> Outcome:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 3:
+            async with database.begin() as transaction:
+                await jobs.fence(transaction, lease)
+            run.progressed = True
+        return Failed(EngineCrashed(), retryable=True) if attempts < 5 else Done()
+
+    async with back_office(database, [Kind("job", perform, 4, RETRY)]) as back:
+        (job_id,) = await back.submit(job())
+        found = await back.until_finished(job_id)
+        assert (found.state, attempts) == (JobState.COMPLETED, 5)
 
 
 async def test_cancelling_a_running_job_stops_it(database: Database) -> None:

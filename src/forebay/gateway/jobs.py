@@ -185,13 +185,11 @@ class Watchers:
             self._watched[job_id].discard(news)
             if not self._watched[job_id]:
                 del self._watched[job_id]
-            if not self._watched:
-                self._looking.cancel()
-                self._looking = None
 
     async def _look(self, jobs: JobStore, clock: Clock) -> None:
+        """Look until nobody watches. It ends by itself: cut off in the middle of a look, the driver would complain."""
         known: dict[str, tuple[Any, ...]] = {}
-        while True:
+        while self._watched:
             try:
                 found = await jobs.marks(list(self._watched))
             except ForebayError:  # the database is away, and comes back
@@ -202,6 +200,7 @@ class Watchers:
                         news.set()
             known = {job_id: found.get(job_id, ()) for job_id in self._watched}
             await clock.sleep(self._watch_seconds)
+        self._looking = None
 
 
 class WatchAnswer(Response):

@@ -13,7 +13,7 @@ from forebay.blobs.blobs import Blobs
 from forebay.clock import Clock
 from forebay.commit_points import reach
 from forebay.config import BatchSettings
-from forebay.errors import EngineUnavailable, ForebayError, ModelNotReady, ShuttingDown, StoreUnavailable
+from forebay.errors import EngineUnavailable, ForebayError, LeaseLost, ModelNotReady, ShuttingDown, StoreUnavailable
 from forebay.jobs.kinds import Run
 from forebay.jobs.line_runner import LineRunner
 from forebay.jobs.lines import LineReader, Place, RunOrder, Window, unpack_numbers, unpack_places
@@ -78,6 +78,11 @@ class ChunkWork:
         except asyncio.CancelledError:
             if run.interruption is not Interruption.LEASE_LOST:
                 await attempt.writer.flush()
+            raise
+        except LeaseLost:
+            raise
+        except ForebayError:
+            await attempt.writer.flush()
             raise
         finally:
             await attempt.writer.abandon()

@@ -5,6 +5,7 @@ a while.
 """
 
 import asyncio
+from dataclasses import replace
 
 from forebay.clock import Clock
 from forebay.errors import ForebayError, InsufficientStorage, LeaseLost, ServerError, StoreUnavailable
@@ -67,7 +68,8 @@ class Executor:
         """Settle, again and again while the database is away or full: until it is done, or the lease is another's."""
         lease = run.lease
         while run.interruption is not Interruption.LEASE_LOST:
-            decided = verdict(lease.job, outcome, kind.retry, self._jobs.now())
+            job = replace(lease.job, failures=0) if run.progressed else lease.job
+            decided = verdict(job, outcome, kind.retry, self._jobs.now())
             try:
                 if isinstance(outcome, Done) and outcome.write is None and not kind.has_consequences:
                     await self._completer.complete(lease)

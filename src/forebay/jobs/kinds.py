@@ -18,11 +18,13 @@ class Run:
     """One attempt while it lasts. `interruption` is set before the attempt's asyncio task is cancelled.
 
     `performing` is true while the kind is at work: only then does an interruption cancel anything.
+    `progressed` that the attempt has fenced a write, so that earlier failures are forgiven.
     """
 
     lease: Lease
     interruption: Interruption | None = None
     performing: bool = False
+    progressed: bool = False
 
 
 Perform = Callable[[Lease, Run], Awaitable[Outcome]]

@@ -78,6 +78,7 @@ class SegmentStore:
                 await self._store(draft)
                 reach("chunk.segment_written")
                 await self._commit(run, batch, draft)
+                run.progressed = True
                 reach("chunk.segment_committed")
             except (StoreUnavailable, InsufficientStorage):
                 await self._clock.sleep(self._clock.jitter(pause))
