@@ -86,7 +86,7 @@ async def as_fast_after(place: Site, chaos: Coroutine[Any, Any, None]) -> tuple[
     before = await place.load.drain(place.backlog)
     await place.load.offer_during(chaos)
     place.unharmed()
-    after = await place.load.drain(place.backlog)
+    after = await place.load.drain_as_fast(place.backlog, RATE_MIN * before)
     for _ in range(3):
         assert await place.load.drain(1) >= 1 / WOKEN_SECONDS, "an idle worker hears of work"
     place.unharmed()
