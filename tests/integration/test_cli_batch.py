@@ -69,6 +69,16 @@ def write(folder: Path, *lines: Any) -> str:
     return "requests.jsonl"
 
 
+async def test_a_refused_batch_leaves_no_file_behind(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(jsonl([line("one", "Hello.")]))
+    before = await server.get("/v1/files")
+    ended = await forebay(server, "batch", "submit", str(path), "--window", "1s", folder=tmp_path)
+    assert (ended.status, ended.out) == (1, "")
+    assert "completion_window" in ended.err
+    assert await server.get("/v1/files") == before
+
+
 async def test_submit_watch_and_fetch(server: Server, tmp_path: Path) -> None:
     lines = [line(f"id-{number}", f"Line {number}. [[fake echo=1]]") for number in range(20)]
     name = write(tmp_path, *lines, line("bad", "Fail. [[fake status=500]]"))

@@ -40,6 +40,10 @@ class NotNow(SetupError):
     """That did not go well; the same may do so a moment later."""
 
 
+class Busy(NotNow):
+    """The server has no room for it right now, and has done nothing."""
+
+
 def api_key(key_file: Path | None) -> str:
     """The key to use. Raises SetupError if there is none and nobody to ask."""
     if key_file is not None:
@@ -134,8 +138,8 @@ class _Request:
         try:
             self._response = await self._session.request(self._method, self._url, **self._content)
             if (status := self._response.status) != 200:
-                passing = status == 429 or status >= 500
-                raise (NotNow if passing else SetupError)(await _refusal(self._response))
+                kind = Busy if status == 429 else NotNow if status >= 500 else SetupError
+                raise kind(await _refusal(self._response))
             return self._response
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._explain(error) from None
@@ -200,4 +204,4 @@ async def _refusal(response: aiohttp.ClientResponse) -> str:
     if response.status == 401:
         said += " Give it with --key-file or OPENAI_API_KEY; `forebay keys create` makes one."
     wait = response.headers.get("Retry-After")
-    return f"{said} Try again in {wait} s." if wait else said
+    return f"{said.removesuffix(' Try again later.')} Try again in {wait} s." if wait else said

@@ -8,13 +8,14 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import aiohttp
 import typer
 
-from forebay.cli.api_client import LOCAL_SERVER, ApiClient, KeyFile, ServerUrl, ask, path_of
+from forebay.cli.api_client import LOCAL_SERVER, ApiClient, Busy, KeyFile, NotNow, ServerUrl, ask, path_of
 from forebay.cli.options import EXIT_FAILED, EXIT_INTERRUPTED, leave, sentences
 from forebay.cli.progress import follow
 from forebay.cli.tables import clock_time, print_table
@@ -48,7 +49,13 @@ def submit(
         chosen = endpoint or _endpoint_of(file)
         uploaded = await _upload(client, file)
         body = {"input_file_id": uploaded["id"], "endpoint": chosen, "completion_window": window, "metadata": pairs}
-        return await client.call("POST", path_of("batches"), json=body)
+        try:
+            return await client.call("POST", path_of("batches"), json=body)
+        except SetupError as error:
+            if isinstance(error, Busy) or not isinstance(error, NotNow):  # refused for certain: nobody needs the file
+                with suppress(SetupError):
+                    await client.call("DELETE", path_of("files", uploaded["id"]))
+            raise
 
     batch = ask(url, key_file, work, "Stopped. The batch was not made, or `forebay batch list` shows it.")
     typer.echo(str(batch["id"]))
