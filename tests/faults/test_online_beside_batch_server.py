@@ -19,6 +19,8 @@ LOAD = 0.58
 ONLINE_SECONDS_MEAN = 0.08
 TOKEN_SECONDS = 0.01
 LINES = 10_000
+LONG_LINE_EVERY = 50
+LONG_LINE_MILLISECONDS = 300
 # The settings are to the length of these requests as the defaults are to requests of five seconds.
 CONFIG = f"""
 default_models = false
@@ -65,6 +67,11 @@ async def ask(server: Server, text: str, seen: Seen) -> None:
         await response.read()
 
 
+def ask_of_line(number: int) -> str:
+    """Most lines are short, so that ten thousand of them end; one that is not would be long to wait for."""
+    return f"[[fake tokens=1 delay_ms={LONG_LINE_MILLISECONDS if number % LONG_LINE_EVERY == 0 else 4}]]"
+
+
 async def begun(server: Server, file_id: str) -> dict[str, Any]:
     """A batch of which some lines are finished."""
     status, batch = await create(server, file_id)
@@ -83,7 +90,7 @@ async def test_online_requests_wait_no_longer_beside_a_batch_and_the_batch_is_fi
     rounds, seconds = (5, 20.0) if prove else (2, 7.0)
     alone, beside, meanwhile = Seen(), Seen(), 0
     async with serving(CONFIG) as server:
-        file = await upload(server, jsonl(line(f"id-{i}", f"{i} [[fake tokens=1 delay_ms=5]]") for i in range(LINES)))
+        file = await upload(server, jsonl(line(f"id-{i}", f"{i} {ask_of_line(i)}") for i in range(LINES)))
         for number in range(rounds):
             await online(server, seeded(SEED + number), seconds, alone)
             batch = await begun(server, file["id"])
