@@ -232,8 +232,11 @@ def report(name: str, run: Matrix, found: Found) -> None:
     print(f"run again per life: mean {statistics.mean(killed):.1f}, max {max(killed)} of {sorted(killed)}")
     print(f"run again per engine kill: {sorted(by_engine)}")
     print(f"{found}".partition(", request_ids")[0], f"requests sent again: {run.customer.sent_again}")
+    assert set(figures.kills) >= {*NAMES, "server", "engine"}
     assert max(figures.resumed) <= RESUME_SECONDS_MAX
     assert max(figures.engine_resumed) <= RESUME_SECONDS_MAX
+    # A segment for each kill over the whole run; a single one may cost each chunk at work what it has not written.
+    assert sum(killed) + sum(by_engine) <= figures.kills.total() * SEGMENT_LINES
     assert max(killed) <= CHUNKS_AT_ONCE * SEGMENT_LINES + 2 * SLOTS
     assert max(by_engine) <= 2 * SLOTS
 
@@ -245,6 +248,7 @@ async def test_on_sqlite(tmp_path: Path, prove: bool) -> None:
     async with matrix(tmp_path, None, ["server"], len(ends)) as run:
         await run.run({"server": ends})
         report("SQLite", run, await run.check())
+        assert run.figures.kills.total() >= (100 if prove else 20)
 
 
 @pytest.mark.timeout(1800)
@@ -261,3 +265,4 @@ async def test_on_postgres(tmp_path: Path, prove: bool) -> None:
     async with matrix(tmp_path, postgres.new_database(), list(ends), max(map(len, ends.values()))) as run:
         await run.run(ends)
         report("PostgreSQL", run, await run.check())
+        assert run.figures.kills.total() >= (100 if prove else 20)

@@ -34,6 +34,8 @@ BROAD_EXCEPTS: dict[str, int] = {
 # Tests that wait for wall-clock time on purpose: file -> why.
 SLEEPERS: dict[str, str] = {
     "tests/faults/test_slow_clients.py": "the slowness of the client is what is tested",
+    "tests/faults/test_kill_matrix.py": "the moment of a kill is what is chosen by chance",
+    "tests/faults/test_paused_worker.py": "the length of a pause is what is tested",
 }
 
 _UNSAFE = {
