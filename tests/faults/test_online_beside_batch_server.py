@@ -15,12 +15,12 @@ from tests.support.batches import create, finished, jsonl, line, results, upload
 from tests.support.server import Server, eventually, serving
 
 SLOTS = 8
-LOAD = 0.58
+LOAD = 0.5
 ONLINE_SECONDS_MEAN = 0.08
 TOKEN_SECONDS = 0.01
 LINES = 10_000
-LONG_LINE_EVERY = 50
-LONG_LINE_MILLISECONDS = 300
+LONG_LINE_EVERY = 100
+LONG_LINE_MILLISECONDS = 600
 # The settings are to the length of these requests as the defaults are to requests of five seconds.
 CONFIG = f"""
 default_models = false
