@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from forebay.blobs.local import LocalBlobs
 from forebay.clock import new_id, seeded
 from forebay.config import Settings
-from forebay.errors import LeaseLost
+from forebay.errors import LeaseLost, StoreUnavailable
 from forebay.inference import Usage
 from forebay.jobs.kinds import Run
 from forebay.jobs.lines import Place, pack_places, unpack_numbers
@@ -48,15 +48,22 @@ from forebay.store.database import Database
 
 RENAME = sa.text("UPDATE projects SET name = 'mine' WHERE id = 'default'")
 
+async def rename(database):
+    async with database.begin() as transaction:
+        await transaction.execute(RENAME)
+
 async def main():
     database = await Database.open(Settings(data_dir=Path(sys.argv[1]), database_url=sys.argv[2]))
     try:
         async with database.begin() as transaction:
             await transaction.execute(RENAME)
+            others = [asyncio.create_task(rename(database)) for _ in range(4)]
+            await asyncio.sleep(0.5)  # until they wait for the row
             print("held", flush=True)
             sys.stdin.readline()
             await transaction.execute(RENAME)
     except StoreUnavailable:
+        await asyncio.gather(*others, return_exceptions=True)
         async with database.read() as connection:
             print(await connection.scalar(sa.text("SELECT name FROM projects WHERE id = 'default'")), flush=True)
 
@@ -166,12 +173,21 @@ async def test_a_process_that_stands_still_in_a_transaction_does_not_hold_up_the
         try:
             assert holder.stdout is not None
             assert await asyncio.to_thread(holder.stdout.readline) == "held\n"
-            async with asyncio.timeout(10), database.begin() as transaction:
-                await transaction.execute(sa.text("UPDATE projects SET name = 'ours' WHERE id = 'default'"))
+            await eventually(lambda: rename(database), within_seconds=10, what="the row, which others wait for as well")
             assert (await asyncio.to_thread(holder.communicate, "\n", 20))[0] == "ours\n"
         finally:
             holder.kill()
     await database.close()
+
+
+async def rename(database: Database) -> bool:
+    """Whether the row could be had."""
+    try:
+        async with database.begin() as transaction:
+            await transaction.execute(sa.text("UPDATE projects SET name = 'ours' WHERE id = 'default'"))
+    except StoreUnavailable:
+        return False
+    return True
 
 
 class Stores:
