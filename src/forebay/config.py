@@ -185,7 +185,8 @@ class BatchSettings(_Section):
     live_per_project_max: Count = Field(100, description="Unfinished batches of one project; a further one gets 429.")
     chunk_lines: Annotated[int, Field(ge=1, le=10_000)] = Field(256, description="Lines that are leased together.")
     segment_lines: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        64, description="Results that are written together: what a crash may have to run again."
+        64,
+        description="Results of a chunk that are written together; a crash makes those run again that are not written.",
     )
     segment_bytes: Bytes = Field(4 * 2**20, description="Size at which results are written at once.")
     segment_seconds: Seconds = Field(1, description="Longest time that a result waits to be written.")

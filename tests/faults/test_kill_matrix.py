@@ -238,8 +238,7 @@ def report(name: str, run: Matrix, found: Found) -> None:
     print(f"run again per engine kill: {sorted(by_engine)}")
     print(f"{found}".partition(", request_ids")[0], f"requests sent again: {run.customer.sent_again}")
     assert set(figures.kills) >= {*NAMES, "server", "engine"}
-    # How long a process takes to start is up to the machine as well, and to what else runs on it.
-    assert statistics.median(figures.resumed) <= RESUME_SECONDS_MAX
+    assert max(figures.resumed) <= RESUME_SECONDS_MAX
     assert max(figures.idle) <= RESUME_SECONDS_MAX
     assert max(figures.engine_resumed) <= RESUME_SECONDS_MAX
     # A segment for each kill over the whole run; a single one may cost each chunk at work what it has not written.
