@@ -167,7 +167,7 @@ async def attack(server: Server, count: int) -> AsyncIterator[list[asyncio.Task[
 
 async def test_good_traffic_does_not_notice_500_slow_senders(prove: bool) -> None:
     """A B A B in one run; the p99 of the B is at most 1.5 times that of the A. Limits lowered: see QUICK."""
-    rounds, requests = (4, 600) if prove else (2, 200)
+    rounds, requests = (8, 600) if prove else (5, 400)
     async with serving(QUICK) as server:
         await good_traffic(server, 50)
         alone, beset, longest = [], [], 0.0
