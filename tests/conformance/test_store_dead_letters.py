@@ -3,38 +3,20 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
 from forebay.clock import SystemClock
-from forebay.config import Settings
 from forebay.errors import NotFound
 from forebay.store.database import Database
 from forebay.store.dead_letters import Chosen, DeadLetterStore, LostLine
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, NewJob, Verdict
 from forebay.store.keys import KeyStore
-from tests.support import postgres
 from tests.support.clock import FakeClock
 
 WAITING = Chosen(waiting=True)
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    url = SecretStr(postgres.new_database()) if request.param == "postgres" else None
-    database = await Database.open(Settings(data_dir=tmp_path / "data", database_url=url))
-    yield database
-    await database.close()
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
 
 
 @pytest.fixture

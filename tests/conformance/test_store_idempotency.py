@@ -1,33 +1,15 @@
 """One suite for idempotency keys, over SQLite and PostgreSQL."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from pydantic import SecretStr
 
-from forebay.config import Settings
 from forebay.store.database import Database
 from forebay.store.idempotency import KEEP_SECONDS, Answered, IdempotencyStore
-from tests.support import postgres
 from tests.support.clock import FakeClock
 
 MAKE = sa.text("INSERT INTO projects VALUES (:id, :id, 0)")
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    url = SecretStr(postgres.new_database()) if request.param == "postgres" else None
-    database = await Database.open(Settings(data_dir=tmp_path / "data", database_url=url))
-    yield database
-    await database.close()
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
 
 
 @pytest.fixture

@@ -1,37 +1,19 @@
 """One suite for the job store, over SQLite and PostgreSQL."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from pydantic import SecretStr
 
-from forebay.config import Settings
 from forebay.errors import LeaseLost, NotFound
 from forebay.store.database import Database
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
 from forebay.store.keys import KeyStore
 from forebay.store.tables import line_rates
-from tests.support import postgres
 from tests.support.clock import FakeClock
 
 LEASE_SECONDS = 15.0
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    url = SecretStr(postgres.new_database()) if request.param == "postgres" else None
-    database = await Database.open(Settings(data_dir=tmp_path / "data", database_url=url))
-    yield database
-    await database.close()
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
 
 
 @pytest.fixture

@@ -3,38 +3,22 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
-from forebay.config import Settings, WebhookSettings
+from forebay.config import WebhookSettings
 from forebay.errors import Conflict, InvalidRequest, NotFound
 from forebay.store.database import Database
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, NewJob, Verdict
 from forebay.store.keys import KeyStore
 from forebay.store.webhooks import Delivery, DeliveryAttempt, Endpoint, WebhookStore
-from tests.support import postgres
 from tests.support.clock import FakeClock
 
 SETTINGS = WebhookSettings(endpoints_max=3, secret_overlap_seconds=60)
 HOOK = "https://hooks.example/a"
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    url = SecretStr(postgres.new_database()) if request.param == "postgres" else None
-    database = await Database.open(Settings(data_dir=tmp_path / "data", database_url=url))
-    yield database
-    await database.close()
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
 
 
 @pytest.fixture

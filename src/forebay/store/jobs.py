@@ -511,19 +511,17 @@ class JobStore:
 
     async def lines_ahead(self, job: Job) -> int:
         """How many lines of the same model are left in the live jobs that go before this one."""
-        left = jobs.c.total - jobs.c.completed - jobs.c.failed
-        query = sa.select(sa.func.sum(left)).where(_goes_before(job), jobs.c.model == job.model)
-        async with self.database.read() as connection:
-            return int(await connection.scalar(query) or 0)
+        return await self._lines_left(_goes_before(job), jobs.c.model == job.model)
 
     async def lines_left(self, kind: str, model: str, priority: int) -> int:
         """How many lines of the model are left in live jobs that go before a new one of this priority."""
+        before = (jobs.c.kind == kind, jobs.c.state.in_(LIVE), jobs.c.priority <= priority)
+        return await self._lines_left(*before, jobs.c.model == model)
+
+    async def _lines_left(self, *conditions: sa.ColumnElement[bool]) -> int:
         left = jobs.c.total - jobs.c.completed - jobs.c.failed
-        query = sa.select(sa.func.sum(left)).where(
-            jobs.c.kind == kind, jobs.c.state.in_(LIVE), jobs.c.model == model, jobs.c.priority <= priority
-        )
         async with self.database.read() as connection:
-            return int(await connection.scalar(query) or 0)
+            return int(await connection.scalar(sa.select(sa.func.sum(left)).where(*conditions)) or 0)
 
     async def line_rate(self, model: str) -> float | None:
         """Lines a second of a model in batches, as it was measured last; None if it never was."""
