@@ -7,6 +7,7 @@ from starlette.types import Message
 
 from forebay.config import FakeModel, SchedulerSettings, Settings
 from forebay.dialects.openai.call import Call
+from forebay.dialects.openai.events import GENERATION
 from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer
 from forebay.gateway.rates import Rates
@@ -39,7 +40,7 @@ async def test_a_bug_of_ours_costs_the_caller_no_tokens_and_is_counted() -> None
     door = Door(scheduler, Rates(clock), Settings(), clock, metrics)
     caller = Principal("key_1", "default", Role.MEMBER, tokens_per_minute=100)
     headers = door.rates.check(caller, 60)
-    call = Call(request(1), "chat", stream=True, include_usage=False, tier="default")
+    call = Call(request(1), "chat", stream=True, include_usage=False, tier="default", shape=GENERATION)
     with pytest.raises(RuntimeError, match="req_1"):
         await OnlineAnswer(door, call, caller, FakeModel(engine="fake"), 60, headers)({}, _never, _nowhere)
     assert door.empty

@@ -12,10 +12,10 @@ from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.events import (
     ANSWER_BYTES_MAX,
     EVENT_BYTES_MAX,
+    GENERATION,
     EventReader,
-    Gatherer,
-    Relay,
-    error_event,
+    GenerationGatherer,
+    GenerationRelay,
     legacy_logprobs,
 )
 from forebay.errors import EngineCrashed, EngineGarbled, ForebayError, InvalidRequest, ServerError
@@ -29,7 +29,7 @@ def call(
     *, stream: bool = True, usage: bool = False, kind: Any = "chat", forced: bool = False, legacy: bool = False
 ) -> Call:
     request = Request("req_1", "p", "mine", Capability.CHAT, "/v1/chat/completions", b"{}", places=3)
-    return Call(request, kind, stream, usage, "default", legacy_logprobs=legacy, forced_tool=forced)
+    return Call(request, kind, stream, usage, "default", GENERATION, legacy_logprobs=legacy, forced_tool=forced)
 
 
 def chunk(delta: dict[str, Any], *, index: int = 0, finish: str | None = None, **more: Any) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def cut(data: bytes, sizes: list[int]) -> list[bytes]:
     return [part for part in [*parts, data] if part]
 
 
-def relayed(one: Call, parts: list[bytes], *, rename: bool = False) -> tuple[list[dict[str, Any]], Relay]:
-    relay = Relay(one, rename=rename)
+def relayed(one: Call, parts: list[bytes], *, rename: bool = False) -> tuple[list[dict[str, Any]], GenerationRelay]:
+    relay = GenerationRelay(one, rename=rename)
     out = b"".join(relay.feed(part) for part in parts)
     reader = EventReader()
     events = reader.feed(out)
@@ -70,7 +70,7 @@ def relayed(one: Call, parts: list[bytes], *, rename: bool = False) -> tuple[lis
 
 
 def gathered(one: Call, parts: list[bytes]) -> Any:
-    gatherer = Gatherer(one)
+    gatherer = GenerationGatherer(one)
     for part in parts:
         gatherer.feed(part)
     return json.loads(gatherer.body())
@@ -109,7 +109,7 @@ def test_the_fast_path_and_the_slow_path_say_the_same(texts: list[str], sizes: l
 
 
 def test_plain_reads_pass_as_they_came() -> None:
-    relay = Relay(call(), rename=False)
+    relay = GenerationRelay(call(), rename=False)
     relay.feed(wire([chunk({"role": "assistant"})], done=False))
     plain = b'data: {"choices":[ {"index":0, "delta":{"content":"a"}} ]}\n\n' * 3
     assert relay.feed(plain) is plain
@@ -214,9 +214,9 @@ def test_logprobs_that_are_legacy_already_are_put_together_too() -> None:
 )
 def test_what_is_no_event_is_garbled(data: bytes) -> None:
     with pytest.raises(EngineGarbled):
-        Relay(call(), rename=False).feed(data)
+        GenerationRelay(call(), rename=False).feed(data)
     with pytest.raises(EngineGarbled):
-        Gatherer(call()).feed(data)
+        GenerationGatherer(call()).feed(data)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +232,9 @@ def test_a_choice_of_another_shape_is_garbled_and_no_bug_of_ours(choice: dict[st
     data = wire([{"choices": [choice]}])
     for one in (call(), call(forced=True), call(kind="completion", legacy=True)):
         with pytest.raises(EngineGarbled):
-            Relay(one, rename=True).feed(data)
+            GenerationRelay(one, rename=True).feed(data)
         with pytest.raises(EngineGarbled):
-            Gatherer(one).feed(data)
+            GenerationGatherer(one).feed(data)
 
 
 JSON = st.recursive(
@@ -260,13 +260,13 @@ def test_whatever_json_an_engine_sends_the_error_is_one_of_ours(events: list[dic
     data = wire([{"choices": [event]} if choices else event for event in events])
     for one in (call(usage=True), call(forced=True), call(kind="completion", legacy=True)):
         with contextlib.suppress(ForebayError):
-            Relay(one, rename=True).feed(data)
+            GenerationRelay(one, rename=True).feed(data)
         with contextlib.suppress(ForebayError):
             gathered(one, [data])
 
 
 def test_an_answer_without_an_end_is_not_put_together_for_ever() -> None:
-    gatherer = Gatherer(call())
+    gatherer = GenerationGatherer(call())
     piece = wire([chunk({"content": "x" * 2**20})], done=False)
     with pytest.raises(EngineGarbled, match="Ask for a stream"):
         for _ in range(ANSWER_BYTES_MAX // 2**20 + 1):
@@ -275,7 +275,7 @@ def test_an_answer_without_an_end_is_not_put_together_for_ever() -> None:
 
 @given(st.binary(max_size=300), CUTS)
 def test_random_bytes_end_in_an_error_of_ours_or_in_nothing(data: bytes, sizes: list[int]) -> None:
-    relay = Relay(call(), rename=False)
+    relay = GenerationRelay(call(), rename=False)
     try:
         for part in cut(wire([chunk({"content": "a"})], done=False) + data, sizes):
             relay.feed(part)
@@ -284,7 +284,7 @@ def test_random_bytes_end_in_an_error_of_ours_or_in_nothing(data: bytes, sizes: 
 
 
 def test_an_answer_without_its_end_is_garbled() -> None:
-    gatherer = Gatherer(call())
+    gatherer = GenerationGatherer(call())
     gatherer.feed(wire(conversation(["a"]), done=False))
     with pytest.raises(EngineGarbled):
         gatherer.body()
@@ -299,7 +299,7 @@ def test_an_answer_without_its_end_is_garbled() -> None:
 )
 def test_an_error_event_is_raised_without_its_paths(line: bytes) -> None:
     with pytest.raises(ServerError) as raised:
-        Relay(call(), rename=False).feed(line)
+        GenerationRelay(call(), rename=False).feed(line)
     assert "/opt" not in str(raised.value)
 
 
@@ -309,7 +309,7 @@ def test_comments_and_other_fields_of_events_are_passed_over() -> None:
 
 
 def test_our_error_event_is_what_clients_raise() -> None:
-    event = json.loads(error_event(EngineCrashed()).removeprefix(b"data: "))
+    event = json.loads(GENERATION.error_event(EngineCrashed()).removeprefix(b"data: "))
     assert event["error"]["code"] == "engine_crashed"
 
 
@@ -317,6 +317,6 @@ def test_our_error_event_is_what_clients_raise() -> None:
 def test_an_answer_that_was_not_asked_for_is_garbage(index: int) -> None:
     data = wire([chunk({"content": "x"}, index=index)])
     with pytest.raises(EngineGarbled):
-        Gatherer(call(stream=False)).feed(data)
+        GenerationGatherer(call(stream=False)).feed(data)
     with pytest.raises(EngineGarbled):
-        Relay(call(forced=True), rename=False).feed(data)
+        GenerationRelay(call(forced=True), rename=False).feed(data)

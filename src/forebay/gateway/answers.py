@@ -11,7 +11,8 @@ from pydantic_core import to_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from forebay.dialects.openai.errors import body_of
+from forebay.dialects.answer import Shape
+from forebay.dialects.openai.events import GENERATION
 from forebay.errors import ForebayError, PayloadTooLarge, Quarantined, RequestCancelled
 
 RETRY_AFTER_SECONDS_MAX = 120
@@ -22,8 +23,8 @@ def json_answer(content: Any, status: int = 200, headers: Mapping[str, str] | No
     return Response(to_json(content), status, headers, media_type="application/json")
 
 
-def error_answer(error: ForebayError, headers: Mapping[str, str] | None = None) -> Response:
-    """`error` in OpenAI's shape, with what a client needs to decide whether to try again."""
+def error_answer(error: ForebayError, headers: Mapping[str, str] | None = None, shape: Shape = GENERATION) -> Response:
+    """`error` in the caller's dialect, with what a client needs to decide whether to try again."""
     fields = dict(headers or {})
     if error.retry_after_seconds is not None or error.status in {429, 503}:
         seconds = min(RETRY_AFTER_SECONDS_MAX, max(1, math.ceil(error.retry_after_seconds or 1)))
@@ -32,7 +33,7 @@ def error_answer(error: ForebayError, headers: Mapping[str, str] | None = None) 
         fields["x-should-retry"] = "false"
     if error.status == 401:
         fields["www-authenticate"] = "Bearer"
-    return json_answer(body_of(error), error.status, fields)
+    return json_answer(shape.error_body(error), error.status, fields)
 
 
 async def read_body(request: Request, bytes_max: int) -> bytes:

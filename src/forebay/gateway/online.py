@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from forebay.clock import Clock
 from forebay.config import ModelSettings, Settings
+from forebay.dialects.answer import Progress
 from forebay.dialects.openai.call import Call
-from forebay.dialects.openai.events import Gatherer, Progress, Relay, error_event
 from forebay.errors import (
     EngineGarbled,
     EngineTimeout,
@@ -239,7 +239,7 @@ class OnlineAnswer(Response):
         self, visit: Visit, permit: Permit, stream: EngineStream, headers: list[tuple[bytes, bytes]], send: Send
     ) -> None:
         clock = self._door.clock
-        relay = Relay(self._call, rename=permit.replica.traits.remote_model is not None)
+        relay = self._call.shape.relay(self._call, rename=permit.replica.traits.remote_model is not None)
         visit.progress = relay.progress
         while data := await stream.read():
             out = relay.feed(data)
@@ -257,7 +257,7 @@ class OnlineAnswer(Response):
 
     async def _gather(self, visit: Visit, stream: EngineStream) -> bytes:
         clock = self._door.clock
-        gatherer = Gatherer(self._call)
+        gatherer = self._call.shape.gatherer(self._call)
         visit.progress = gatherer.progress
         while data := await stream.read():
             gatherer.feed(data)
@@ -273,9 +273,9 @@ class OnlineAnswer(Response):
 
     async def _send_error(self, error: ForebayError, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._started:
-            await error_answer(error, self._rate_headers)(scope, receive, send)
+            await error_answer(error, self._rate_headers, self._call.shape)(scope, receive, send)
         elif self._call.stream:
-            await send({"type": "http.response.body", "body": error_event(error)})
+            await send({"type": "http.response.body", "body": self._call.shape.error_event(error)})
 
     def _head_fields(self, permit: Permit) -> list[tuple[bytes, bytes]]:
         fields = {

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from forebay.clock import Clock
 from forebay.dialects.openai.call import Call
-from forebay.dialects.openai.events import Gatherer
 from forebay.errors import EngineTimeout
 from forebay.inference import Usage
 from forebay.replicas.connection import EngineStream
@@ -41,7 +40,7 @@ async def gather(
     Before the first bytes only `timeout_seconds` counts: a long prompt looks like a hang. Raises EngineTimeout at
     either limit, and whatever else becomes of the run.
     """
-    gatherer = Gatherer(call)
+    gatherer = call.shape.gatherer(call)
     try:
         async with clock.timeout(timeout_seconds), permit.run() as stream:
             data = await stream.read()

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from forebay.dialects.answer import Shape
 from forebay.errors import InvalidRequest
 from forebay.inference import Priority, Request
 
@@ -87,7 +88,7 @@ PASSED_ON = (
 class Call:
     """A parsed request and how its answer is to be written.
 
-    `kind` is the endpoint's answer shape; `legacy_logprobs` that of /v1/completions. With `forced_tool` the engine was
+    `shape` writes the answer; `kind` is what the engine writes; `legacy_logprobs` is that of /v1/completions. With `forced_tool` the engine was
     made to write one tool call as plain JSON, which becomes a tool call on the way out.
     """
 
@@ -96,6 +97,7 @@ class Call:
     stream: bool
     include_usage: bool
     tier: str
+    shape: Shape
     legacy_logprobs: bool = False
     forced_tool: bool = False
 

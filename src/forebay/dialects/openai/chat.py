@@ -19,6 +19,7 @@ from forebay.dialects.openai.call import (
     engine_fields,
     tier_of,
 )
+from forebay.dialects.openai.events import GENERATION
 from forebay.dialects.openai.schema import check_schema
 from forebay.errors import InvalidRequest
 from forebay.inference import Capability, Request
@@ -235,6 +236,7 @@ def chat_call(body: ChatBody, context: Context) -> Call:
         bool(body.stream),
         bool(options and options.include_usage),
         tier,
+        GENERATION,
         forced_tool=bool(forced),
     )
 

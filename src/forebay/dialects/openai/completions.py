@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag
 from pydantic_core import to_json
 
 from forebay.dialects.openai.call import Call, Context, Sampling, check_places, engine_fields, tier_of
+from forebay.dialects.openai.events import GENERATION
 from forebay.errors import InvalidRequest
 from forebay.inference import Capability, Request
 
@@ -76,6 +77,7 @@ def completion_call(body: CompletionBody, context: Context) -> Call:
         bool(body.stream),
         bool(options and options.include_usage),
         tier,
+        GENERATION,
         legacy_logprobs=body.logprobs is not None,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from forebay.dialects.answer import Progress, count
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.errors import body_of, from_engine
 from forebay.errors import EngineGarbled, ForebayError
@@ -74,32 +75,8 @@ class EventReader:
         return event
 
 
-@dataclass(slots=True)
-class Progress:
-    """What is known of an answer while it comes."""
-
-    usage: Usage | None = None
-    events: int = 0
-    content_seen: bool = False
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens written; counted by events where the engine did not get to say."""
-        return self.usage.completion_tokens if self.usage else self.events
-
-    def note_usage(self, event: dict[str, Any]) -> None:
-        """Take the usage out of `event`, if it has one."""
-        usage = event.get("usage")
-        if isinstance(usage, dict):
-            details = usage.get("prompt_tokens_details")
-            cached = details.get("cached_tokens") if isinstance(details, dict) else 0
-            self.usage = Usage(
-                _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(cached)
-            )
-
-
-class Relay:
-    """Turns an engine's stream into the client's."""
+class GenerationRelay:
+    """Turns an engine's stream into that of a chat or a completion."""
 
     def __init__(self, call: Call, *, rename: bool) -> None:
         self.progress = Progress()
@@ -192,8 +169,8 @@ class _Choice:
     finish_reason: str | None = None
 
 
-class Gatherer:
-    """Puts an engine's stream together into one body."""
+class GenerationGatherer:
+    """Puts an engine's stream together into the body of a chat or a completion."""
 
     def __init__(self, call: Call) -> None:
         self.progress = Progress()
@@ -280,9 +257,27 @@ class Gatherer:
         return {**head, "message": message, "logprobs": logprobs}
 
 
-def error_event(error: ForebayError) -> bytes:
-    """The last event of a stream that went wrong, in the form that the official client raises."""
-    return b"data: " + to_json(body_of(error)) + b"\n\n"
+class Generation:
+    """The shape of chats and completions."""
+
+    def relay(self, call: Call, *, rename: bool) -> GenerationRelay:
+        """For a stream."""
+        return GenerationRelay(call, rename=rename)
+
+    def gatherer(self, call: Call) -> GenerationGatherer:
+        """For a whole body."""
+        return GenerationGatherer(call)
+
+    def error_event(self, error: ForebayError) -> bytes:
+        """The last event of a stream that went wrong, in the form that the official client raises."""
+        return b"data: " + to_json(body_of(error)) + b"\n\n"
+
+    def error_body(self, error: ForebayError) -> Any:
+        """The JSON of an answer that is an error."""
+        return body_of(error)
+
+
+GENERATION = Generation()
 
 
 def tool_call_from(text: str, request_id: str, index: int) -> dict[str, Any] | None:
@@ -357,7 +352,7 @@ def _are_dicts(value: Any, **kinds: type) -> bool:
 
 def _add_tool_call(calls: dict[int, dict[str, Any]], wire: dict[str, Any]) -> None:
     call = calls.setdefault(
-        _count(wire.get("index")), {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
+        count(wire.get("index")), {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
     )
     call["id"] = wire.get("id") or call["id"]
     function = wire.get("function") or {}
@@ -372,11 +367,7 @@ def _append(parts: list[str], text: Any) -> None:
 
 def _index(choice: dict[str, Any], call: Call) -> int:
     """Which of the answers that were asked for this is a part of; raises EngineGarbled for any other."""
-    index = _count(choice.get("index"))
+    index = count(choice.get("index"))
     if index >= call.request.places:
         raise EngineGarbled
     return index
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and 0 <= value < 2**53 else 0
