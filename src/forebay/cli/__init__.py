@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 import forebay
-from forebay.cli import batch, bench, chat, db, dead_letters, doctor, jobs, keys, models, serve, worker
+from forebay.cli.commands import Commands
 
 app = typer.Typer(
     name="forebay",
+    cls=Commands,
     help="One self-hosted server in front of your own AI models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -32,19 +33,6 @@ def options(
     ] = False,
 ) -> None:
     """One self-hosted server in front of your own AI models."""
-
-
-app.command("serve")(serve.serve)
-app.command("worker")(worker.worker)
-app.command("chat")(chat.chat)
-app.command("doctor")(doctor.doctor)
-app.add_typer(models.app, name="models")
-app.add_typer(keys.app, name="keys")
-app.add_typer(batch.app, name="batch")
-app.add_typer(jobs.app, name="jobs")
-app.add_typer(dead_letters.app, name="dead-letters")
-app.add_typer(db.app, name="db")
-app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
