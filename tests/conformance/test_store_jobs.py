@@ -10,8 +10,10 @@ from forebay.store.database import Database
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
 from forebay.store.keys import KeyStore
+from forebay.store.tables import jobs as jobs_table
 from forebay.store.tables import line_rates
 from tests.support.clock import FakeClock
+from tests.support.server import eventually
 
 LEASE_SECONDS = 15.0
 
@@ -387,3 +389,53 @@ async def test_a_finished_job_is_deleted_with_its_children(jobs: JobStore) -> No
     assert not await jobs.delete(job, "chunk")
     assert [left.id for left in await jobs.list("default")] == ["webhook"]
     assert await jobs.log(parent) == []
+
+
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+@pytest.mark.parametrize("what", ["renew", "take_back", "cancel", "end_available", "prune", "delete"])
+@pytest.mark.parametrize("names", ["ab", "ba"])  # the order in which they lie on the disk
+async def test_many_rows_are_locked_in_one_order(jobs: JobStore, clock: FakeClock, what: str, names: str) -> None:
+    """Who waits for the second row holds the first one, so that no two can wait for each other."""
+    await insert(jobs, noop(id="0"))
+    parent = await jobs.get("default", "0")
+    for each in names:
+        await insert(jobs, NewJob("child", "default", id=each, parent_id="0"))
+        if what != "end_available":
+            (held,) = await lease(jobs, kind="child")
+            if what in ("prune", "delete"):
+                await settle(jobs, held, done(jobs))
+    (held,) = await lease(jobs)
+    if what in ("prune", "delete"):
+        await settle(jobs, held, done(jobs))
+    clock.advance(LEASE_SECONDS + 1)
+    lost = await jobs.lost(10)
+
+    async def act() -> None:
+        if what == "renew":
+            assert len(await jobs.renew("a", ["a", "b"], LEASE_SECONDS)) == 2
+        elif what == "prune":
+            assert await jobs.prune(jobs.now(), 10) == 3
+        elif what == "delete":
+            assert await jobs.delete(parent, "child")
+        else:
+            async with jobs.database.begin() as transaction:
+                if what == "take_back":
+                    assert await jobs.take_back(transaction, lost) == 3
+                elif what == "cancel":
+                    await jobs.request_cancel(transaction, "0", children_of="0")
+                else:
+                    assert await jobs.end_available_children(transaction, "0", "child", JobState.CANCELLED) == 2
+
+    async def waits() -> bool:
+        query = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        async with jobs.database.read() as connection:
+            return bool(await connection.scalar(query))
+
+    async with jobs.database.begin() as other:
+        await jobs.lock(other, "b")
+        acting = asyncio.create_task(act())
+        await eventually(waits, what="a wait for the second row")
+        async with jobs.database.begin() as third:
+            query = sa.select(jobs_table.c.id).where(jobs_table.c.id == "a").with_for_update(skip_locked=True)
+            assert (await third.execute(query)).one_or_none() is None, "the first row is held by now"
+    await acting

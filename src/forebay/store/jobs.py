@@ -1,7 +1,8 @@
 """Jobs as rows: made, leased, renewed, settled, rescued, watched.
 
 It refuses a write that does not name the attempt that it belongs to: a worker that was given up for dead cannot
-overwrite the work of the one that replaced it. Whoever changes both a job and its parent takes the parent first.
+overwrite the work of the one that replaced it. Whoever changes both a job and its parent takes the parent first, and
+whoever changes many jobs takes them in the order of their ids.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -216,9 +217,10 @@ class JobStore:
 
     async def renew(self, node: str, ids: Collection[str], lease_seconds: float) -> dict[str, Renewed]:
         """Renew the leases of `node` on these jobs; a job that is not in the answer is lost."""
+        mine = (jobs.c.id.in_(ids), jobs.c.state == JobState.RUNNING, jobs.c.node == node)
         query = (
             sa.update(jobs)
-            .where(jobs.c.id.in_(ids), jobs.c.state == JobState.RUNNING, jobs.c.node == node)
+            .where(*self._in_order(*mine))
             .values(lease_expires_at=self.now() + lease_seconds)
             .returning(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested_at)
         )
@@ -270,16 +272,17 @@ class JobStore:
         if (await transaction.execute(query)).rowcount != 1:
             raise LeaseLost
 
-    async def settle_completed(self, transaction: Transaction, leases: Collection[Lease]) -> set[str]:
-        """Close many attempts that ended well and have nothing else to write; the ids of those that still held."""
+    async def settle_completed(self, transaction: Transaction, leases: Collection[Lease]) -> set[tuple[str, int]]:
+        """Close many attempts that ended well in one statement; (job, attempt) of those that still held."""
         pairs = [(lease.id, lease.attempt) for lease in leases]
+        held = (sa.tuple_(jobs.c.id, jobs.c.attempt).in_(pairs), jobs.c.state == JobState.RUNNING)
         query = (
             sa.update(jobs)
-            .where(sa.tuple_(jobs.c.id, jobs.c.attempt).in_(pairs), jobs.c.state == JobState.RUNNING)
+            .where(*self._in_order(*held))
             .values(state=JobState.COMPLETED, finished_at=self.now(), lease_expires_at=None, node=None)
-            .returning(jobs.c.id)
+            .returning(jobs.c.id, jobs.c.attempt)
         )
-        return set((await transaction.execute(query)).scalars())
+        return {(row.id, row.attempt) for row in await transaction.execute(query)}
 
     def _closing(self, job: Job, verdict: Verdict) -> dict[str, Any]:
         assert job.state in sources(verdict.state), f"{job.state} -> {verdict.state}"
@@ -326,9 +329,11 @@ class JobStore:
     async def end_available_children(self, transaction: Transaction, parent_id: str, kind: str, state: JobState) -> int:
         """End every child of `kind` that is not running; how many."""
         assert JobState.AVAILABLE in sources(state), state
+        # Those that run are held as well: the same transaction may ask them to stop.
+        live = (jobs.c.parent_id == parent_id, jobs.c.kind == kind, jobs.c.state.in_(LIVE))
         query = (
             sa.update(jobs)
-            .where(jobs.c.parent_id == parent_id, jobs.c.kind == kind, jobs.c.state == JobState.AVAILABLE)
+            .where(*self._in_order(*live), jobs.c.state == JobState.AVAILABLE)
             .values(state=state, finished_at=self.now())
         )
         return int((await transaction.execute(query)).rowcount)
@@ -339,11 +344,8 @@ class JobStore:
         chosen = jobs.c.id == job_id
         if children_of is not None:
             chosen = sa.or_(chosen, sa.and_(jobs.c.parent_id == children_of, jobs.c.state == JobState.RUNNING))
-        query = (
-            sa.update(jobs)
-            .where(chosen, jobs.c.state.in_(LIVE), jobs.c.cancel_requested_at.is_(None))
-            .values(cancel_requested_at=now)
-        )
+        asked = (chosen, jobs.c.state.in_(LIVE), jobs.c.cancel_requested_at.is_(None))
+        query = sa.update(jobs).where(*self._in_order(*asked)).values(cancel_requested_at=now)
         await transaction.execute(query)
         await self.database.notify(transaction, CANCELS)
 
@@ -389,14 +391,14 @@ class JobStore:
 
     async def take_back(self, transaction: Transaction, lost: Collection[Job]) -> int:
         """Make lost jobs available again; how many of them were still lost."""
+        places = [(job.id, job.attempt, job.lease_expires_at) for job in lost]
+        still_lost = (
+            sa.tuple_(jobs.c.id, jobs.c.attempt, jobs.c.lease_expires_at).in_(places),
+            jobs.c.state == JobState.RUNNING,
+        )
         query = (
             sa.update(jobs)
-            .where(
-                sa.tuple_(jobs.c.id, jobs.c.attempt, jobs.c.lease_expires_at).in_(
-                    [(job.id, job.attempt, job.lease_expires_at) for job in lost]
-                ),
-                jobs.c.state == JobState.RUNNING,
-            )
+            .where(*self._in_order(*still_lost))
             .values(
                 state=JobState.AVAILABLE,
                 rescues=jobs.c.rescues + 1,
@@ -430,7 +432,8 @@ class JobStore:
         needed = sa.exists().where(live_parent.c.id == jobs.c.parent_id, live_parent.c.state.in_(LIVE))
         old = sa.select(jobs.c.id).where(jobs.c.finished_at < finished_before, jobs.c.state.in_(FINISHED), ~needed)
         async with self.database.begin() as transaction:
-            query = sa.delete(jobs).where(jobs.c.id.in_(old.limit(limit).scalar_subquery()))
+            some = (await transaction.execute(old.limit(limit))).scalars().all()
+            query = sa.delete(jobs).where(*self._in_order(jobs.c.id.in_(some), jobs.c.state.in_(FINISHED)))
             return int((await transaction.execute(query)).rowcount)
 
     async def delete(self, job: Job, children: str | None) -> bool:
@@ -439,8 +442,8 @@ class JobStore:
         async with self.database.begin() as transaction:
             deleted = (await transaction.execute(gone)).rowcount == 1
             if deleted and children is not None:
-                orphans = sa.delete(jobs).where(jobs.c.parent_id == job.id, jobs.c.kind == children)
-                await transaction.execute(orphans)
+                theirs = (jobs.c.parent_id == job.id, jobs.c.kind == children)
+                await transaction.execute(sa.delete(jobs).where(*self._in_order(*theirs)))
         return deleted
 
     # The log of one job.
@@ -464,6 +467,18 @@ class JobStore:
                 {"number": row.number, "at": row.at, "event": row.event, "detail": row.detail}
                 for row in await connection.execute(query)
             ]
+
+    def _in_order(self, *conditions: sa.ColumnElement[bool]) -> tuple[sa.ColumnElement[bool], ...]:
+        """The conditions, for a statement that locks all rows that meet them in the order of their ids before it writes.
+
+        Two statements about the same rows then wait for each other, and never in a circle.
+        """
+        if self.database.is_sqlite:
+            return conditions  # one writes at a time
+        held = sa.select(jobs.c.id).where(*conditions).order_by(jobs.c.id).with_for_update()
+        # PostgreSQL may run a locking subquery again for each row; a CTE runs once. What was locked may have changed
+        # while somebody else held it, so the conditions are asked once more of every row that is written.
+        return (jobs.c.id.in_(sa.select(held.cte("held").c.id)), *conditions)
 
     # Looking.
 
