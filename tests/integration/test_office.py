@@ -12,11 +12,15 @@ from forebay.config import JobSettings
 from forebay.errors import Conflict, EngineCrashed, InvalidRequest, NotFound, Overloaded
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Cancelled, Done, Failed, Interruption, Outcome, Snoozed, Waiting
+from forebay.jobs.rescuer import Rescuer
 from forebay.jobs.retry import doubling
+from forebay.jobs.settlement import Settlement
 from forebay.store.database import Database, Transaction
 from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.job_state import JobState
 from forebay.store.jobs import Job, JobStore, Lease, NewJob
+from forebay.store.webhooks import WebhookStore
+from forebay.telemetry import Metrics
 from tests.support import postgres
 from tests.support.office import QUICK, RETRY, back_office, settings_for
 from tests.support.server import eventually
@@ -241,6 +245,28 @@ async def test_a_job_on_which_workers_keep_dying_is_given_up(database: Database)
 
         found = await eventually(dies_again, what="the end of it")
         assert (found.state, found.error_code, found.attempt) == (JobState.FAILED, "worker_lost", 3)
+
+
+async def test_a_worker_that_was_only_late_keeps_a_job_that_would_be_given_up(database: Database) -> None:
+    """It renews between the look at lost jobs and the giving up."""
+    kind = Script().kind()
+    settings = QUICK.model_copy(update={"rescues_max": 1})
+    clock, metrics, dead_letters = SystemClock(), Metrics(), DeadLetterStore(database, SystemClock())
+    jobs, webhooks = JobStore(database, clock), WebhookStore(database, clock)
+    settlement = Settlement(jobs, webhooks, dead_letters, {"job": kind})
+    rescuer = Rescuer(jobs, settlement, {"job": kind}, settings, clock, metrics)
+    async with database.begin() as transaction:
+        (job_id,) = await jobs.insert(transaction, [job()])
+    (held,) = await jobs.lease({"job": 1}, "node_late", -1)
+    lost = await jobs.lost(10)
+    assert await jobs.renew("node_late", [job_id], 60)
+    await rescuer.rescue(lost)
+    assert (await jobs.get("default", job_id)).state is JobState.RUNNING
+    async with database.begin() as transaction:
+        await jobs.fence(transaction, held)
+    await jobs.renew("node_late", [job_id], -1)
+    await rescuer.rescue(await jobs.lost(10))
+    assert (await jobs.get("default", job_id)).error_code == "worker_lost"
 
 
 class Family:

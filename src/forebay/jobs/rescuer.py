@@ -82,11 +82,11 @@ class Rescuer:
     async def _give_up(self, job: Job) -> None:
         error = EngineCrashed("Its workers died on this job, one after the other.", code="worker_lost")
         outcome = Failed(error, retryable=False)
-        kind = self._kinds[job.kind]
+        kind, lease = self._kinds[job.kind], Lease(job, unless_renewed=True)
         try:
-            await self._settlement.settle(Lease(job), outcome, verdict(job, outcome, kind.retry, self._jobs.now()))
+            await self._settlement.settle(lease, outcome, verdict(job, outcome, kind.retry, self._jobs.now()))
         except LeaseLost:
-            pass  # it has ended or moved on by itself
+            pass  # it has ended, or its worker was only late
 
     async def _expire(self, job: Job) -> None:
         kind = self._kinds[job.kind]

@@ -87,9 +87,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to work on `job` and to write about it, as long as it is the job's last attempt."""
+    """The right to work on `job` and to write about it, as long as it is the job's last attempt.
+
+    With `unless_renewed` it also ends as soon as whoever works on the job renews it: the right to give up a lost one.
+    """
 
     job: Job
+    unless_renewed: bool = False
 
     @property
     def id(self) -> str:
@@ -264,11 +268,10 @@ class JobStore:
             await self.database.notify(transaction, NEWS)
 
     async def _fenced(self, transaction: Transaction, lease: Lease, values: Mapping[str, Any]) -> None:
-        query = (
-            sa.update(jobs)
-            .where(jobs.c.id == lease.id, jobs.c.attempt == lease.attempt, jobs.c.state == JobState.RUNNING)
-            .values(values)
-        )
+        held = [jobs.c.id == lease.id, jobs.c.attempt == lease.attempt, jobs.c.state == JobState.RUNNING]
+        if lease.unless_renewed:
+            held.append(jobs.c.lease_expires_at == lease.job.lease_expires_at)
+        query = sa.update(jobs).where(*held).values(values)
         if (await transaction.execute(query)).rowcount != 1:
             raise LeaseLost
 
