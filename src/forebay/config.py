@@ -185,10 +185,10 @@ class BatchSettings(_Section):
     live_per_project_max: Count = Field(100, description="Unfinished batches of one project; a further one gets 429.")
     chunk_lines: Annotated[int, Field(ge=1, le=10_000)] = Field(256, description="Lines that are leased together.")
     segment_lines: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        64,
-        description="Results of a chunk that are written together; a crash makes those run again that are not written.",
+        128,
+        description="Results of one worker that are not written yet, at most; a crash makes these lines run again.",
     )
-    segment_bytes: Bytes = Field(4 * 2**20, description="Size at which results are written at once.")
+    segment_bytes: Bytes = Field(4 * 2**20, description="Size of such results at which they are written at once.")
     segment_seconds: Seconds = Field(1, description="Longest time that a result waits to be written.")
     line_attempts_max: Annotated[int, Field(ge=1, le=20)] = Field(
         3, description="Attempts at a line whose engine fails; then it is an error line and a dead letter."

@@ -18,7 +18,7 @@ from forebay.jobs.kinds import Run
 from forebay.jobs.line_runner import LineRunner
 from forebay.jobs.lines import LineReader, Place, RunOrder, Window, unpack_numbers, unpack_places
 from forebay.jobs.outcome import Done, Failed, Interruption, Outcome, Snoozed
-from forebay.jobs.segments import SegmentStore, SegmentWriter
+from forebay.jobs.segments import SegmentStore, SegmentWriter, Unwritten
 from forebay.replicas.catalog import Catalog
 from forebay.store.batches import Batch, BatchStore
 from forebay.store.files import blob_key
@@ -63,6 +63,7 @@ class ChunkWork:
         self._catalog = catalog
         self._settings = settings
         self._clock = clock
+        self._unwritten = Unwritten(settings)
         self._windows: dict[str, Window] = {}
         self._turns = itertools.count()
 
@@ -107,7 +108,7 @@ class ChunkWork:
             self._window(lease.job.model or ""),
             (lease.job.priority, lease.job.deadline_at, next(self._turns)),
             LineReader(self._blobs, blob_key(batch.input_file_id)),
-            SegmentWriter(self._segments, run, batch, number, self._settings, self._clock),
+            SegmentWriter(self._segments, run, batch, number, self._settings, self._clock, self._unwritten),
         )
 
     def _window(self, model: str) -> Window:

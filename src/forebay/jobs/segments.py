@@ -1,11 +1,11 @@
 """The results of a chunk on their way to the store: gathered, written as a blob, committed with the states of their lines.
 
-It refuses to keep more than two segments in memory, to commit anything once the lease is lost, and to be cut in two by a
-cancellation: a commit that has begun comes to its end.
+It refuses to let a worker keep more than one segment of results unwritten, to commit anything once the lease is lost, and
+to be cut in two by a cancellation: a commit that has begun comes to its end.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from forebay.blobs.blobs import Blobs
@@ -126,11 +126,59 @@ def folder(batch_id: str) -> str:
     return f"segments/{batch_id}/"
 
 
+class Unwritten:
+    """The results of one worker that no segment has yet, over all its chunks: what a crash would make run again.
+
+    It refuses more than one segment of them: whoever brings a further one waits. From half a segment on, the writer
+    that has most is told to write.
+    """
+
+    def __init__(self, settings: BatchSettings) -> None:
+        self._lines_max = settings.segment_lines
+        self._bytes_max = 2 * settings.segment_bytes
+        self._writers: set[SegmentWriter] = set()
+        self._room = asyncio.Event()
+
+    async def room(self) -> None:
+        """Wait until there is room for one more."""
+        while self._fill(lambda writer: (writer.lines, writer.bytes)) >= 1:
+            self._room.clear()
+            await self._room.wait()
+
+    def added(self, writer: "SegmentWriter") -> None:
+        """Told by a writer that it has one more."""
+        self._writers.add(writer)
+        self._relieve()
+
+    def written(self, writer: "SegmentWriter") -> None:
+        """Told by a writer that it has fewer, or that it gives up what it has."""
+        if not writer.lines:
+            self._writers.discard(writer)
+        self._room.set()
+        self._relieve()
+
+    def _relieve(self) -> None:
+        if self._fill(lambda writer: (writer.idle_lines, writer.idle_bytes)) >= 1 / 2:
+            max(self._writers, key=lambda writer: (writer.idle_lines, writer.idle_bytes)).hurry()
+
+    def _fill(self, of: "Callable[[SegmentWriter], tuple[int, int]]") -> float:
+        counts = [of(writer) for writer in self._writers]
+        lines, size = sum(each[0] for each in counts), sum(each[1] for each in counts)
+        return max(lines / self._lines_max, size / self._bytes_max)
+
+
 class SegmentWriter:
-    """Collects the results of one attempt at a chunk and writes them when there are enough, or after a while."""
+    """Collects the results of one attempt at a chunk and writes them when it is told to, or after a while."""
 
     def __init__(
-        self, store: SegmentStore, run: Run, batch: Batch, number: int, settings: BatchSettings, clock: Clock
+        self,
+        store: SegmentStore,
+        run: Run,
+        batch: Batch,
+        number: int,
+        settings: BatchSettings,
+        clock: Clock,
+        unwritten: Unwritten,
     ) -> None:
         self._store = store
         self._run = run
@@ -138,23 +186,41 @@ class SegmentWriter:
         self._number = number
         self._settings = settings
         self._clock = clock
+        self._unwritten = unwritten
         self._results: list[Result] = []
-        self._bytes = 0
         self._closed = False
-        self._some, self._enough, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._some, self._enough = asyncio.Event(), asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
         self._taken = 0  # how many results are being written
+        self._taken_bytes = 0
+        self.bytes = 0
+
+    @property
+    def lines(self) -> int:
+        """Results that are not written."""
+        return len(self._results)
+
+    @property
+    def idle_lines(self) -> int:
+        """Results that are not being written either."""
+        return len(self._results) - self._taken
+
+    @property
+    def idle_bytes(self) -> int:
+        """Their size."""
+        return self.bytes - self._taken_bytes
 
     async def add(self, result: Result) -> None:
-        """Hand in a result; waits while two segments are there already."""
-        while self._fills(2):
-            self._room.clear()
-            await self._room.wait()
+        """Hand in a result; waits while a whole segment is not written."""
+        await self._unwritten.room()
         self._results.append(result)
-        self._bytes += len(result.line)
+        self.bytes += len(result.line)
         self._some.set()
-        if self._fills(1):
-            self._enough.set()
+        self._unwritten.added(self)
+
+    def hurry(self) -> None:
+        """Write what is there, without waiting for more."""
+        self._enough.set()
 
     def close(self) -> None:
         """Nothing more will come."""
@@ -181,16 +247,13 @@ class SegmentWriter:
             await self._write_one()
 
     async def abandon(self) -> None:
-        """The lease is lost: write nothing more."""
+        """The attempt is over: write nothing more, and give up what is left."""
         if self._writing is not None and not self._writing.done():
             self._writing.cancel()
             await asyncio.wait([self._writing])
-
-    def _fills(self, segments: int) -> bool:
-        return (
-            len(self._results) >= segments * self._settings.segment_lines
-            or self._bytes >= segments * self._settings.segment_bytes
-        )
+        self._results.clear()
+        self._taken = self._taken_bytes = self.bytes = 0
+        self._unwritten.written(self)
 
     async def _wait_for_enough(self) -> None:
         try:
@@ -201,7 +264,9 @@ class SegmentWriter:
 
     async def _write_one(self) -> None:
         taken = self._results[: self._settings.segment_lines]
-        self._taken = len(taken)
+        self._taken, self._taken_bytes = len(taken), sum(len(result.line) for result in taken)
+        if not self._closed:
+            self._enough.clear()
         self._writing = asyncio.create_task(self._store.write(self._run, self._batch, self._number, taken))
         # On a cancellation the write goes on; `flush` waits for it and `abandon` ends it.
         await asyncio.shield(self._writing)
@@ -210,11 +275,9 @@ class SegmentWriter:
     def _written(self) -> None:
         self._writing = None
         self._number += 1
-        self._bytes -= sum(len(result.line) for result in self._results[: self._taken])
+        self.bytes -= self._taken_bytes
         del self._results[: self._taken]
-        self._room.set()
-        if not self._closed:
-            if not self._fills(1):
-                self._enough.clear()
-            if not self._results:
-                self._some.clear()
+        self._taken = self._taken_bytes = 0
+        if not self._results and not self._closed:
+            self._some.clear()
+        self._unwritten.written(self)
