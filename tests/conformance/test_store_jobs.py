@@ -312,13 +312,20 @@ async def test_the_place_in_the_queue(jobs: JobStore, clock: FakeClock) -> None:
     assert await jobs.counts() == {("noop", JobState.AVAILABLE): 4, ("other", JobState.AVAILABLE): 1}
 
 
-async def test_overdue_and_stuck_jobs_are_found(jobs: JobStore, clock: FakeClock) -> None:
+async def test_unwanted_and_stuck_jobs_are_found(jobs: JobStore, clock: FakeClock) -> None:
     await insert(jobs, noop(id="late", deadline_at=jobs.now() + 5), noop(id="early"))
-    assert await jobs.overdue(["noop"], 10) == []
+    assert await jobs.unwanted(["noop"], 10) == []
     clock.advance(5)
-    assert [job.id for job in await jobs.overdue(["noop"], 10)] == ["late"]
+    assert [job.id for job in await jobs.unwanted(["noop"], 10)] == ["late"]
     await lease(jobs, 2)
-    assert await jobs.overdue(["noop"], 10) == [], "whoever runs it ends it"
+    assert await jobs.unwanted(["noop"], 10) == [], "whoever runs it ends it"
+    (again,) = await insert(jobs, NewJob("again", "default"))
+    (held,) = await lease(jobs, kind="again")
+    async with jobs.database.begin() as transaction:
+        await jobs.request_cancel(transaction, again)
+    assert await jobs.unwanted(["again"], 10) == []
+    await settle(jobs, held, Verdict(JobState.AVAILABLE, jobs.now() + 3600))
+    assert [job.id for job in await jobs.unwanted(["noop", "again"], 10)] == [again]
     assert await jobs.stuck(60) == 0
     clock.advance(61)
     assert await jobs.stuck(60) == 2

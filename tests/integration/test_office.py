@@ -157,6 +157,22 @@ async def test_cancelling_a_running_job_stops_it(database: Database) -> None:
         assert (await back.office.desk.cancel("default", job_id)).state is JobState.CANCELLED, "twice is fine"
 
 
+async def test_a_cancellation_ends_a_job_that_fails_at_that_moment(database: Database) -> None:
+    """Its attempt is over before the worker hears of it, and the next one is far away."""
+    jobs = JobStore(database, SystemClock())
+
+    async def perform(lease: Lease, _run: Run) -> Outcome:
+        async with database.begin() as transaction:
+            await jobs.request_cancel(transaction, lease.id)
+        return Failed(EngineCrashed(), retryable=True, retry_in_seconds=3600)
+
+    async with back_office(database, [Kind("job", perform, 4, RETRY)]) as back:
+        (job_id,) = await back.submit(job())
+        found = await back.until_finished(job_id, within_seconds=10)
+        assert (found.state, found.attempt) == (JobState.CANCELLED, 1)
+        assert [entry["code"] for entry in found.errors] == ["engine_crashed", "job_cancelled"]
+
+
 async def test_cancelling_a_job_that_nobody_runs_ends_it_at_once(database: Database) -> None:
     script = Script()
     async with back_office(database, [script.kind()], works=False) as back:

@@ -1,4 +1,4 @@
-"""The rescuer: takes back jobs whose worker is gone, ends those whose deadline has passed, and watches for stuck ones.
+"""The rescuer: takes back jobs whose worker is gone, ends those that nobody wants any more, and watches for stuck ones.
 
 It refuses to judge by age alone: only a lease that has run out, or a node that is known to be dead, frees a job.
 """
@@ -9,14 +9,14 @@ from forebay.clock import Clock
 from forebay.config import JobSettings
 from forebay.errors import EngineCrashed, ForebayError, LeaseLost
 from forebay.jobs.kinds import Kind
-from forebay.jobs.outcome import Expired, Failed, verdict
+from forebay.jobs.outcome import Cancelled, Expired, Failed, verdict
 from forebay.jobs.settlement import Settlement
 from forebay.store.job_state import LIVE
 from forebay.store.jobs import Job, JobStore, Lease
 from forebay.telemetry import Log, Metrics
 
 _LOST_MAX = 1000
-_OVERDUE_MAX = 1000
+_UNWANTED_MAX = 1000
 _TICKS = 3  # in the time of one lease
 _TICK_SECONDS_MAX = 4.0  # so that a long lease does not make a long wait longer
 
@@ -51,10 +51,10 @@ class Rescuer:
             await self._clock.sleep(self._clock.jitter(min(self._settings.lease_seconds / _TICKS, _TICK_SECONDS_MAX)))
 
     async def tick(self) -> None:
-        """One round: rescue, expire, measure."""
+        """One round: rescue, end, measure."""
         await self.rescue(await self._jobs.lost(_LOST_MAX))
-        for job in await self._jobs.overdue(list(self._kinds), _OVERDUE_MAX):
-            await self._expire(job)
+        for job in await self._jobs.unwanted(list(self._kinds), _UNWANTED_MAX):
+            await self._end(job)
         self._metrics.jobs_stuck.set(await self._jobs.stuck(self._settings.stuck_seconds))
         counts = await self._jobs.counts()
         for kind in self._kinds:
@@ -88,9 +88,10 @@ class Rescuer:
         except LeaseLost:
             pass  # it has ended, or its worker was only late
 
-    async def _expire(self, job: Job) -> None:
+    async def _end(self, job: Job) -> None:
         kind = self._kinds[job.kind]
         if kind.children is not None and job.stage == kind.joins_at:
             return  # all that is left is to put together what there is
+        outcome = Expired() if job.cancel_requested_at is None else Cancelled()
         async with self._jobs.database.begin() as transaction:
-            await self._settlement.end(transaction, job, verdict(job, Expired(), kind.retry, self._jobs.now()))
+            await self._settlement.end(transaction, job, verdict(job, outcome, kind.retry, self._jobs.now()))

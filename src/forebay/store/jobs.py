@@ -415,17 +415,13 @@ class JobStore:
             await self.database.notify(transaction, NEWS)
         return count
 
-    async def overdue(self, kinds: Collection[str], limit: int) -> list[Job]:
-        """Jobs that nobody runs and whose deadline has passed. One that waits is ended by the ends of its children."""
-        query = (
-            sa.select(jobs)
-            .where(
-                jobs.c.state == JobState.AVAILABLE,
-                jobs.c.kind.in_(kinds),
-                jobs.c.deadline_at <= self.now(),
-            )
-            .limit(limit)
-        )
+    async def unwanted(self, kinds: Collection[str], limit: int) -> list[Job]:
+        """Jobs that nobody runs, and nobody is to run: the deadline has passed, or a failed attempt met a cancellation.
+
+        One that waits is ended by the ends of its children.
+        """
+        unwanted = sa.or_(jobs.c.deadline_at <= self.now(), jobs.c.cancel_requested_at.is_not(None))
+        query = sa.select(jobs).where(jobs.c.state == JobState.AVAILABLE, jobs.c.kind.in_(kinds), unwanted).limit(limit)
         async with self.database.read() as connection:
             return [_job(row) for row in await connection.execute(query)]
 
