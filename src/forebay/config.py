@@ -141,7 +141,10 @@ class JobSettings(_Section):
         15, description="How long a worker that is not heard of keeps a job; it renews three times as often."
     )
     poll_seconds: Seconds = Field(1, description="How often a worker looks for jobs that nobody told it of.")
-    live_max: Count = Field(100_000, description="Unfinished jobs in all; a submit beyond it gets 429.")
+    live_max: Count = Field(
+        100_000,
+        description="Unfinished jobs in all; a submit beyond it gets 429. Processes that share a database count each other's once a second.",
+    )
     batches_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
         2, description="Batches that one worker checks or puts together at once."
     )

@@ -1,5 +1,6 @@
 """One suite for the batch store and the writing of segments, over SQLite and PostgreSQL."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,24 @@ async def test_a_batch_is_seen_by_its_project_alone(office: Office) -> None:
     assert await office.batches.page("default", after=None, limit=10) == ([], False)
     with pytest.raises(NotFound):
         await office.batches.page("default", after=batch.id, limit=10)
+
+
+async def test_many_at_once_are_counted_one_after_the_other(office: Office) -> None:
+    async def make_if_there_is_room(number: int) -> bool:
+        async with office.database.begin() as transaction:
+            room = await office.batches.unfinished(transaction, "default") < 3
+            if room:
+                await office.jobs.insert(transaction, [NewJob(BATCH, "default", id=f"batch_{number}")])
+        return room
+
+    assert sum(await asyncio.gather(*(make_if_there_is_room(number) for number in range(8)))) == 3
+    async with office.database.begin() as transaction:
+        assert await office.batches.unfinished(transaction, "default") == 3
+        # Whoever writes about the project otherwise does not wait for those who count.
+        async with asyncio.timeout(5):
+            if not office.database.is_sqlite:  # there one writes at a time
+                async with office.database.begin() as other:
+                    await office.jobs.insert(other, [NewJob(CHUNK, "default", parent_id="batch_0")])
 
 
 async def test_pages_go_back_in_time(office: Office) -> None:

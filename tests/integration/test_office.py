@@ -357,6 +357,14 @@ async def test_the_desk_is_full_above_its_limit(database: Database) -> None:
         assert refusal.value.code == "job_queue_full"
 
 
+async def test_many_at_once_do_not_get_past_the_limit(database: Database) -> None:
+    settings = QUICK.model_copy(update={"live_max": 3})
+    async with back_office(database, [Script().kind()], works=False, settings=settings) as back:
+        checks = (back.office.desk.check_room() for _ in range(20))
+        refusals = [each for each in await asyncio.gather(*checks, return_exceptions=True) if each is not None]
+        assert [type(each) for each in refusals] == [Overloaded] * 17
+
+
 async def test_the_outcome_survives_a_database_that_is_away(database: Database, tmp_path: Path) -> None:
     if database.is_sqlite:
         pytest.skip("a SQLite file does not go away; a full disk has its own test")

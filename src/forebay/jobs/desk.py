@@ -48,6 +48,7 @@ class Desk:
         self._settings = settings
         self._clock = clock
         self._live = 0
+        self._admitted = 0  # since the start
         self._counted_at = float("-inf")
 
     @property
@@ -56,11 +57,12 @@ class Desk:
         return [name for name, kind in self._kinds.items() if not kind.waits_for_it]
 
     async def check_room(self, count: int = 1) -> None:
-        """Raise Overloaded if there are too many live jobs. The count may be a second old."""
+        """Raise Overloaded if there are too many live jobs. What other processes add is counted once a second."""
         now = self._clock.monotonic()
         if now - self._counted_at > _COUNT_SECONDS:
-            self._live = sum((await self.jobs.counts()).values())
-            self._counted_at = now
+            self._counted_at, before = now, self._admitted  # whoever comes during the look does not look as well
+            counted = sum((await self.jobs.counts()).values())
+            self._live = counted + self._admitted - before
         if self._live + count > self._settings.live_max:
             raise Overloaded(
                 "There are too many unfinished jobs. Try again later.",
@@ -68,6 +70,7 @@ class Desk:
                 retry_after_seconds=_FULL_SECONDS,
             )
         self._live += count
+        self._admitted += count
 
     async def submit(self, transaction: Transaction, new: Sequence[NewJob]) -> list[str]:
         """Hand in jobs in the caller's transaction, after `check_room`; their ids."""

@@ -16,7 +16,7 @@ from forebay.inference import Usage
 from forebay.store.database import Database, Transaction
 from forebay.store.job_state import FINISHED, LIVE, JobState
 from forebay.store.jobs import Job
-from forebay.store.tables import batches, chunks, jobs, line_rates, segments
+from forebay.store.tables import batches, chunks, jobs, line_rates, projects, segments
 
 BATCH = "batch"  # the kinds of its jobs
 CHUNK = "chunk"
@@ -142,7 +142,14 @@ class BatchStore:
         return _batch(row)
 
     async def unfinished(self, transaction: Transaction, project_id: str) -> int:
-        """How many batches of a project have not ended."""
+        """How many batches of a project have not ended, for who is about to make one more.
+
+        On PostgreSQL two who come at once are counted one after the other: the project's row is held until the
+        transaction ends. It is held so that rows which name the project can still be written.
+        """
+        if not self.database.is_sqlite:
+            held = sa.select(projects.c.id).where(projects.c.id == project_id).with_for_update(key_share=True)
+            await transaction.execute(held)
         query = (
             sa.select(sa.func.count())
             .select_from(jobs)
