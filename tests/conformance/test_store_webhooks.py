@@ -14,7 +14,7 @@ from forebay.store.database import Database
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, NewJob, Verdict
 from forebay.store.keys import KeyStore
-from forebay.store.webhooks import Delivery, DeliveryAttempt, Endpoint, WebhookStore
+from forebay.store.webhooks import Delivery, DeliveryAttempt, Endpoint, NewEvent, WebhookStore
 from tests.support.clock import FakeClock
 
 SETTINGS = WebhookSettings(endpoints_max=3, secret_overlap_seconds=60)
@@ -67,15 +67,8 @@ async def enqueue(
     hooks: WebhookStore, project: str, job: str, event_type: str = "batch.completed", url: str | None = None
 ) -> list[str]:
     async with hooks.database.begin() as transaction:
-        return await hooks.enqueue(
-            transaction,
-            job_id=job,
-            project_id=project,
-            event_type=event_type,
-            object_id=job,
-            webhook_url=url,
-            webhook_secret=None if url is None else "whsec_x",
-        )
+        secret = None if url is None else "whsec_x"
+        return await hooks.enqueue(transaction, [NewEvent(event_type, job, job, project, url, secret)])
 
 
 async def test_an_endpoint_is_found_changed_and_deleted(
@@ -197,7 +190,7 @@ async def test_an_event_is_enqueued_with_what_it_tells_or_not_at_all(
     endpoint = await make(hooks, project, HOOK)
     with pytest.raises(NotFound):
         async with database.begin() as transaction:
-            await hooks.enqueue(transaction, job_id=job, project_id=project, event_type="batch.failed", object_id=job)
+            await hooks.enqueue(transaction, [NewEvent("batch.failed", job, job, project)])
             raise NotFound
     assert await hooks.list_deliveries(project, endpoint.id) == []
     assert await JobStore(database, clock).list(project, kinds=["webhook"]) == []

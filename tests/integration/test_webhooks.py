@@ -24,7 +24,7 @@ from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.job_state import JobState
 from forebay.store.jobs import Job, JobStore, NewJob
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
-from forebay.store.webhooks import Delivery, Endpoint, WebhookStore, new_secret
+from forebay.store.webhooks import Delivery, Endpoint, NewEvent, WebhookStore, new_secret
 from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock
 from tests.support.hostile_urls import hostile_urls
@@ -54,13 +54,7 @@ class Post:
         async with self.database.begin() as transaction:
             [job] = await self.jobs.insert(transaction, [NewJob("batch", DEFAULT_PROJECT, id="batch_1")])
             return await self.hooks.enqueue(
-                transaction,
-                job_id=job,
-                project_id=DEFAULT_PROJECT,
-                event_type="batch.completed",
-                object_id=job,
-                webhook_url=url,
-                webhook_secret=secret,
+                transaction, [NewEvent("batch.completed", job, job, DEFAULT_PROJECT, url, secret)]
             )
 
     async def work(self) -> int:
@@ -253,9 +247,7 @@ async def test_410_disables_the_endpoint_and_is_not_tried_again(post: Post, rece
     assert found.disabled_at == post.clock.now()
     assert "410" in (found.disabled_reason or "")
     async with post.database.begin() as transaction:
-        later = await post.hooks.enqueue(
-            transaction, job_id="batch_1", project_id=DEFAULT_PROJECT, event_type="batch.failed", object_id="batch_1"
-        )
+        later = await post.hooks.enqueue(transaction, [NewEvent("batch.failed", "batch_1", "batch_1", DEFAULT_PROJECT)])
     assert later == []
 
 
@@ -350,12 +342,7 @@ async def test_no_hostile_url_is_called_on_delivery(post: Post, bird: Canary) ->
     for url in urls:
         async with post.database.begin() as transaction:
             sent += await post.hooks.enqueue(
-                transaction,
-                job_id="batch_1",
-                project_id=DEFAULT_PROJECT,
-                event_type="batch.completed",
-                object_id="batch_1",
-                webhook_url=url,
+                transaction, [NewEvent("batch.completed", "batch_1", "batch_1", DEFAULT_PROJECT, url)]
             )
     while await post.work():
         pass

@@ -85,7 +85,7 @@ async def run(database_url: str | None, seeds: int, size: Size, say: Callable[[s
     report.notes += [
         f"A worker of this process runs up to {_AT_ONCE} jobs at once; each end is committed and flushed before it counts.",
         "Jobs are submitted before the worker starts, so that the two figures do not share the machine.",
-        "Jobs that end well and tell nobody are settled many at once; the others in a transaction each.",
+        "Jobs that end well are settled many at once, each with its event: a transaction for all that have ended meanwhile.",
     ]
     return report
 
@@ -112,7 +112,7 @@ async def _throughput(database: Database, size: Size, report: Report) -> None:
 
 
 async def _telling(jobs: JobStore, size: Size, report: Report) -> None:
-    """Jobs each of which is settled in a transaction of its own, which looks for webhooks, as a batch is."""
+    """Jobs that look for webhooks when they end, as a batch does."""
     new = [NewJob("noop", "default") for _ in range(size.jobs // _TELLING_SHARE)]
     async with jobs.database.begin() as transaction:
         await jobs.insert(transaction, new)

@@ -9,9 +9,8 @@ from dataclasses import replace
 
 from forebay.clock import Clock
 from forebay.errors import ForebayError, InsufficientStorage, LeaseLost, ServerError, StoreUnavailable
-from forebay.jobs.completer import Completer
 from forebay.jobs.kinds import Kind, Run
-from forebay.jobs.outcome import Done, Failed, Interruption, Outcome, Snoozed, interrupted, verdict
+from forebay.jobs.outcome import Failed, Interruption, Outcome, Snoozed, interrupted, verdict
 from forebay.jobs.settlement import Settlement
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, Lease
@@ -27,7 +26,6 @@ class Executor:
     def __init__(self, jobs: JobStore, settlement: Settlement, clock: Clock, metrics: Metrics) -> None:
         self._jobs = jobs
         self._settlement = settlement
-        self._completer = Completer(jobs)
         self._clock = clock
         self._metrics = metrics
         self._log = Log()
@@ -71,10 +69,7 @@ class Executor:
             job = replace(lease.job, failures=0) if run.progressed else lease.job
             decided = verdict(job, outcome, kind.retry, self._jobs.now())
             try:
-                if isinstance(outcome, Done) and outcome.write is None and not kind.has_consequences:
-                    await self._completer.complete(lease)
-                else:
-                    await self._settlement.settle(lease, outcome, decided)
+                await self._settlement.settle(lease, outcome, decided)
             except LeaseLost:
                 break
             except (StoreUnavailable, InsufficientStorage):

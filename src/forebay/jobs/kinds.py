@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from forebay.jobs.outcome import Interruption, Outcome
 from forebay.jobs.retry import Delay
-from forebay.store.database import Transaction
 from forebay.store.job_state import JobState
 from forebay.store.jobs import Job, Lease
 
@@ -28,12 +27,7 @@ class Run:
 
 
 Perform = Callable[[Lease, Run], Awaitable[Outcome]]
-Settled = Callable[[Transaction, Job, JobState], Awaitable[None]]
 After = Callable[[Job, JobState], Awaitable[None]]
-
-
-async def _nothing(_transaction: Transaction, _job: Job, _state: JobState) -> None:
-    return
 
 
 async def _nothing_more(_job: Job, _state: JobState) -> None:
@@ -51,7 +45,6 @@ class Kind:
     `waits_for_it` says that its parent does.
     `event` is the first word of its webhook events, such as `batch` in `batch.completed`; none tells nobody.
     `has_dead_letter` says that a job given up becomes a dead letter itself.
-    `on_finished` joins the transaction that ends a job, however it ends.
     `after` follows the commit of an attempt in the same process, with the state it left: for what a sweep does as well.
     """
 
@@ -64,10 +57,4 @@ class Kind:
     waits_for_it: bool = False
     event: str | None = None
     has_dead_letter: bool = False
-    on_finished: Settled = field(default=_nothing)
     after: After = field(default=_nothing_more)
-
-    @property
-    def has_consequences(self) -> bool:
-        """Whether something else is written when a job of this kind ends well."""
-        return self.waits_for_it or self.event is not None or self.on_finished is not _nothing

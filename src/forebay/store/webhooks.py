@@ -62,6 +62,21 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An event to be told: to every enabled endpoint of the project that wants its type, and to its own `webhook_url`.
+
+    `parent_id` is the job of which it tells.
+    """
+
+    type: str
+    object_id: str
+    parent_id: str
+    project_id: str
+    webhook_url: str | None = None
+    webhook_secret: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class DeliveryAttempt:
     """One attempt at a delivery; no status where there was no answer."""
 
@@ -92,6 +107,16 @@ class Delivery:
     run_at: float
     parent_id: str | None
     attempts: list[DeliveryAttempt]
+
+
+@dataclass(frozen=True, slots=True)
+class _NewDelivery:
+    """A delivery to be made; `event` and `target` are columns of its row."""
+
+    project_id: str
+    parent_id: str | None
+    event: Mapping[str, str]
+    target: Mapping[str, Any] = field(repr=False)
 
 
 class WebhookStore:
@@ -148,7 +173,7 @@ class WebhookStore:
     async def list_endpoints(self, project_id: str) -> list[Endpoint]:
         """Every endpoint of a project, oldest first; there are at most `webhooks.endpoints_max`."""
         async with self.database.read() as transaction:
-            return await self._endpoints(transaction, project_id)
+            return await self._endpoints(transaction, [project_id])
 
     async def update_endpoint(
         self,
@@ -210,8 +235,8 @@ class WebhookStore:
             raise NotFound("There is no such webhook endpoint.")
         return Endpoint(**row._mapping)  # noqa: SLF001  # SQLAlchemy's documented name
 
-    async def _endpoints(self, transaction: Transaction, project_id: str) -> list[Endpoint]:
-        query = sa.select(webhook_endpoints).where(webhook_endpoints.c.project_id == project_id)
+    async def _endpoints(self, transaction: Transaction, project_ids: Collection[str]) -> list[Endpoint]:
+        query = sa.select(webhook_endpoints).where(webhook_endpoints.c.project_id.in_(project_ids))
         query = query.order_by(webhook_endpoints.c.created_at, webhook_endpoints.c.id)
         return [Endpoint(**row._mapping) for row in await transaction.execute(query)]  # noqa: SLF001
 
@@ -221,31 +246,23 @@ class WebhookStore:
 
     # Events and their deliveries.
 
-    async def enqueue(
-        self,
-        transaction: Transaction,
-        *,
-        job_id: str,
-        project_id: str,
-        event_type: str,
-        object_id: str,
-        webhook_url: str | None = None,
-        webhook_secret: str | None = None,
-    ) -> list[str]:
-        """Tell of the end of a job, in the transaction that ends it; the ids of the deliveries.
-
-        The event goes to every enabled endpoint of the project that wants its type, and to the job's own `webhook_url`.
-        """
-        endpoints = await self._endpoints(transaction, project_id)
-        targets: list[dict[str, Any]] = [
-            {"endpoint_id": endpoint.id, "url": endpoint.url, "secret": None}
-            for endpoint in endpoints
-            if endpoint.wants(event_type)
-        ]
-        if webhook_url is not None:
-            targets.append({"endpoint_id": None, "url": webhook_url, "secret": webhook_secret})
-        event = self._event(event_type, object_id)
-        return await self._send(transaction, project_id, job_id, event, targets)
+    async def enqueue(self, transaction: Transaction, events: Sequence[NewEvent]) -> list[str]:
+        """Tell of the end of jobs, in the transaction that ends them; the ids of the deliveries."""
+        if not events:
+            return []
+        endpoints = await self._endpoints(transaction, {event.project_id for event in events})
+        new: list[_NewDelivery] = []
+        for event in events:
+            targets: list[dict[str, Any]] = [
+                {"endpoint_id": endpoint.id, "url": endpoint.url, "secret": None}
+                for endpoint in endpoints
+                if endpoint.project_id == event.project_id and endpoint.wants(event.type)
+            ]
+            if event.webhook_url is not None:
+                targets.append({"endpoint_id": None, "url": event.webhook_url, "secret": event.webhook_secret})
+            told = self._event(event.type, event.object_id)
+            new += [_NewDelivery(event.project_id, event.parent_id, told, target) for target in targets]
+        return await self._send(transaction, new)
 
     async def send_test(self, transaction: Transaction, project_id: str, endpoint_id: str) -> Delivery:
         """Send a `webhook.test` event about the endpoint to it, whatever it subscribes to.
@@ -255,7 +272,7 @@ class WebhookStore:
         endpoint = await self._owned(transaction, project_id, endpoint_id)
         target = await self._target(transaction, project_id, endpoint_id, endpoint.url, None)
         event = self._event(TEST_EVENT, endpoint_id)
-        [delivery_id] = await self._send(transaction, project_id, None, event, [target])
+        [delivery_id] = await self._send(transaction, [_NewDelivery(project_id, None, event, target)])
         return await self._delivery(transaction, delivery_id, project_id)
 
     async def replay(self, transaction: Transaction, project_id: str, delivery_id: str) -> Delivery:
@@ -266,7 +283,7 @@ class WebhookStore:
         old = await self._delivery(transaction, delivery_id, project_id)
         target = await self._target(transaction, project_id, old.endpoint_id, old.url, old.secret)
         event = {"event_id": old.event_id, "event_type": old.event_type, "body": old.body}
-        [new] = await self._send(transaction, project_id, old.parent_id, event, [target])
+        [new] = await self._send(transaction, [_NewDelivery(project_id, old.parent_id, event, target)])
         return await self._delivery(transaction, new, project_id)
 
     async def list_deliveries(
@@ -325,7 +342,7 @@ class WebhookStore:
     ) -> dict[str, Any]:
         """Where to send something by hand. Raises Conflict unless there is anybody who takes it."""
         if endpoint_id is not None:
-            endpoints = {each.id: each for each in await self._endpoints(transaction, project_id)}
+            endpoints = {each.id: each for each in await self._endpoints(transaction, [project_id])}
             endpoint = endpoints.get(endpoint_id)
             if endpoint is None:
                 raise Conflict("The webhook endpoint of this delivery is deleted.")
@@ -334,20 +351,13 @@ class WebhookStore:
             url = endpoint.url
         return {"endpoint_id": endpoint_id, "url": url, "secret": secret}
 
-    async def _send(
-        self,
-        transaction: Transaction,
-        project_id: str,
-        parent_id: str | None,
-        event: Mapping[str, str],
-        targets: Sequence[Mapping[str, Any]],
-    ) -> list[str]:
-        new = [NewJob(KIND, project_id, id=new_id("whd"), parent_id=parent_id) for _ in targets]
-        ids = await self._jobs.insert(transaction, new)
+    async def _send(self, transaction: Transaction, new: Sequence[_NewDelivery]) -> list[str]:
+        jobs_of = [NewJob(KIND, each.project_id, id=new_id("whd"), parent_id=each.parent_id) for each in new]
+        ids = await self._jobs.insert(transaction, jobs_of)
         now = self._jobs.now()
         rows = [
-            {"id": each, "project_id": project_id, "created_at": now, **event, **target}
-            for each, target in zip(ids, targets, strict=True)
+            {"id": delivery_id, "project_id": each.project_id, "created_at": now, **each.event, **each.target}
+            for delivery_id, each in zip(ids, new, strict=True)
         ]
         if rows:
             await transaction.execute(sa.insert(webhook_deliveries), rows)
