@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import random
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -120,3 +121,26 @@ async def test_a_wrong_file_fails_with_the_numbers_of_its_lines(client: openai.A
         (3, "invalid_json_line"),
         (5, "invalid_method"),
     ]
+
+
+async def test_lines_that_share_a_prefix_find_it_in_the_prompt_cache(client: openai.AsyncOpenAI) -> None:
+    """Lines of 8 prefixes in an order by chance: but for the first of each, the engine reads only what is new."""
+    prefixes, each = 8, 6
+    words = "river dam turbine gate flow basin weir sluice level pressure head spill".split()
+    chance = random.Random(5)
+    systems = [" ".join([f"Station {number}.", *chance.choices(words, k=150)]) for number in range(prefixes)]
+    lines = []
+    for number in range(prefixes * each):
+        asked = request(number, max_tokens=4)
+        asked["body"]["messages"].insert(0, {"role": "system", "content": systems[number % prefixes]})
+        lines.append(asked)
+    chance.shuffle(lines)
+    done = await run(client, jsonl(lines))
+    assert done.request_counts is not None
+    assert done.usage is not None
+    assert done.request_counts.completed == prefixes * each
+    cached, shareable = done.usage.input_tokens_details.cached_tokens, done.usage.input_tokens * (each - 1) / each
+    print(
+        f"\n{done.usage.input_tokens} prompt tokens, {cached} from the cache: {cached / shareable:.2f} of what is shared"
+    )
+    assert cached >= 0.8 * shareable
