@@ -3,7 +3,9 @@
 It refuses to import a command in order to list it: `forebay --help` waits for no server, database or HTTP library.
 """
 
+import gc
 import importlib
+from types import ModuleType
 from typing import Any
 
 import typer
@@ -27,13 +29,23 @@ HELP = {  # the first paragraph of each command's own help; tests/house holds th
 
 def load(name: str) -> Any:
     """The command with everything that it needs: its module's `app`, or else the function named like it."""
-    module = importlib.import_module(f"forebay.cli.{name.replace('-', '_')}")
+    module = _import(f"forebay.cli.{name.replace('-', '_')}")
     alone = typer.Typer()
     if hasattr(module, "app"):
         alone.add_typer(module.app, name=name)
     else:
         alone.command(name)(getattr(module, name))
     return get_group(alone).commands[name]
+
+
+def _import(name: str) -> ModuleType:
+    """Import a module without looking for garbage: there is next to none, and what is imported stays."""
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Commands(TyperGroup):
