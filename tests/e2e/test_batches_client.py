@@ -126,7 +126,7 @@ async def test_a_wrong_file_fails_with_the_numbers_of_its_lines(client: openai.A
 async def test_lines_that_share_a_prefix_find_it_in_the_prompt_cache(client: openai.AsyncOpenAI) -> None:
     """Lines of 8 prefixes in an order by chance: but for the first of each, the engine reads only what is new."""
     prefixes, each = 8, 6
-    words = "river dam turbine gate flow basin weir sluice level pressure head spill".split()
+    words = ["river", "dam", "turbine", "gate", "flow", "basin", "weir", "sluice", "level", "pressure", "head", "spill"]
     chance = random.Random(5)
     systems = [" ".join([f"Station {number}.", *chance.choices(words, k=150)]) for number in range(prefixes)]
     lines = []
