@@ -156,6 +156,7 @@ async def test_what_a_paused_worker_says_late_is_refused(tmp_path: Path, prove: 
             )
             await invariants.check_batches(customer, found)
             invariants.check_events(customer, receiver.received, found)
+        assert not any("never retrieved" in worker.log for worker in workers)
         print(
             f"\n{rounds} rounds, {lost} leases lost, {found.lines} lines, {found.duplicates} twice, {found.lost} lost"
         )

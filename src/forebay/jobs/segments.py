@@ -6,6 +6,7 @@ to be cut in two by a cancellation: a commit that has begun comes to its end.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from forebay.blobs.blobs import Blobs
@@ -248,9 +249,12 @@ class SegmentWriter:
 
     async def abandon(self) -> None:
         """The attempt is over: write nothing more, and give up what is left."""
-        if self._writing is not None and not self._writing.done():
+        if self._writing is not None:
             self._writing.cancel()
             await asyncio.wait([self._writing])
+            if not self._writing.cancelled():
+                with suppress(LeaseLost):  # which may be why it is abandoned
+                    self._writing.result()
         self._results.clear()
         self._taken = self._taken_bytes = self.bytes = 0
         self._unwritten.written(self)
