@@ -12,6 +12,7 @@ from forebay.clock import SystemClock
 from forebay.errors import NotFound
 from forebay.store.database import Database
 from forebay.store.dead_letters import Chosen, DeadLetterStore, LostLine
+from forebay.store.files import FileStore
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, NewJob, Verdict
 from forebay.store.keys import KeyStore
@@ -29,14 +30,16 @@ def lost(name: str, code: str = "engine_error") -> LostLine:
     return LostLine(name, 7, 2**33, 50, code, "It failed.", [{"at": 1.5, "status": 500, "code": code, "message": "ä"}])
 
 
-async def add(store: DeadLetterStore, clock: FakeClock, *lines: LostLine, kind: str = "batch") -> str:
+async def add(
+    store: DeadLetterStore, clock: FakeClock, *lines: LostLine, kind: str = "batch", file_id: str = "file-1"
+) -> str:
     """A job with these lost lines; its id."""
     jobs = JobStore(store.database, clock)
     async with store.database.begin() as transaction:
         (job_id,) = await jobs.insert(transaction, [NewJob(kind, "default")])
     job = await jobs.get("default", job_id)
     async with store.database.begin() as transaction:
-        await store.add_lines(transaction, job, "/v1/completions", "file-1", lines)
+        await store.add_lines(transaction, job, "/v1/completions", file_id, lines)
     clock.advance(1)
     return job_id
 
@@ -90,6 +93,36 @@ async def test_they_are_chosen_paged_and_counted(store: DeadLetterStore, clock: 
             for chosen in (Chosen(), Chosen(job_id=second), Chosen(job_id=second, code="request_timeout"))
         ]
     assert counts == [5, 3, 0]
+
+
+async def test_those_that_can_be_taken_up_are_told_apart(store: DeadLetterStore, clock: FakeClock) -> None:
+    files, jobs = FileStore(store.database, clock), JobStore(store.database, clock)
+    other = (await KeyStore(store.database, clock).get_or_create_project("other")).id
+    async with store.database.begin() as transaction:
+        kept = {"filename": "x", "purpose": "batch", "size": 1, "sha256": ""}
+        for file_id, project_id, seconds in (("file-1", "default", 60.0), ("file-2", other, None)):
+            await files.create_ready(transaction, project_id, file_id=file_id, keep_seconds=seconds, **kept)  # type: ignore[arg-type]
+    await add(store, clock, lost("readable"))
+    await add(store, clock, lost("of another project"), file_id="file-2")
+    await add(store, clock, lost("gone"), file_id="file-3")
+    (webhook,) = [await jobs.get("default", await add(store, clock, kind="webhook"))]
+    async with store.database.begin() as transaction:
+        await store.add_job(transaction, webhook, Verdict(JobState.FAILED, 0, error=("url_unreachable", "x")))
+
+    async def takeable() -> list[str | None]:
+        chosen = Chosen(takeable=True)
+        found = [letter.custom_id for letter in await store.list("default", chosen)]
+        async with store.database.begin() as transaction:
+            assert await store.count(transaction, "default", chosen) == len(found)
+        return found
+
+    assert await takeable() == ["readable"], "the webhook has not ended"
+    (held,) = await jobs.lease({"webhook": 1}, "a", 60)
+    async with store.database.begin() as transaction:
+        await jobs.settle(transaction, held, Verdict(JobState.FAILED, 0, error=("url_unreachable", "x")))
+    assert await takeable() == [None, "readable"]
+    clock.advance(60)
+    assert await takeable() == [None], "the input file has expired"
 
 
 async def test_a_requeue_is_written_down_once_unless_on_purpose(store: DeadLetterStore, clock: FakeClock) -> None:

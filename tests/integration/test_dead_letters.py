@@ -165,7 +165,7 @@ async def test_where_the_input_is_gone_a_body_takes_its_place(server: Server) ->
     status, error = await ask(server, "POST", f"/{letter['id']}/requeue")
     assert (status, error["error"]["code"]) == (409, "input_gone")
     status, taken = await ask(server, "POST", "/requeue")
-    assert (status, taken["requeued"], taken["left"]) == (200, 0, 1)
+    assert (status, taken["requeued"], taken["left"], taken["gone"]) == (200, 0, 1, 1)
     body = line("one", "New.")["body"]
     status, taken = await ask(server, "POST", f"/{letter['id']}/requeue", body={"body": body})
     assert status == 200
@@ -240,6 +240,26 @@ async def test_a_requeue_with_a_key_is_made_once(server: Server) -> None:
     assert await ask(server, "POST", f"/{letter['id']}/requeue", **key) == first
     status, error = await ask(server, "POST", "/requeue", **key)
     assert (status, error["error"]["code"]) == (409, "idempotency_conflict")
+
+
+async def test_letters_without_an_input_do_not_hold_up_older_ones(server: Server) -> None:
+    kept = await failed_batch(server, "old")
+    gone = await submit(server, [line("good", "Good.")])
+    ended = await finished(server, gone["id"])
+    database = await Database.open(Settings(data_dir=server.folder / "data"))
+    job = await JobStore(database, SystemClock()).get("default", gone["id"])
+    lost = [LostLine(f"id-{number}", number, 0, 9, "engine_error", "It failed.", []) for number in range(1, 1001)]
+    async with database.begin() as transaction:
+        store = DeadLetterStore(database, SystemClock())
+        await store.add_lines(transaction, job, CHAT, ended["input_file_id"], lost)
+    await database.close()
+    url = f"{server.url}/v1/files/{ended['input_file_id']}"
+    async with server.session.delete(url, headers=server.headers) as response:
+        assert response.status == 200
+    _, taken = await ask(server, "POST", "/requeue", body={"code": "engine_error"})
+    assert (taken["requeued"], taken["left"], taken["gone"]) == (1, 1000, 1000)
+    ended = await finished(server, taken["jobs"][0]["id"])
+    assert ended["metadata"] == {"requeued_from": kept}
 
 
 async def test_a_call_takes_up_a_thousand_at_most(server: Server) -> None:

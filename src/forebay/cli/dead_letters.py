@@ -81,8 +81,10 @@ def requeue(
         for _ in range(_ROUNDS_MAX):
             found = await client.call("POST", path_of("dead-letters", "requeue"), json=chosen)
             made += [str(each["id"]) for each in found["jobs"]]
-            if not found["left"] or not found["requeued"]:
+            if found["left"] == found["gone"] or not found["requeued"]:
                 break
+        if found["gone"]:
+            typer.echo(f"Passed over {found['gone']} whose input or job is gone.", err=True)
         return made
 
     made = ask(url, key_file, all_of_them if every else one)

@@ -92,11 +92,12 @@ def _shown(line: bytes) -> Any:
 
 @router.post("/requeue")
 async def requeue_letters(request: Request, caller: Member) -> Response:
-    """Take up all that fit and were not taken up yet, as many as one call may; says how many are left."""
+    """Take up all that fit and were not taken up yet, as many as one call may; says how many are left or gone."""
     store: DeadLetterStore = request.app.state.dead_letters
     raw = await read_body(request, request.app.state.settings.http.body_bytes_max)
     body = parse_or_default(RequeueFilter, raw)
-    chosen = Chosen(body.kind, body.job, body.code, waiting=True)
+    waiting = Chosen(body.kind, body.job, body.code, waiting=True)
+    chosen = replace(waiting, takeable=True)
     async with AsyncExitStack() as stack:
         taken = _Taken(request, caller)
 
@@ -106,10 +107,12 @@ async def requeue_letters(request: Request, caller: Member) -> Response:
 
         async def perform(transaction: Transaction) -> dict[str, Any]:
             jobs = await taken.requeue(transaction)
+            left, takeable = [await store.count(transaction, caller.project_id, each) for each in (waiting, chosen)]
             return {
                 "object": "dead_letter.requeue",
                 "requeued": sum(each["requeued"] for each in jobs),
-                "left": await store.count(transaction, caller.project_id, chosen),
+                "left": left,
+                "gone": left - takeable,
                 "jobs": jobs,
             }
 

@@ -12,8 +12,10 @@ import sqlalchemy as sa
 from forebay.clock import Clock, new_id
 from forebay.errors import NotFound
 from forebay.store.database import Database, Transaction
+from forebay.store.files import is_readable
+from forebay.store.job_state import FINISHED, JobState, sources
 from forebay.store.jobs import ERRORS_MAX, Job, Verdict
-from forebay.store.tables import dead_letters
+from forebay.store.tables import dead_letters, jobs
 
 PAGE_SIZE_MAX = 100
 _MESSAGE_CHARS_MAX = 2000
@@ -57,12 +59,17 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Which dead letters are meant; `waiting` leaves out those that were requeued."""
+    """Which dead letters are meant.
+
+    `waiting` leaves out those that were requeued, `takeable` those of which nothing is left to take up: the input file
+    is gone, or the job is, or it does not stand still.
+    """
 
     kind: str | None = None
     job_id: str | None = None
     code: str | None = None
     waiting: bool = False
+    takeable: bool = False
 
 
 EVERY = Chosen()
@@ -121,7 +128,7 @@ class DeadLetterStore:
         self, project_id: str, chosen: Chosen = EVERY, *, after: str | None = None, limit: int = PAGE_SIZE_MAX
     ) -> list[DeadLetter]:
         """A page of a project's dead letters, newest first. Raises NotFound if there is none to continue after."""
-        query = sa.select(dead_letters).where(*_conditions(project_id, chosen))
+        query = sa.select(dead_letters).where(*self._conditions(project_id, chosen))
         if after is not None:
             place = await self.get(project_id, after)
             key = sa.tuple_(dead_letters.c.created_at, dead_letters.c.id)
@@ -132,7 +139,8 @@ class DeadLetterStore:
 
     async def count(self, transaction: Transaction, project_id: str, chosen: Chosen) -> int:
         """How many of a project's dead letters are chosen."""
-        query = sa.select(sa.func.count()).select_from(dead_letters).where(*_conditions(project_id, chosen))
+        query = sa.select(sa.func.count()).select_from(dead_letters)
+        query = query.where(*self._conditions(project_id, chosen))
         return int(await transaction.scalar(query) or 0)
 
     async def mark_requeued(
@@ -157,13 +165,26 @@ class DeadLetterStore:
             query = sa.delete(dead_letters).where(dead_letters.c.id.in_(old.scalar_subquery()))
             return int((await transaction.execute(query)).rowcount)
 
+    def _conditions(self, project_id: str, chosen: Chosen) -> Sequence[sa.ColumnElement[bool]]:
+        columns = dead_letters.c
+        pairs = ((columns.kind, chosen.kind), (columns.job_id, chosen.job_id), (columns.error_code, chosen.code))
+        conditions = [
+            columns.project_id == project_id,
+            *(column == value for column, value in pairs if value is not None),
+        ]
+        if chosen.waiting:
+            conditions.append(columns.requeued_at.is_(None))
+        if chosen.takeable:
+            conditions.append(
+                sa.or_(is_readable(columns.source_file_id, project_id, self._clock.now()), _can_be_revived())
+            )
+        return conditions
 
-def _conditions(project_id: str, chosen: Chosen) -> Sequence[sa.ColumnElement[bool]]:
-    columns = dead_letters.c
-    pairs = ((columns.kind, chosen.kind), (columns.job_id, chosen.job_id), (columns.error_code, chosen.code))
-    given = [column == value for column, value in pairs if value is not None]
-    waiting = [columns.requeued_at.is_(None)] if chosen.waiting else []
-    return [columns.project_id == project_id, *given, *waiting]
+
+def _can_be_revived() -> sa.ColumnElement[bool]:
+    ended = jobs.c.state.in_(sources(JobState.AVAILABLE) & FINISHED)
+    job = sa.exists().where(jobs.c.id == dead_letters.c.job_id, jobs.c.project_id == dead_letters.c.project_id, ended)
+    return sa.and_(dead_letters.c.endpoint.is_(None), job)
 
 
 def _kept(message: str) -> str:

@@ -7,6 +7,7 @@ ends, so that whatever a crash leaves behind is found by `sweep`.
         `----------------^           its blob goes between the last two steps
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -189,8 +190,7 @@ class FileStore:
         return len(found)
 
     def _visible(self, project_id: str) -> sa.Select[Any]:
-        ready = (files.c.project_id == project_id, files.c.state == "ready", _unexpired(self._clock.now()))
-        return sa.select(files).where(*ready)
+        return sa.select(files).where(*_can_be_read(project_id, self._clock.now()))
 
     async def _mark(self, query: sa.Update) -> bool:
         """Mark as deleted; whether there was anything to mark."""
@@ -240,6 +240,15 @@ def _new(project_id: str, file_id: str, filename: str, purpose: str, now: float)
         created_at=now,
         expires_at=None,
     )
+
+
+def is_readable(file_id: sa.ColumnElement[Any], project_id: str, now: float) -> sa.ColumnElement[bool]:
+    """That the file which a row of a project names can still be read."""
+    return sa.exists().where(files.c.id == file_id, *_can_be_read(project_id, now))
+
+
+def _can_be_read(project_id: str, now: float) -> Sequence[sa.ColumnElement[bool]]:
+    return files.c.project_id == project_id, files.c.state == "ready", _unexpired(now)
 
 
 def _ready(file: File, size: int, sha256: str, now: float, keep_seconds: float | None) -> dict[str, Any]:
