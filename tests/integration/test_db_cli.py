@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +23,22 @@ def forebay_db(folder: Path, *arguments: str, url: str | None = None) -> "subpro
         [sys.executable, "-c", "from forebay.cli.db import app; app(prog_name='db')", *arguments],
         cwd=folder, env=kept | chosen, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def upgraded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder after `forebay db upgrade`, to be copied."""
+    folder = tmp_path_factory.mktemp("upgraded")
+    result = forebay_db(folder, "upgrade")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def folder(upgraded: Path, tmp_path: Path) -> Path:
+    """A folder of its own with an upgraded database in it."""
+    shutil.copytree(upgraded, tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 def refused(result: "subprocess.CompletedProcess[str]") -> str:
@@ -61,28 +78,26 @@ def test_check_counts_what_is_there(kind: str, tmp_path: Path) -> None:
     assert "1  projects" in lines[1]
 
 
-def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
-    file = tmp_path / "data" / "forebay.db"
-    forebay_db(tmp_path, "upgrade")
+def test_check_finds_what_is_wrong(folder: Path) -> None:
+    file = folder / "data" / "forebay.db"
     row = "('k', 'nobody', 'p', '', '', '', 'admin', '', NULL, NULL, 0, NULL, NULL)"
     execute(file, "PRAGMA foreign_keys = OFF", f"INSERT INTO api_keys VALUES {row}")
-    assert "A row of api_keys belongs to a row of projects" in refused(forebay_db(tmp_path, "check"))
+    assert "A row of api_keys belongs to a row of projects" in refused(forebay_db(folder, "check"))
     execute(file, "DELETE FROM api_keys", "UPDATE alembic_version SET version_num = '0001'")
-    assert "It has schema 0001 and needs" in refused(forebay_db(tmp_path, "check"))
+    assert "It has schema 0001 and needs" in refused(forebay_db(folder, "check"))
     content = bytearray(file.read_bytes())
     content[4096:20480] = os.urandom(16384)
     file.write_bytes(content)
-    assert refused(forebay_db(tmp_path, "check"))
+    assert refused(forebay_db(folder, "check"))
 
 
 @pytest.mark.parametrize("command", [("upgrade",), ("check",)])
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_a_newer_schema_is_refused(kind: str, command: tuple[str, ...], tmp_path: Path) -> None:
     url = postgres.new_database() if kind == "postgres" else None
-    forebay_db(tmp_path, "upgrade", url=url)
 
     async def age() -> None:
-        database = await Database.open(Settings(data_dir=tmp_path / "data", database_url=url))
+        database = await Database.open(Settings(data_dir=tmp_path / "data", database_url=url))  # which upgrades it
         async with database.begin() as transaction:
             await transaction.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
         await database.close()
@@ -92,34 +107,32 @@ def test_a_newer_schema_is_refused(kind: str, command: tuple[str, ...], tmp_path
     assert "schema 9999, which is newer than this program. Upgrade forebay" in sentence
 
 
-def test_backup_copies_and_replaces_only_when_told(tmp_path: Path) -> None:
-    assert "There is no database" in refused(forebay_db(tmp_path, "backup", "copy.db"))
-    forebay_db(tmp_path, "upgrade")
-    assert forebay_db(tmp_path, "backup", "copy.db").returncode == 0
-    first = (tmp_path / "copy.db").read_bytes()
-    execute(tmp_path / "data" / "forebay.db", "INSERT INTO projects VALUES ('p', 'p', 0)")
-    assert "is there already" in refused(forebay_db(tmp_path, "backup", "copy.db"))
-    assert (tmp_path / "copy.db").read_bytes() == first
-    assert forebay_db(tmp_path, "backup", "--force", "copy.db").returncode == 0
-    connection = sqlite3.connect(tmp_path / "copy.db")
+def test_backup_copies_and_replaces_only_when_told(folder: Path) -> None:
+    assert forebay_db(folder, "backup", "copy.db").returncode == 0
+    first = (folder / "copy.db").read_bytes()
+    execute(folder / "data" / "forebay.db", "INSERT INTO projects VALUES ('p', 'p', 0)")
+    assert "is there already" in refused(forebay_db(folder, "backup", "copy.db"))
+    assert (folder / "copy.db").read_bytes() == first
+    assert forebay_db(folder, "backup", "--force", "copy.db").returncode == 0
+    connection = sqlite3.connect(folder / "copy.db")
     assert connection.execute("SELECT count(*) FROM projects WHERE id = 'p'").fetchone() == (1,)
     connection.close()
-    assert (tmp_path / "copy.db").stat().st_mode & 0o777 == 0o600
-    assert not list(tmp_path.glob(".*"))
+    assert (folder / "copy.db").stat().st_mode & 0o777 == 0o600
+    assert not list(folder.glob(".*"))
 
 
-def test_backup_never_overwrites_the_database_itself(tmp_path: Path) -> None:
-    forebay_db(tmp_path, "upgrade")
-    (tmp_path / "link").symlink_to(tmp_path / "data" / "forebay.db")
+def test_backup_never_overwrites_the_database_itself(folder: Path) -> None:
+    (folder / "link").symlink_to(folder / "data" / "forebay.db")
     for name in ("data/forebay.db", "link", "data"):
-        assert "is there already" in refused(forebay_db(tmp_path, "backup", "--force", name))
-    assert forebay_db(tmp_path, "check").returncode == 0
+        assert "is there already" in refused(forebay_db(folder, "backup", "--force", name))
+    assert forebay_db(folder, "check").returncode == 0
 
 
-def test_backup_says_what_cannot_be_done(tmp_path: Path) -> None:
-    forebay_db(tmp_path, "upgrade")
-    assert "cannot be written" in refused(forebay_db(tmp_path, "backup", "nowhere/copy.db"))
+def test_backup_says_what_cannot_be_done(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    assert "There is no database" in refused(forebay_db(folder / "empty", "backup", "copy.db"))
+    assert "cannot be written" in refused(forebay_db(folder, "backup", "nowhere/copy.db"))
     url = "postgresql://me:hunter2@127.0.0.1:1/x"
-    sentence = refused(forebay_db(tmp_path, "backup", "copy.db", url=url))
+    sentence = refused(forebay_db(folder, "backup", "copy.db", url=url))
     assert "pg_dump" in sentence
-    assert "hunter2" not in refused(forebay_db(tmp_path, "check", url=url))
+    assert "hunter2" not in refused(forebay_db(folder, "check", url=url))
