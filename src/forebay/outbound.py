@@ -7,9 +7,9 @@ cookie, asks no proxy and unpacks nothing.
 import asyncio
 import re
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
@@ -93,12 +93,12 @@ class Outbound:
         self._allowed = _networks(settings.allowed_networks)
         self._connect_seconds = settings.connect_timeout_seconds
         self._clock = clock
-        self._pool = ThreadPoolExecutor(_LOOKUPS_AT_ONCE, thread_name_prefix="resolve")
-        self._resolve = resolve or self._ask_system
+        self._lookups = _Lookups()
+        self._resolve = resolve or self._lookups.ask
 
     async def close(self) -> None:
-        """Begin no further look-up."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Begin no further look-up, and wait for none."""
+        self._lookups.close()
 
     def check(self, url: str) -> None:
         """Raise InvalidRequest (`url_not_allowed`) for what can be refused without asking a name server."""
@@ -182,11 +182,53 @@ class Outbound:
         inner = _inside(address)
         return any(each in network for network in self._allowed for each in (address, inner) if each is not None)
 
-    async def _ask_system(self, host: str, port: int) -> Sequence[str]:
+
+class _Lookups:
+    """Asks the system where names are, on threads of its own: the loop's must not wait for a stranger's name server.
+
+    Nor must the end of the process, which waits for the threads of every executor: a look-up cannot be interrupted.
+    """
+
+    def __init__(self) -> None:
+        self._places = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
+        self._closed = False
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._closed = True
+
+    async def ask(self, host: str, port: int) -> Sequence[str]:
+        """The addresses of a name. Whoever gives up leaves the thread behind, in its place, until the system answers."""
+        if self._closed:
+            raise Unreachable("This server is stopping.")
+        await self._places.acquire()
         loop = asyncio.get_running_loop()
-        # Not the loop's own threads: those must not wait for a name server that a stranger runs.
-        found = await loop.run_in_executor(self._pool, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        answer: asyncio.Future[Sequence[str]] = loop.create_future()
+
+        def ended(found: Sequence[str] | Exception) -> None:
+            self._places.release()
+            if answer.done():
+                return  # whoever asked has given up
+            if isinstance(found, Exception):
+                answer.set_exception(found)
+            else:
+                answer.set_result(found)
+
+        def look() -> None:
+            found = _look_up(host, port)
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(ended, found)
+
+        threading.Thread(target=look, name="resolve", daemon=True).start()
+        return await answer
+
+
+def _look_up(host: str, port: int) -> Sequence[str] | Exception:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        return error
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 class _Fixed(AbstractResolver):

@@ -2,7 +2,9 @@
 
 import asyncio
 import ssl
+import sys
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,44 @@ async def test_silence_ends_in_time(receiver: Receiver) -> None:
         with pytest.raises(Unreachable, match="in time"):
             await post(outbound("127.0.0.0/8"), receiver.url, seconds=0.3)
     await asyncio.wait_for(receiver.left.wait(), 5)
+
+
+HUNG_NAME_SERVER = """
+import asyncio, socket, threading
+from forebay.clock import SystemClock
+from forebay.config import OutboundSettings
+from forebay.errors import Unreachable
+from forebay.outbound import Outbound
+
+asked = threading.Semaphore(0)
+
+def hang(*_: object, **__: object) -> list[object]:
+    asked.release()
+    threading.Event().wait()
+
+socket.getaddrinfo = hang
+
+async def main() -> None:
+    way = Outbound(OutboundSettings(connect_timeout_seconds=0.1), SystemClock())
+    asking = [way.post("http://hung.example/", b"", {}, timeout_seconds=5, bytes_max=1) for _ in range(20)]
+    answers = await asyncio.gather(*asking, return_exceptions=True)
+    assert [type(each) for each in answers] == [Unreachable] * 20, answers
+    assert [asked.acquire(blocking=False) for _ in range(17)] == [True] * 16 + [False], "as many as there are threads"
+    await way.close()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_name_server_that_hangs_does_not_hold_up_the_end_of_the_process() -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", HUNG_NAME_SERVER)
+    try:
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 async def test_a_resolver_that_never_answers_is_given_up() -> None:
