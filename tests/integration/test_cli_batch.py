@@ -64,6 +64,11 @@ async def forebay(server: Server, *arguments: str, folder: Path, key: dict[str, 
     return Ended(process.returncode or 0, out.decode(), err.decode())
 
 
+async def together(server: Server, folder: Path, *commands: tuple[str, ...]) -> list[Ended]:
+    """Commands that do not disturb each other, at once."""
+    return await asyncio.gather(*(forebay(server, *arguments, folder=folder) for arguments in commands))
+
+
 def write(folder: Path, *lines: Any) -> str:
     (folder / "requests.jsonl").write_bytes(jsonl(lines))
     return "requests.jsonl"
@@ -88,25 +93,31 @@ async def test_submit_watch_and_fetch(server: Server, tmp_path: Path) -> None:
     assert re.fullmatch(r"batch_[0-9a-f]{32}", batch)
     assert "The batch is completed: 20 of 21 lines done, 1 failed." in ran.err
     assert f"forebay batch results {batch}" in ran.err
-    shown = json.loads((await forebay(server, "batch", "status", batch, folder=tmp_path)).out)
+    status, printed, wrote, failed, listed, jobs, job, watched = await together(
+        server, tmp_path,
+        ("batch", "status", batch),
+        ("batch", "results", batch),
+        ("batch", "results", batch, "-o", "answers.jsonl"),
+        ("batch", "errors", batch),
+        ("batch", "list"),
+        ("jobs", "list", "--kind", "batch", "--state", "completed"),
+        ("jobs", "show", batch),
+        ("batch", "status", batch, "--watch"),
+    )  # fmt: skip
+    shown = json.loads(status.out)
     assert (shown["status"], shown["metadata"]) == ("completed", {"who": "me"})
-    printed = await forebay(server, "batch", "results", batch, folder=tmp_path)
     answers = [json.loads(each) for each in printed.out.splitlines()]
     assert {each["custom_id"] for each in answers} == {f"id-{number}" for number in range(20)}
-    wrote = await forebay(server, "batch", "results", batch, "-o", "answers.jsonl", folder=tmp_path)
     assert (wrote.status, wrote.out) == (0, "")
     assert (tmp_path / "answers.jsonl").read_text("utf-8") == printed.out
-    failed = await forebay(server, "batch", "errors", batch, folder=tmp_path)
     assert [json.loads(each)["custom_id"] for each in failed.out.splitlines()] == ["bad"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "requests.jsonl"]
-    listed = await forebay(server, "batch", "list", folder=tmp_path)
     assert re.search(rf"{batch} +completed +/v1/chat/completions +fake +20 +1 +21 ", listed.out)
-    jobs = await forebay(server, "jobs", "list", "--kind", "batch", "--state", "completed", folder=tmp_path)
     assert batch in jobs.out
-    job = json.loads((await forebay(server, "jobs", "show", batch, folder=tmp_path)).out)
-    assert (job["kind"], job["progress"]["percent"]) == ("batch", 100.0)
-    assert isinstance(job["log"], list)
-    assert (await forebay(server, "batch", "status", batch, "--watch", folder=tmp_path)).status == 0
+    shown = json.loads(job.out)
+    assert (shown["kind"], shown["progress"]["percent"]) == ("batch", 100.0)
+    assert isinstance(shown["log"], list)
+    assert watched.status == 0
 
 
 async def test_a_file_that_is_wrong_is_said_with_its_line(server: Server, tmp_path: Path) -> None:
@@ -192,16 +203,16 @@ async def test_dead_letters_are_listed_shown_and_requeued(server: Server, tmp_pa
 async def test_what_goes_wrong_is_a_sentence(server: Server, tmp_path: Path) -> None:
     (tmp_path / "words.jsonl").write_text("no request\n", encoding="utf-8")
     (tmp_path / "good.jsonl").write_bytes(jsonl([line("a", "Good.")]))
-    for arguments, said in (
-        (("batch", "submit", "missing.jsonl"), "missing.jsonl cannot be read"),
-        (("batch", "submit", "words.jsonl"), "is no request"),
-        (("batch", "submit", "good.jsonl", "--metadata", "nothing"), "Write it as NAME=VALUE"),
-        (("batch", "submit", "good.jsonl", "--window", "later"), "`completion_window` is"),
-        (("batch", "status", "../models"), "No such path"),
-        (("jobs", "list", "--kind", "nothing"), "`kind` is one of"),
-        (("dead-letters", "requeue"), "Name one dead letter, or say --all"),
-    ):
-        ran = await forebay(server, *arguments, folder=tmp_path)
+    refusals = {
+        ("batch", "submit", "missing.jsonl"): "missing.jsonl cannot be read",
+        ("batch", "submit", "words.jsonl"): "is no request",
+        ("batch", "submit", "good.jsonl", "--metadata", "nothing"): "Write it as NAME=VALUE",
+        ("batch", "submit", "good.jsonl", "--window", "later"): "`completion_window` is",
+        ("batch", "status", "../models"): "No such path",
+        ("jobs", "list", "--kind", "nothing"): "`kind` is one of",
+        ("dead-letters", "requeue"): "Name one dead letter, or say --all",
+    }
+    for (arguments, said), ran in zip(refusals.items(), await together(server, tmp_path, *refusals), strict=True):
         assert (ran.status, ran.out) == (1, ""), (arguments, ran)
         assert said in ran.err, (arguments, ran)
     stranger = {"OPENAI_API_KEY": "fb_nothing"}
