@@ -152,7 +152,7 @@ class JobSettings(_Section):
         4, description="Chunks of batches that one worker runs at once."
     )
     webhooks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
-        16, description="Webhooks that one worker delivers at once."
+        16, description="Webhooks that one worker delivers at once; the project with the fewest on their way goes first."
     )
     attempts_max: Annotated[int, Field(ge=1, le=100)] = Field(
         5, description="Failed attempts without progress before a job is given up."

@@ -1,6 +1,7 @@
 """One suite for the job store, over SQLite and PostgreSQL."""
 
 import asyncio
+from collections import Counter
 
 import pytest
 import sqlalchemy as sa
@@ -91,6 +92,20 @@ async def test_a_warm_model_goes_first_until_others_have_waited_long_enough(jobs
     clock.advance(60)
     (second,) = await lease(jobs, warm={"m2"}, group_wait_seconds=60)
     assert second.id == "cold"
+
+
+async def test_a_project_of_which_fewer_jobs_run_goes_first(jobs: JobStore, clock: FakeClock) -> None:
+    other = (await KeyStore(jobs.database, clock).get_or_create_project("other")).id
+    await insert(jobs, *(noop(id=f"a{number}") for number in range(9)))
+    clock.advance(1)
+    await insert(jobs, NewJob("noop", other, id="b1"), NewJob("noop", other, id="b2"), noop(id="urgent", priority=-1))
+    held: list[str] = []
+    running: Counter[str] = Counter()
+    for room in (8, 4, 2, 1):
+        found = await lease(jobs, room, turns={"noop": running})
+        held += sorted(one.id for one in found)
+        running.update(one.job.project_id for one in found)
+    assert held == ["a0", "a1", "a2", "urgent", "b1", "b2", "a3", "a4"]
 
 
 async def test_each_kind_has_its_own_room(jobs: JobStore) -> None:

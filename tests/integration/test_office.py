@@ -19,6 +19,7 @@ from forebay.store.database import Database, Transaction
 from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.job_state import JobState
 from forebay.store.jobs import Job, JobStore, Lease, NewJob
+from forebay.store.keys import KeyStore
 from forebay.store.webhooks import WebhookStore
 from forebay.telemetry import Metrics
 from tests.support import postgres
@@ -344,6 +345,30 @@ async def test_a_worker_holds_no_more_than_its_room(database: Database) -> None:
         await eventually(lambda: len(script.attempts) >= 3, what="three attempts")
         counts = await back.jobs.counts()
         assert counts["job", JobState.RUNNING] == 3
+
+
+async def test_one_project_does_not_hold_all_places_while_another_waits(database: Database) -> None:
+    """Jobs of one project that never end, and very many of them: those of another one are done all the same."""
+    other = (await KeyStore(database, SystemClock()).get_or_create_project("other")).id
+    hung: list[Lease] = []
+
+    async def perform(lease: Lease, _run: Run) -> Outcome:
+        if lease.job.project_id == "default":
+            hung.append(lease)
+            await asyncio.Event().wait()
+        return Done()
+
+    jobs = JobStore(database, SystemClock())
+    async with database.begin() as transaction:
+        await jobs.insert(transaction, [job() for _ in range(500)])
+        await jobs.insert(transaction, [NewJob("job", other), NewJob("job", other)])
+    async with back_office(database, [Kind("job", perform, 4, RETRY, takes_turns=True)]):
+
+        async def done() -> bool:
+            return not await jobs.live(other, "job")
+
+        await eventually(done, what="the end of the other project's jobs")
+        await eventually(lambda: len(hung) == 4, what="no place that is left empty")
 
 
 async def test_the_desk_is_full_above_its_limit(database: Database) -> None:

@@ -45,6 +45,7 @@ class Kind:
     `waits_for_it` says that its parent does.
     `event` is the first word of its webhook events, such as `batch` in `batch.completed`; none tells nobody.
     `has_dead_letter` says that a job given up becomes a dead letter itself.
+    `takes_turns` that no project holds the places of a worker while another one waits, however many are due before.
     `after` follows the commit of an attempt in the same process, with the state it left: for what a sweep does as well.
     """
 
@@ -57,4 +58,5 @@ class Kind:
     waits_for_it: bool = False
     event: str | None = None
     has_dead_letter: bool = False
+    takes_turns: bool = False
     after: After = field(default=_nothing_more)

@@ -153,4 +153,5 @@ def webhook_kind(webhooks: WebhookStore, outbound: Outbound, settings: Settings,
         at_once=settings.jobs.webhooks_at_once,
         retry=webhook_delay,
         has_dead_letter=True,
+        takes_turns=True,  # or one slow receiver with a long queue would be everybody's
     )

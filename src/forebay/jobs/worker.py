@@ -5,6 +5,7 @@ It owns the set of attempts; nobody else starts or ends one.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,7 @@ class Worker:
                 self._settings.lease_seconds,
                 warm=self._warm(),
                 group_wait_seconds=self._settings.group_wait_seconds,
+                turns=self._turns(),
             )
         except ForebayError as error:  # the database is away: what runs goes on, and this is tried again
             self._note_away(error)
@@ -123,6 +125,15 @@ class Worker:
     def _warm(self) -> set[str]:
         models = (attempt.run.lease.job.model for attempt in self._attempts.values())
         return {model for model in models if model is not None}
+
+    def _turns(self) -> dict[str, Counter[str]]:
+        """Of each kind that takes turns how many jobs of each project run."""
+        turns: dict[str, Counter[str]] = {name: Counter() for name, kind in self._kinds.items() if kind.takes_turns}
+        for attempt in self._attempts.values():
+            job = attempt.run.lease.job
+            if job.kind in turns:
+                turns[job.kind][job.project_id] += 1
+        return turns
 
     def _start(self, lease: Lease, leased_at: float) -> None:
         run = Run(lease)

@@ -23,7 +23,7 @@ PAGE_SIZE_MAX = 100
 ERRORS_MAX = 10
 _DETAIL_CHARS_MAX = 1000
 
-_Rows = Mapping[str, Any]
+_NO_TURNS: Mapping[str, Mapping[str, int]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +162,13 @@ class JobStore:
         *,
         warm: Collection[str] = (),
         group_wait_seconds: float = 0.0,
+        turns: Mapping[str, Mapping[str, int]] = _NO_TURNS,
     ) -> list[Lease]:
         """Lease what goes first of each kind, at most `room[kind]` jobs of it.
 
         The order: priority; then jobs of a `warm` model, and those that have waited for `group_wait_seconds`; then the
-        deadline; then age.
+        deadline; then age. Of a kind in `turns` projects of which fewer jobs run go before others, by the number there;
+        it gets half of its room at a time, so that the next ones are chosen with a look at these.
         """
         wanted = {kind: count for kind, count in room.items() if count > 0}
         if not wanted or not await self._any_due(wanted):
@@ -174,7 +176,9 @@ class JobStore:
         leases: list[Lease] = []
         async with self.database.begin() as transaction:
             for kind, count in wanted.items():
-                query = self._lease(kind, count, node, lease_seconds, warm, group_wait_seconds)
+                some = (count + 1) // 2 if kind in turns else count
+                order = self._order(warm, group_wait_seconds, turns.get(kind, {}))
+                query = self._lease(kind, some, node, lease_seconds, order)
                 leases += [Lease(_job(row)) for row in await transaction.execute(query)]
         leases.sort(key=lambda lease: (lease.job.priority, lease.job.deadline_at, lease.job.created_at))
         return leases
@@ -188,18 +192,25 @@ class JobStore:
     def _is_due(self) -> sa.ColumnElement[bool]:
         return jobs.c.run_at <= self.now()
 
+    def _order(
+        self, warm: Collection[str], group_wait_seconds: float, running: Mapping[str, int]
+    ) -> list[sa.ColumnElement[Any]]:
+        order: list[sa.ColumnElement[Any]] = [jobs.c.priority]
+        if running:
+            order.append(sa.case(dict(running), value=jobs.c.project_id, else_=0))
+        if warm:
+            first = sa.or_(jobs.c.model.in_(warm), jobs.c.created_at < self.now() - group_wait_seconds)
+            order.append(sa.case((first, 0), else_=1))
+        return [*order, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id]
+
     def _lease(
-        self, kind: str, count: int, node: str, lease_seconds: float, warm: Collection[str], group_wait_seconds: float
+        self, kind: str, count: int, node: str, lease_seconds: float, order: Sequence[sa.ColumnElement[Any]]
     ) -> sa.Executable:
         now = self.now()
-        order = [jobs.c.priority]
-        if warm:
-            first = sa.or_(jobs.c.model.in_(warm), jobs.c.created_at < now - group_wait_seconds)
-            order.append(sa.case((first, 0), else_=1))  # type: ignore[arg-type]  # a column list of mixed types
         chosen = (
             sa.select(jobs.c.id)
             .where(jobs.c.state == JobState.AVAILABLE, jobs.c.kind == kind, self._is_due())
-            .order_by(*order, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id)
+            .order_by(*order)
             .limit(count)
             .with_for_update(skip_locked=True)
             # PostgreSQL may run a locking subquery again for each row, and lease more than the limit; a CTE runs once.
