@@ -167,6 +167,29 @@ class History(RuleBasedStateMachine):
             with pytest.raises(LeaseLost):
                 self.do(self.settlement.settle(lease, outcome, decided))
 
+    @precondition(lambda self: len(self.leases) > 1)
+    @rule(data=st.data())
+    def settle_together(self, data: st.DataObject) -> None:
+        """Several attempts end well at the same moment; each is told for itself whether it still had the job."""
+        chosen = st.lists(
+            st.sampled_from(self.leases), min_size=2, max_size=6, unique_by=lambda lease: (lease.id, lease.attempt)
+        )
+        leases = data.draw(chosen)
+        held = [self._holds(lease) for lease in leases]
+
+        async def settle() -> list[BaseException | None]:
+            outcomes = [self._outcome(lease, "done") for lease in leases]
+            ends = (
+                self.settlement.settle(lease, outcome, verdict(lease.job, outcome, RETRY, self.clock.now()))
+                for lease, outcome in zip(leases, outcomes, strict=True)
+            )
+            return await asyncio.gather(*ends, return_exceptions=True)
+
+        answers = self.do(settle())
+        assert isinstance(answers, list)
+        assert [answer is None for answer in answers] == held
+        assert all(answer is None or isinstance(answer, LeaseLost) for answer in answers)
+
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def show_progress(self, data: st.DataObject) -> None:
