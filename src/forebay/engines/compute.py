@@ -1,0 +1,214 @@
+"""Runs batches in worker threads, one at a time in each, and gives every request its results when all are there.
+
+It refuses to compute on for who has gone: what waits is dropped at once, and a request counts as ended only when no step
+holds anything of it. When memory runs out, the budget of a batch is halved and grows back after a cool-down.
+
+All of it but `step` belongs to the event loop's thread.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from forebay.engines.batcher import Batcher, Item
+from forebay.engines.connection import Refused
+from forebay.engines.serving import OutOfMemory
+
+Step = Callable[[Sequence[Item]], Sequence[Any]]
+"""Computes a batch in a thread; one result for each item. Raises OutOfMemory and StepFailed."""
+
+_PROGRESS_SECONDS = 5.0
+
+
+class StepFailed(Exception):
+    """The model's library refused a batch."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """What the metrics show; sums since the start."""
+
+    batches: int = 0
+    items: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    wait_seconds: float = 0.0
+    step_seconds: float = 0.0
+    out_of_memory: int = 0
+    cancelled: int = 0
+
+
+@dataclass(slots=True)
+class _Request:
+    """One request: its results so far, and how many of its items are in steps right now."""
+
+    results: list[Any]
+    left: int
+    since: float
+    in_steps: int = 0
+    error: Exception | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    wait: float | None = None
+    gone: bool = False
+
+
+class Compute:
+    """The worker threads and what waits for them. One of them serves small requests alone, beside whatever runs."""
+
+    def __init__(self, step: Step, batch_tokens: int, workers: int, small_tokens: int, cooldown_seconds: float) -> None:
+        self.figures = Figures()
+        self._step = step
+        self._batch_tokens = batch_tokens
+        self.budget_tokens = batch_tokens
+        self._cooldown_seconds = cooldown_seconds
+        self._halved_at = 0.0
+        self._batcher = Batcher()
+        self._requests: dict[int, _Request] = {}
+        self._sequence = 0
+        self._arrived = asyncio.Event()
+        self._threads = ThreadPoolExecutor(workers + 1, "step")
+        lanes = [None] * workers + [small_tokens]
+        self._workers = [asyncio.create_task(self._work(lane)) for lane in lanes]
+        for worker in self._workers:
+            worker.add_done_callback(_die)
+
+    @property
+    def waiting(self) -> int:
+        """Items that no step has taken yet."""
+        return self._batcher.waiting
+
+    @property
+    def running(self) -> int:
+        """Requests that are not finished."""
+        return len(self._requests)
+
+    async def run(
+        self, items: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], proceed: Callable[[], None]
+    ) -> list[Any]:
+        """The results of `items` (tokens and their kinds), in order. Cancelled, it returns when no step has any of them.
+
+        `proceed` is called every few seconds in which something was computed. Raises Refused.
+        """
+        self._sequence += 1
+        number = self._sequence
+        request = self._requests[number] = _Request([None] * len(items), len(items), time.monotonic())
+        self._batcher.add(number, (Item(number, index, *item) for index, item in enumerate(items)))
+        self._arrived.set()
+        try:
+            await self._all_there(request, proceed)
+        finally:
+            request.gone = True
+            self._batcher.drop(number)
+            if request.left:
+                self.figures.cancelled += 1
+            await self._out_of_steps(request)
+            del self._requests[number]
+        if request.error is not None:
+            raise request.error
+        return request.results
+
+    async def _all_there(self, request: _Request, proceed: Callable[[], None]) -> None:
+        last, left = time.monotonic(), request.left
+        while request.left and request.error is None:
+            request.changed.clear()
+            await request.changed.wait()
+            now = time.monotonic()
+            if now - last > _PROGRESS_SECONDS and request.left < left:
+                last, left = now, request.left
+                proceed()
+
+    async def _out_of_steps(self, request: _Request) -> None:
+        """Wait until no step holds an item of the request, however often whoever waits is cancelled."""
+        cancelled = False
+        while request.in_steps:
+            request.changed.clear()
+            try:
+                await request.changed.wait()
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+
+    async def _work(self, small_tokens_max: int | None) -> None:
+        while True:
+            batch = self._batcher.take(self._budget(), small_tokens_max)
+            if not batch:
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            await self._compute(batch)
+
+    def _budget(self) -> int:
+        """How many padded tokens a batch may have now; after a shortage it doubles once in each cool-down."""
+        now = time.monotonic()
+        if self.budget_tokens < self._batch_tokens and now - self._halved_at >= self._cooldown_seconds:
+            self.budget_tokens = min(2 * self.budget_tokens, self._batch_tokens)
+            self._halved_at = now
+        return self.budget_tokens
+
+    async def _compute(self, batch: list[Item]) -> None:
+        begun = time.monotonic()
+        self._note(batch, begun)
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(self._threads, self._step, batch)
+        except OutOfMemory:
+            self._shrink(batch)
+            return
+        except StepFailed:
+            self._fail(batch, Refused(500, "The engine failed on this input.", "engine_error", "server_error"))
+            return
+        self.figures.step_seconds += time.monotonic() - begun
+        for item, result in zip(batch, results, strict=True):
+            request = self._requests[item.request]
+            request.results[item.index] = result
+            request.left -= 1
+            request.in_steps -= 1
+            request.changed.set()
+
+    def _note(self, batch: list[Item], begun: float) -> None:
+        figures = self.figures
+        figures.batches += 1
+        figures.items += len(batch)
+        figures.tokens += sum(item.length for item in batch)
+        figures.padded_tokens += len(batch) * max(item.length for item in batch)
+        for item in batch:
+            request = self._requests[item.request]
+            request.in_steps += 1
+            if request.wait is None:
+                request.wait = begun - request.since
+                figures.wait_seconds += request.wait
+
+    def _shrink(self, batch: list[Item]) -> None:
+        """Halve the budget below what was too much, and let the batch wait again; one item alone has failed."""
+        self.figures.out_of_memory += 1
+        padded = len(batch) * max(item.length for item in batch)
+        self.budget_tokens = max(1, min(self.budget_tokens, padded) // 2)
+        self._halved_at = time.monotonic()
+        if len(batch) == 1:
+            message = "This input needs more memory than there is. Send a shorter one."
+            self._fail(batch, Refused(500, message, "out_of_memory", "server_error"))
+            return
+        for item in batch:
+            self._requests[item.request].in_steps -= 1
+            self._requests[item.request].changed.set()
+        self._batcher.put_back(item for item in batch if not self._requests[item.request].gone)
+        self._arrived.set()
+
+    def _fail(self, batch: list[Item], error: Refused) -> None:
+        for item in batch:
+            request = self._requests[item.request]
+            request.in_steps -= 1
+            request.error = error
+            request.changed.set()
+
+
+def _die(worker: "asyncio.Task[None]") -> None:
+    """End the process: an engine whose worker has ended would let everybody wait for ever."""
+    if not worker.cancelled():
+        worker.print_stack(file=sys.stderr)
+        os._exit(1)

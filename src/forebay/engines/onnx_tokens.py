@@ -1,0 +1,143 @@
+"""Texts to tokens and back, by the tokenizer.json of a model.
+
+It refuses a text that is longer than the model can take, unless it was asked to cut it, and token ids that there are not.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import Encoding, Tokenizer
+
+from forebay.engines.connection import Refused
+from forebay.engines.serving import refuse_to_start
+
+_INLINE_CHARS = 4096
+_PIECE_CHARS = 65_536
+_PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>", "</s>")
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class Tokens:
+    """A tokenizer with the limit of a model."""
+
+    def __init__(self, path: str, tokens_max: int) -> None:
+        """Ends the process when there is no such tokenizer."""
+        self._max = tokens_max
+        self._tokenizer = _load(path)
+        self._cutter = _load(path)
+        self._cutter.enable_truncation(tokens_max)
+        self._vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.pad = next(filter(None, map(self._tokenizer.token_to_id, _PAD_TOKENS)), 0)
+        self._before, self._after = self._frame()
+
+    def _frame(self) -> Pair:
+        """The special tokens that stand before and after a text."""
+        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
+        full = self._tokenizer.encode("a").ids
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return tuple(full[:start]), tuple(full[start + len(bare) :])
+        return (), ()
+
+    def of_text(self, text: str) -> tuple[int, ...]:
+        """The tokens of one text, whatever its length."""
+        return tuple(self._tokenizer.encode(text).ids)
+
+    async def tokenize(self, text: str) -> tuple[int, ...]:
+        """The tokens of one text, computed in a thread when it is long."""
+        return self.of_text(text) if len(text) <= _INLINE_CHARS else await asyncio.to_thread(self.of_text, text)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without the special ones. Raises Refused."""
+        self._check_ids(tokens, 0)
+        return str(self._tokenizer.decode(list(tokens)))
+
+    async def of_inputs(
+        self, inputs: Sequence[str | list[int]], prefix: str, *, truncate: bool
+    ) -> list[tuple[int, ...]]:
+        """The tokens of each input. Raises Refused."""
+        texts = [prefix + each for each in inputs if isinstance(each, str)]
+        encoded = iter(await self._encode(texts, truncate=truncate))
+        found = []
+        for index, each in enumerate(inputs):
+            tokens = next(encoded).ids if isinstance(each, str) else self._framed(each, index, truncate=truncate)
+            self._check_length(len(tokens), index, "Input")
+            found.append(tuple(tokens))
+        return found
+
+    async def of_pairs(self, query: str, documents: Sequence[str], *, truncate: bool) -> list[Pair]:
+        """The tokens of the query with each document, and which of the two each token is of. Raises Refused."""
+        pairs = [(query, each) for each in documents]
+        found = []
+        for index, encoding in enumerate(await self._encode(pairs, truncate=truncate)):
+            self._check_length(len(encoding.ids), index, "Document")
+            found.append((tuple(encoding.ids), tuple(encoding.type_ids)))
+        return found
+
+    async def _encode(self, texts: Sequence[str | tuple[str, str]], *, truncate: bool) -> list[Encoding]:
+        """In pieces, so that whoever gave up is noticed soon; in a thread unless it is little."""
+        tokenizer = self._cutter if truncate else self._tokenizer
+        if sum(map(_chars, texts)) <= _INLINE_CHARS:
+            return [tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode(*text) for text in texts]
+        found: list[Encoding] = []
+        for piece in _pieces(texts):
+            found += await asyncio.to_thread(tokenizer.encode_batch, piece)
+        return found
+
+    def _framed(self, tokens: list[int], index: int, *, truncate: bool) -> tuple[int, ...]:
+        """Token ids with the special tokens of a text, unless they have them."""
+        self._check_ids(tokens, index)
+        before, after = self._before, self._after
+        if (
+            before + after
+            and tuple(tokens[: len(before)]) == before
+            and tuple(tokens[len(tokens) - len(after) :]) == after
+        ):
+            tokens = tokens[len(before) : len(tokens) - len(after)]
+        room = max(0, self._max - len(before) - len(after))
+        return (*before, *(tokens[:room] if truncate else tokens), *after)
+
+    def _check_ids(self, tokens: Sequence[int], index: int) -> None:
+        if min(tokens) < 0 or max(tokens) >= self._vocabulary:
+            raise Refused(
+                400, f"Input {index} has a token id that is not in the vocabulary of {self._vocabulary} tokens."
+            )
+
+    def _check_length(self, length: int, index: int, noun: str) -> None:
+        if length > self._max:
+            raise Refused(
+                400,
+                f"{noun} {index} has {length} tokens, and this model takes {self._max} at most. Shorten it, or send "
+                "`truncate` as true.",
+                "context_length_exceeded",
+                index=index,
+                n_prompt_tokens=length,
+                n_ctx=self._max,
+            )
+
+
+def _load(path: str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(path)
+    except Exception as error:  # noqa: BLE001  the library raises this class itself
+        refuse_to_start(f"The tokenizer {Path(path).name} cannot be read: {str(error).replace(path, '…')[:300]}")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _chars(text: str | tuple[str, str]) -> int:
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+
+
+def _pieces(texts: Sequence[str | tuple[str, str]]) -> Iterator[list[str | tuple[str, str]]]:
+    left = iter(texts)
+    for first in left:
+        piece, chars = [first], _chars(first)
+        while chars < _PIECE_CHARS and (more := list(islice(left, 1))):
+            piece += more
+            chars += _chars(more[0])
+        yield piece
