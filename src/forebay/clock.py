@@ -10,6 +10,7 @@ import time
 from typing import Protocol
 
 _ID_BYTES = 16
+_SLICE_SECONDS = 0.003
 
 
 class Clock(Protocol):
@@ -53,6 +54,20 @@ class SystemClock:
 
     def jitter(self, seconds: float) -> float:
         return seconds * random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries, protects nothing
+
+
+class Slices:
+    """Cuts long work on the event loop into slices, so that requests go on in between."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._since = clock.monotonic()
+
+    async def pause(self) -> None:
+        """Let others go on if this slice has been long enough."""
+        if self._clock.monotonic() - self._since > _SLICE_SECONDS:
+            await self._clock.sleep(0)
+            self._since = self._clock.monotonic()
 
 
 def new_id(prefix: str) -> str:

@@ -13,6 +13,7 @@ class Capability(StrEnum):
     CHAT = "chat"
     COMPLETION = "completion"
     EMBEDDING = "embedding"
+    RERANK = "rerank"
 
 
 class Priority(IntEnum):
@@ -28,7 +29,7 @@ class Priority(IntEnum):
 class Request:
     """One piece of work for a model, checked and ready for an engine.
 
-    `body` is the engine's JSON (UTF-8), built from allow-listed fields alone; it always asks for a stream.
+    `body` is the engine's JSON (UTF-8), built from allow-listed fields alone; for a generation it always asks for a stream.
     `places` is how many of the replica's slots it fills at once (choices times prompts); `tools` that it needs a chat
     template with tools.
     """

@@ -75,6 +75,10 @@ class Metrics:
         self.engine_deaths = self._counter("engine_deaths", "Engine processes that ended unasked.", "model", "kind")
         self.quarantined = self._counter("quarantined_inputs", "Inputs put into quarantine.", "model")
         self.batch_lines = self._counter("batch_lines", "Lines of batches, by outcome.", "model", "outcome")
+        self.embedding_items = self._counter(
+            "embedding_items", "Inputs and documents: known, computed for another, computed.", "model", "outcome"
+        )
+        self.embedding_cache_bytes = self._gauge("embedding_cache_bytes", "Memory of kept vectors and scores.")
         self.jobs_live = self._gauge("jobs", "Unfinished jobs, by kind and state.", "kind", "state")
         self.jobs_settled = self._counter("jobs_settled", "Attempts at jobs, by how they ended.", "kind", "outcome")
         self.jobs_rescued = self._counter("jobs_rescued", "Jobs taken back from workers that are gone.")

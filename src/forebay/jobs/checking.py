@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from forebay.clock import Clock
+from forebay.clock import Clock, Slices
 from forebay.config import BatchSettings
 from forebay.dialects.openai.batches import InputLine, parse_line, prefix_of
 from forebay.errors import InvalidRequest
-from forebay.jobs.lines import NO_GROUP, Place, RawLine, Slices, raw_lines
+from forebay.jobs.lines import NO_GROUP, Place, RawLine, raw_lines
 
 ERRORS_MAX = 100
 _MARK = b"\xef\xbb\xbf"

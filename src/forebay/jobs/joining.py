@@ -11,10 +11,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from forebay.blobs.blobs import Blobs, Writer
-from forebay.clock import Clock
+from forebay.clock import Clock, Slices
 from forebay.dialects.openai.batches import failure_line, line_id, parse_line
 from forebay.errors import InvalidRequest, NotFound
-from forebay.jobs.lines import LineReader, Place, Slices, unpack_numbers, unpack_places
+from forebay.jobs.lines import LineReader, Place, unpack_numbers, unpack_places
 from forebay.store.batches import Batch, BatchStore, Chunk, Segment
 from forebay.store.dead_letters import LostLine
 from forebay.store.files import blob_key

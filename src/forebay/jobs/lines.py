@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from forebay.blobs.blobs import Blobs
-from forebay.clock import Clock
 
 NO_GROUP = 0
 _PLACE = struct.Struct("<IQII")
 _NUMBER = struct.Struct("<I")
 _BLOCK_BYTES = 256 * 2**10
 _BLOCKS_MAX = 16
-_SLICE_SECONDS = 0.003
 
 
 class Place(NamedTuple):
@@ -50,20 +48,6 @@ def pack_numbers(numbers: Iterable[int]) -> bytes:
 def unpack_numbers(data: bytes) -> list[int]:
     """The other way."""
     return [number for (number,) in _NUMBER.iter_unpack(data)]
-
-
-class Slices:
-    """Cuts long work on the event loop into slices, so that requests go on in between."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._since = clock.monotonic()
-
-    async def pause(self) -> None:
-        """Let others go on if this slice has been long enough."""
-        if self._clock.monotonic() - self._since > _SLICE_SECONDS:
-            await self._clock.sleep(0)
-            self._since = self._clock.monotonic()
 
 
 @dataclass(frozen=True, slots=True)

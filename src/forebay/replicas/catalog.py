@@ -94,6 +94,7 @@ class Catalog:
         self.folder = settings.models_folder
         self._models = {**(DEFAULT_MODELS if settings.default_models else {}), **settings.models}
         self._sources = {name: _source(name, model) for name, model in self._models.items()}
+        self._said = {name: _digest(model) for name, model in self._models.items()}
         self._sound: dict[Path, tuple[int, int, bool]] = {}
 
     def names(self) -> list[str]:
@@ -140,6 +141,17 @@ class Catalog:
             return path.is_file()
         return path.is_file() and self._is_sound(path) if self.is_gguf(name) else path.exists()
 
+    def fingerprint(self, name: str) -> str:
+        """Changes with its settings and with its file: what was computed under another one is out of date."""
+        said = self._said[name]
+        if not self.needs_file(name):
+            return said
+        try:
+            status = self.path(name).stat()
+        except OSError:
+            return said
+        return f"{said}-{status.st_mtime_ns}-{status.st_size}"
+
     def _is_sound(self, path: Path) -> bool:
         """The header check of a file that somebody else put there, repeated only when the file has changed."""
         status = path.stat()
@@ -177,6 +189,10 @@ def _file_name(name: str, source: Source, model: Model) -> str:
     fingerprint = hashlib.sha256(said).hexdigest()[:_FINGERPRINT_DIGITS]
     suffix = PurePosixPath(sources.file_name(source)).suffix
     return f"{name.replace(':', '_')}-{fingerprint}{suffix if _SUFFIX.fullmatch(suffix) else '.bin'}"
+
+
+def _digest(model: Model) -> str:
+    return hashlib.sha256(model.model_dump_json().encode()).hexdigest()
 
 
 def _shown(name: str) -> str:

@@ -1,0 +1,207 @@
+"""Answers that are put together from items, each computed for itself: the vector of an input, the score of a document.
+
+It refuses to know who computes an item, and who keeps it.
+"""
+
+import hashlib
+import math
+from array import array
+from base64 import b64decode
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic_core import from_json, to_json
+
+from forebay.dialects.answer import count
+from forebay.dialects.openai.errors import from_engine
+from forebay.errors import EngineGarbled, InvalidRequest
+from forebay.inference import Usage
+
+PART_ITEMS_MAX = 2048
+CHARS_PER_TOKEN_MAX = 16  # what is longer than all tokens could be is refused before an engine counts
+_DIGEST_BYTES = 24
+_FLOAT_BYTES = 4
+
+Content = str | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRules:
+    """What the front door knows of a model that computes items.
+
+    `fingerprint` changes with whatever its answers depend on. `counted`: its engine tells the tokens of each item.
+    `truncation` is the engine's field that allows it to cut what is too long. `logits`: its scores are not yet between 0
+    and 1.
+    """
+
+    fingerprint: str = ""
+    counted: bool = False
+    truncation: tuple[str, Any] | None = None
+    logits: bool = False
+    inputs_max: int = PART_ITEMS_MAX
+    input_tokens_max: int = 300_000
+    documents_max: int = 10_000
+
+    def truncating(self, truncate: bool | None) -> dict[str, Any]:
+        """The engine's field for `truncate`. Raises InvalidRequest where it has none."""
+        if not truncate:
+            return {}
+        if self.truncation is None:
+            raise InvalidRequest(
+                "The engine of this model cuts nothing. Leave `truncate` out, and send shorter texts.",
+                param="truncate",
+                code="capability_not_supported",
+            )
+        return dict([self.truncation])
+
+    def check_size(self, contents: Sequence[Content], param: str) -> None:
+        """Refuse more than could be within the limit of tokens; the engine counts them one by one."""
+        most = self.input_tokens_max
+        texts = sum(len(each) for each in contents if isinstance(each, str))
+        tokens = sum(len(each) for each in contents if not isinstance(each, str))
+        if tokens + texts // CHARS_PER_TOKEN_MAX > most:
+            raise InvalidRequest(
+                f"`{param}` has more than {most} tokens in all. Send it in several requests.",
+                param=param,
+                code="invalid_value",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What a model made of one content: little-endian numbers, and the tokens that it read if the engine tells."""
+
+    value: bytes
+    tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An engine's answer for some of the contents, in their order."""
+
+    items: Iterator[Item]
+    usage: Usage | None
+
+
+class Items(Protocol):
+    """The items of one call. Iterators are work for the event loop, to be done in slices."""
+
+    @property
+    def param(self) -> str:
+        """The field of the request that holds the contents."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether the engine tells the tokens of each item."""
+
+    def digests(self) -> Iterator[bytes]:
+        """One for each content in order; equal only where the same project would get the same of the same model."""
+
+    def body_for(self, places: Sequence[int]) -> bytes:
+        """The engine's body for the contents at `places`."""
+
+    def read(self, raw: bytes, places: int) -> Part:
+        """The engine's answer for so many contents. Raises EngineGarbled."""
+
+    def render(self, items: Sequence[Item], usage: Usage) -> Iterator[bytes]:
+        """The body of the answer, bit by bit. Raises EngineGarbled, InvalidRequest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What is to be computed, and how: `fields` is the engine's body without `field`, which holds the contents."""
+
+    project: str
+    model: str
+    rules: ItemRules
+    field: str
+    fields: Mapping[str, Any]
+    all: tuple[Content, ...]
+
+    def digests(self) -> Iterator[bytes]:
+        """One for each content."""
+        said = to_json([self.project, self.model, self.rules.fingerprint, self.field, self.fields])
+        base = hashlib.blake2b(said + b"\n", digest_size=_DIGEST_BYTES)
+        for content in self.all:
+            digest = base.copy()
+            if isinstance(content, str):
+                digest.update(b"s" + content.encode())
+            else:
+                digest.update(b"t" + array("q", content).tobytes())
+            yield digest.digest()
+
+    def body_for(self, places: Sequence[int] | None = None) -> bytes:
+        """The engine's body for some of the contents, or for all."""
+        wanted = self.all if places is None else [self.all[place] for place in places]
+        return to_json({**self.fields, self.field: wanted})
+
+
+def answer_of(raw: bytes) -> dict[str, Any]:
+    """An engine's answer as JSON. Raises EngineGarbled, or what an error in it means."""
+    try:
+        answer = from_json(raw)
+    except ValueError:
+        raise EngineGarbled from None
+    if not isinstance(answer, dict):
+        raise EngineGarbled
+    if answer.get("error"):
+        code = answer["error"].get("code") if isinstance(answer["error"], dict) else None
+        raise from_engine(code if isinstance(code, int) and 400 <= code < 600 else 500, raw)
+    return answer
+
+
+def usage_of(answer: Mapping[str, Any]) -> Usage | None:
+    """What an engine says that it read."""
+    usage = answer.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    return Usage(count(usage.get("prompt_tokens")) or count(usage.get("total_tokens")))
+
+
+def tokens_of(answer: Mapping[str, Any], places: int, usage: Usage | None) -> list[int | None]:
+    """The tokens of each item: as the engine says, or all of them for the only one. Raises EngineGarbled."""
+    tokens = answer.get("tokens")
+    if tokens is None:
+        return [usage.prompt_tokens if usage is not None and places == 1 else None] * places
+    if not isinstance(tokens, list) or len(tokens) != places:
+        raise EngineGarbled
+    return [count(each) for each in tokens]
+
+
+def read_vectors(raw: bytes, places: int) -> Part:
+    """The vectors of an answer in the shape of OpenAI, base64 or lists of numbers."""
+    answer = answer_of(raw)
+    data = answer.get("data")
+    if not isinstance(data, list) or len(data) != places:
+        raise EngineGarbled
+    usage = usage_of(answer)
+    tokens = tokens_of(answer, places, usage)
+    by_place: list[Any] = [None] * places
+    for position, entry in enumerate(data):
+        place = entry.get("index", position) if isinstance(entry, dict) else None
+        if not isinstance(place, int) or not 0 <= place < places or by_place[place] is not None:
+            raise EngineGarbled
+        by_place[place] = entry.get("embedding")
+    return Part((Item(_vector(wire), each) for wire, each in zip(by_place, tokens, strict=True)), usage)
+
+
+def _vector(wire: Any) -> bytes:
+    """Little-endian float32. Raises EngineGarbled for what is no vector."""
+    try:
+        if isinstance(wire, str):
+            value = b64decode(wire, validate=True)
+        else:
+            value = array("f", wire).tobytes()
+    except (ValueError, TypeError, OverflowError):
+        raise EngineGarbled from None
+    if not value or len(value) % _FLOAT_BYTES or not math.isfinite(sum(floats_of(value))):
+        raise EngineGarbled
+    return value
+
+
+def floats_of(value: bytes) -> "array[float]":
+    """The numbers of a vector."""
+    floats = array("f")
+    floats.frombytes(value)
+    return floats
