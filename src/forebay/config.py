@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from forebay.errors import SetupError
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$"
 _SECRET_BYTES_MAX = 65_536
 
 Seconds = Annotated[float, Field(gt=0, le=604_800)]
@@ -149,7 +150,7 @@ class JobSettings(_Section):
         2, description="Batches that one worker checks or puts together at once."
     )
     chunks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
-        4, description="Chunks of batches that one worker runs at once."
+        4, description="Chunks of batches that one worker runs at once; one for a model whose chunks fail, until one of them gets on."
     )
     webhooks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
         16, description="Webhooks that one worker delivers at once; the project with the fewest on their way goes first."
@@ -303,6 +304,48 @@ class LlamaCppOptions(_Section):
     embeddings: bool = Field(False, description="Serve embeddings instead of text.")
 
 
+class OnnxOptions(_Section):
+    """Options of the `onnx` engine: text encoders for embeddings and rerank on ONNX Runtime."""
+
+    capability: Literal["embedding", "rerank"] = Field(
+        "embedding", description="What the model is for; `rerank` takes a cross-encoder with one logit or two classes."
+    )
+    context: Annotated[int, Field(ge=8, le=131_072)] = Field(
+        512, description="Longest input in tokens that the model takes."
+    )
+    pooling: Literal["mean", "cls", "last"] = Field(
+        "mean", description="How the vectors of tokens become that of a text; see the model's card."
+    )
+    normalise: bool = Field(True, description="Give vectors the length 1.")
+    matryoshka: bool = Field(False, description="The model is trained for fewer `dimensions`; others refuse them.")
+    dimensions_min: Annotated[int, Field(ge=1, le=16_384)] = Field(
+        32, description="Fewest `dimensions` of a model with `matryoshka`."
+    )
+    query_prefix: str = Field("", max_length=1024, description="Put before a text that is sent as a query.")
+    document_prefix: str = Field("", max_length=1024, description="Put before a text that is sent as a document.")
+    tokenizer_file: Path | None = Field(
+        None, description="The model's `tokenizer.json`; the one beside the model if absent."
+    )
+    provider: Literal["cpu", "cuda", "rocm"] = Field(
+        "cpu", description="Device; the installed build of onnxruntime has to have it."
+    )
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
+    batches_at_once: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="Batches that are computed at once and share the threads; 0 takes 2 on a CPU and 1 on a GPU."
+    )
+    batch_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = Field(
+        512, description="Tokens of one batch with their padding. On a CPU small ones are fastest; a GPU wants 16384."
+    )
+    small_tokens: Annotated[int, Field(ge=0, le=65_536)] = Field(
+        128, description="A request with at most so many tokens does not wait for a running batch, but runs beside it."
+    )
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the model can be asked for."""
+        return (Capability(self.capability),)
+
+
 class CommandOptions(_Section):
     """Options of the `command` engine: any command line that starts an OpenAI-compatible server."""
 
@@ -390,6 +433,32 @@ class LlamaCppModel(ModelSettings):
         return self
 
 
+class ModelFile(_Section):
+    """A further file of a model: where it comes from, and what it has to be."""
+
+    source: str = Field(description="Where the file comes from, in the forms of a model's `source`.")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Checksum of the file.")
+    size_bytes: Bytes | None = Field(None, description="Size of the file, shown before it is pulled.")
+
+
+class OnnxModel(ModelSettings):
+    """A text encoder in an ONNX Runtime process of ours."""
+
+    engine: Literal["onnx"]
+    files: dict[Annotated[str, Field(pattern=FILE_NAME)], ModelFile] = Field(
+        {}, description="Further files that lie beside the model under these names: `tokenizer.json`, `model.onnx_data`."
+    )
+    options: OnnxOptions = OnnxOptions()
+
+    @model_validator(mode="after")
+    def _has_files(self) -> Self:
+        if self.source is None:
+            raise ValueError("an onnx model needs a `source`")
+        if self.source.startswith("file:") and self.files:
+            raise ValueError("a model that lies on this machine has its further files beside it; leave `files` out")
+        return self
+
+
 class CommandModel(ModelSettings):
     """A model behind a command line that starts an OpenAI-compatible server."""
 
@@ -424,7 +493,7 @@ class FakeModel(ModelSettings):
     options: FakeOptions = FakeOptions()
 
 
-Model = Annotated[LlamaCppModel | CommandModel | VllmModel | UpstreamModel | FakeModel, Field(discriminator="engine")]
+Model = Annotated[LlamaCppModel | OnnxModel | CommandModel | VllmModel | UpstreamModel | FakeModel, Field(discriminator="engine")]
 
 
 class Settings(_Section):
@@ -629,7 +698,7 @@ def _sentence(item: dict[str, Any]) -> str:
 def _known_keys(location: list[str]) -> list[str]:
     if location[:1] == ["models"] and len(location) > 2:
         kinds: dict[str, type[ModelSettings]] = {
-            "llama.cpp": LlamaCppModel, "command": CommandModel, "vllm": VllmModel,
+            "llama.cpp": LlamaCppModel, "onnx": OnnxModel, "command": CommandModel, "vllm": VllmModel,
             "upstream": UpstreamModel, "fake": FakeModel,
         }  # fmt: skip
         kind = kinds[location[2]]

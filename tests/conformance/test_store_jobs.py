@@ -108,6 +108,27 @@ async def test_a_project_of_which_fewer_jobs_run_goes_first(jobs: JobStore, cloc
     assert held == ["a0", "a1", "a2", "urgent", "b1", "b2", "a3", "a4"]
 
 
+async def test_a_model_whose_jobs_fail_gets_one_place_until_it_gets_on(jobs: JobStore, clock: FakeClock) -> None:
+    await insert(jobs, *(noop(id=f"bad{number}", model="bad") for number in range(4)), noop(id="far", model="bad2"))
+    clock.advance(1)
+    await insert(jobs, noop(id="good0", model="good"), noop(id="good1", model="good"), noop(id="none"))
+    failed = await lease(jobs, 4)
+    assert {one.job.model for one in failed} == {"bad"}, "nobody knows yet"
+    for one in failed:
+        error = ("engine_unavailable", "It does not start.")
+        await settle(jobs, one, Verdict(JobState.AVAILABLE, jobs.now(), error=error, counts_as_failure=True))
+    found = await lease(jobs, 4)
+    assert sorted(one.id for one in found) == ["bad0", "far", "good0", "good1"]
+    assert [one.id for one in await lease(jobs, 4, warm={"bad", "bad2", "good"})] == ["none"]
+    assert await lease(jobs, 4, warm={"bad"}) == [], "the second place stays free for others"
+    assert [one.id for one in await lease(jobs, 4, node="b")] == ["bad1"], "another worker may try as well"
+    for one in failed:
+        async with jobs.database.begin() as transaction:
+            values = {"failures": 0}  # as progress of them would
+            await transaction.execute(sa.update(jobs_table).where(jobs_table.c.id == one.id).values(values))
+    assert sorted(one.id for one in await lease(jobs, 4, warm={"bad"})) == ["bad2", "bad3"]
+
+
 async def test_each_kind_has_its_own_room(jobs: JobStore) -> None:
     await insert(jobs, *(noop() for _ in range(4)), *(NewJob("other", "default") for _ in range(4)))
     held = await jobs.lease({"noop": 3, "other": 1, "third": 2}, "a", LEASE_SECONDS)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from forebay.clock import SystemClock
 from forebay.config import JobSettings
-from forebay.errors import Conflict, EngineCrashed, InvalidRequest, NotFound, Overloaded
+from forebay.errors import Conflict, EngineCrashed, EngineUnavailable, InvalidRequest, NotFound, Overloaded
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Cancelled, Done, Failed, Interruption, Outcome, Snoozed, Waiting
 from forebay.jobs.rescuer import Rescuer
@@ -369,6 +369,27 @@ async def test_one_project_does_not_hold_all_places_while_another_waits(database
 
         await eventually(done, what="the end of the other project's jobs")
         await eventually(lambda: len(hung) == 4, what="no place that is left empty")
+
+
+async def test_a_model_that_does_not_start_does_not_hold_up_the_others(database: Database) -> None:
+    """Its jobs fail, and when they are tried again they hang: those of another model find a place all the same."""
+    hung: list[Lease] = []
+
+    async def perform(lease: Lease, _run: Run) -> Outcome:
+        if lease.job.model == "good":
+            return Done()
+        if lease.job.failures:
+            hung.append(lease)
+            await asyncio.Event().wait()
+        return Failed(EngineUnavailable(), retryable=True)
+
+    async with back_office(database, [Kind("job", perform, 4, RETRY)]) as back:
+        await back.submit(*(job(model="bad") for _ in range(12)))
+        await eventually(lambda: hung, what="a second attempt")
+        done = await back.submit(*(job(model="good") for _ in range(8)))
+        for job_id in done:
+            assert (await back.until_finished(job_id, within_seconds=10)).state is JobState.COMPLETED
+        assert len(hung) == 1
 
 
 async def test_the_desk_is_full_above_its_limit(database: Database) -> None:

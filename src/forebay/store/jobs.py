@@ -128,6 +128,21 @@ class Renewed:
     cancel_requested: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """Whether any job is due; the models whose jobs fail, and the ids of the jobs of these that may be tried."""
+
+    any: bool = True
+    failing: Collection[str] = ()
+    probes: Collection[str] = ()
+
+    def conditions(self) -> list[sa.ColumnElement[bool]]:
+        """What a job has to meet to be leased."""
+        if not self.failing:
+            return []
+        return [sa.or_(jobs.c.model.is_(None), jobs.c.model.not_in(self.failing), jobs.c.id.in_(self.probes))]
+
+
 class JobStore:
     """Every statement about jobs."""
 
@@ -167,27 +182,46 @@ class JobStore:
         """Lease what goes first of each kind, at most `room[kind]` jobs of it.
 
         The order: priority; then jobs of a `warm` model, and those that have waited for `group_wait_seconds`; then the
-        deadline; then age. Of a kind in `turns` projects of which fewer jobs run go before others, by the number there;
+        deadline; then age. Of a model whose jobs fail, and have made no progress since, one is leased at a time, and
+        none while the model is `warm`: a worker that has one of its jobs already takes no second one. Of a kind in `turns` projects of which fewer jobs run go before others, by the number there;
         it gets half of its room at a time, so that the next ones are chosen with a look at these.
         """
         wanted = {kind: count for kind, count in room.items() if count > 0}
-        if not wanted or not await self._any_due(wanted):
+        if not wanted:
+            return []
+        due = await self._look(wanted, warm)
+        if not due.any:
             return []
         leases: list[Lease] = []
         async with self.database.begin() as transaction:
             for kind, count in wanted.items():
                 some = (count + 1) // 2 if kind in turns else count
                 order = self._order(warm, group_wait_seconds, turns.get(kind, {}))
-                query = self._lease(kind, some, node, lease_seconds, order)
+                query = self._lease(kind, some, node, lease_seconds, order, due)
                 leases += [Lease(_job(row)) for row in await transaction.execute(query)]
         leases.sort(key=lambda lease: (lease.job.priority, lease.job.deadline_at, lease.job.created_at))
         return leases
 
-    async def _any_due(self, kinds: Iterable[str]) -> bool:
+    async def _look(self, kinds: Iterable[str], warm: Collection[str]) -> _Due:
         """A look that takes no lock, so that an idle worker does not write."""
-        due = sa.select(sa.exists().where(jobs.c.state == JobState.AVAILABLE, jobs.c.kind.in_(kinds), self._is_due()))
+        due = (jobs.c.state == JobState.AVAILABLE, jobs.c.kind.in_(kinds), self._is_due())
         async with self.database.read() as connection:
-            return bool(await connection.scalar(due))
+            if not await connection.scalar(sa.select(sa.exists().where(*due))):
+                return _Due(any=False)
+            live = (jobs.c.state.in_((JobState.AVAILABLE, JobState.RUNNING)), jobs.c.kind.in_(kinds))
+            query = sa.select(jobs.c.model).where(*live, jobs.c.failures > 0, jobs.c.model.is_not(None)).distinct()
+            failing = set((await connection.execute(query)).scalars())
+            if failing <= set(warm):
+                return _Due(failing=failing)
+            first = sa.over(
+                sa.func.row_number(),
+                partition_by=(jobs.c.kind, jobs.c.model),
+                order_by=(jobs.c.priority, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id),
+            )
+            some = sa.select(jobs.c.id, first.label("place")).where(*due, jobs.c.model.in_(failing - set(warm)))
+            ranked = some.subquery()
+            probes = (await connection.execute(sa.select(ranked.c.id).where(ranked.c.place == 1))).scalars()
+            return _Due(failing=failing, probes=set(probes))
 
     def _is_due(self) -> sa.ColumnElement[bool]:
         return jobs.c.run_at <= self.now()
@@ -204,12 +238,12 @@ class JobStore:
         return [*order, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id]
 
     def _lease(
-        self, kind: str, count: int, node: str, lease_seconds: float, order: Sequence[sa.ColumnElement[Any]]
+        self, kind: str, count: int, node: str, lease_seconds: float, order: Sequence[sa.ColumnElement[Any]], due: _Due
     ) -> sa.Executable:
         now = self.now()
         chosen = (
             sa.select(jobs.c.id)
-            .where(jobs.c.state == JobState.AVAILABLE, jobs.c.kind == kind, self._is_due())
+            .where(jobs.c.state == JobState.AVAILABLE, jobs.c.kind == kind, self._is_due(), *due.conditions())
             .order_by(*order)
             .limit(count)
             .with_for_update(skip_locked=True)
