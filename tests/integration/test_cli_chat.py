@@ -5,27 +5,38 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from tests.support.server import ADMIN_KEY, Server, eventually, serving
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal, on_terminal
 
 KEY = {"OPENAI_API_KEY": ADMIN_KEY}
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server() -> AsyncIterator[Server]:
+    """For the tests that leave its engine alive."""
     async with serving() as running:
         yield running
 
 
-@pytest.fixture
-async def terminal(server: Server, tmp_path: Path) -> AsyncIterator[Terminal]:
-    async with on_terminal("chat", "--url", server.url, environment=KEY, folder=tmp_path) as opened:
+@asynccontextmanager
+async def chatting(server: Server, folder: Path) -> AsyncIterator[Terminal]:
+    async with on_terminal("chat", "--url", server.url, environment=KEY, folder=folder) as opened:
         await opened.wait_for("fake at http")
         await opened.wait_for("> ")
+        yield opened
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def terminal(server: Server, tmp_path: Path) -> AsyncIterator[Terminal]:
+    async with chatting(server, tmp_path) as opened:
         yield opened
 
 
@@ -106,14 +117,15 @@ async def test_an_interrupt_drops_a_line_that_was_begun(terminal: Terminal) -> N
     assert await terminal.ended() == 0
 
 
-async def test_errors_are_sentences_and_the_program_goes_on(terminal: Terminal) -> None:
-    await terminal.say("[[fake status=500]]")
-    await terminal.wait_for("Asked to answer 500")
-    await terminal.say("[[fake tokens=2 crash_at=1]]")
-    await terminal.wait_for("engine process died|It is being restarted")
-    assert "Traceback" not in terminal.text
-    terminal.press(CTRL_D)
-    assert await terminal.ended() == 0
+async def test_errors_are_sentences_and_the_program_goes_on(tmp_path: Path) -> None:
+    async with serving() as server, chatting(server, tmp_path) as terminal:
+        await terminal.say("[[fake status=500]]")
+        await terminal.wait_for("Asked to answer 500")
+        await terminal.say("[[fake tokens=2 crash_at=1]]")
+        await terminal.wait_for("engine process died|It is being restarted")
+        assert "Traceback" not in terminal.text
+        terminal.press(CTRL_D)
+        assert await terminal.ended() == 0
 
 
 async def test_a_key_is_asked_for_without_showing_it(server: Server, tmp_path: Path) -> None:
