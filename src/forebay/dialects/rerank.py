@@ -34,10 +34,10 @@ class TextDocument(Wire):
 
 
 def _form_of(value: Any) -> str:
-    return "str" if isinstance(value, str) else "object"
+    return "str" if isinstance(value, str) else "text"
 
 
-_Document = Annotated[Annotated[str, Tag("str")] | Annotated[TextDocument, Tag("object")], Discriminator(_form_of)]
+_Document = Annotated[Annotated[str, Tag("str")] | Annotated[TextDocument, Tag("text")], Discriminator(_form_of)]
 
 
 class _Reranking(Wire):

@@ -1,0 +1,176 @@
+"""Answers put together from items: what is computed once, who waits for whom, and what becomes of those left behind."""
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from forebay.clock import SystemClock
+from forebay.dialects.items import Item, ItemRules
+from forebay.dialects.openai.call import Call, Context
+from forebay.dialects.openai.embeddings import EmbeddingBody, embedding_call
+from forebay.errors import EngineCrashed
+from forebay.inference import Priority
+from forebay.scheduler.assembly import Assembler
+from forebay.scheduler.item_cache import ENTRY_BYTES, ItemCache
+from forebay.telemetry import Metrics
+
+
+class Engine:
+    """Computes when the test lets it, and remembers what it was asked for."""
+
+    def __init__(self, *, counts: bool = True) -> None:
+        self.asked: list[list[str]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+        self._counts = counts
+
+    async def compute(self, call: Call) -> bytes:
+        texts = json.loads(call.request.body)["input"]
+        self.asked.append(texts)
+        error = self.error
+        await self.gate.wait()
+        if error is not None:
+            raise error
+        data = [{"index": index, "embedding": [float(len(text))]} for index, text in enumerate(texts)]
+        counted = {"tokens": [len(text) for text in texts]} if self._counts else {}
+        usage = {"prompt_tokens": sum(map(len, texts))}
+        return json.dumps({"data": data, "usage": usage, **counted}).encode()
+
+
+def call(*texts: str, priority: Priority = Priority.DEFAULT, counted: bool = True, project: str = "web") -> Call:
+    body = EmbeddingBody(model="m", input=texts)
+    made = embedding_call(body, Context("req_1", project, None, 16, 4, items=ItemRules("p", counted=counted)))
+    return replace(made, request=replace(made.request, priority=priority))
+
+
+def assembler(cache_bytes: int = 2**20) -> Assembler:
+    return Assembler(cache_bytes, SystemClock(), Metrics())
+
+
+async def vectors(made: Any) -> list[float]:
+    gathered = await made
+    found = json.loads(gathered.body)
+    assert found["usage"]["prompt_tokens"] == gathered.usage.prompt_tokens
+    return [entry["embedding"][0] for entry in found["data"]]
+
+
+async def until_asked(engine: Engine, times: int) -> None:
+    while len(engine.asked) < times:
+        await asyncio.sleep(0)
+
+
+async def test_only_what_is_unknown_is_asked_for() -> None:
+    room, engine = assembler(), Engine()
+    assert await vectors(room.answer(call("a", "bb", "a"), engine.compute)) == [1, 2, 1]
+    gathered = await room.answer(call("bb", "ccc", "a"), engine.compute)
+    assert engine.asked == [["a", "bb"], ["ccc"]]
+    assert gathered.usage is not None
+    assert gathered.usage.prompt_tokens == 6, "what was known counts too"
+    await room.answer(call("a", project="other"), engine.compute)
+    assert engine.asked[2:] == [["a"]]
+
+
+async def test_without_room_nothing_is_kept() -> None:
+    room, engine = assembler(0), Engine()
+    for _ in range(2):
+        await room.answer(call("a"), engine.compute)
+    assert engine.asked == [["a"], ["a"]]
+
+
+async def test_what_has_no_count_of_its_own_is_neither_kept_nor_shared() -> None:
+    room, engine = assembler(), Engine(counts=False)
+    for _ in range(2):
+        gathered = await room.answer(call("a", "bb", counted=False), engine.compute)
+        assert gathered.usage is not None
+        assert gathered.usage.prompt_tokens == 3
+    assert len(engine.asked) == 2
+    for _ in range(2):
+        await room.answer(call("one alone", counted=False), engine.compute)
+    assert len(engine.asked) == 3, "the only input has the count of all"
+
+
+async def test_two_at_once_compute_once() -> None:
+    room, engine = assembler(0), Engine()
+    engine.gate.clear()
+    first = asyncio.create_task(vectors(room.answer(call("a", "bb"), engine.compute)))
+    await until_asked(engine, 1)
+    second = asyncio.create_task(vectors(room.answer(call("bb", "ccc"), engine.compute)))
+    await until_asked(engine, 2)
+    engine.gate.set()
+    assert await first == [1, 2]
+    assert await second == [2, 3]
+    assert engine.asked == [["a", "bb"], ["ccc"]]
+
+
+async def test_nobody_waits_for_less_urgent_work() -> None:
+    room, engine = assembler(), Engine()
+    engine.gate.clear()
+    batch = asyncio.create_task(vectors(room.answer(call("a", priority=Priority.BATCH), engine.compute)))
+    await until_asked(engine, 1)
+    online = asyncio.create_task(vectors(room.answer(call("a"), engine.compute)))
+    await until_asked(engine, 2)
+    later = asyncio.create_task(vectors(room.answer(call("a", priority=Priority.BATCH), engine.compute)))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(engine.asked) == 2, "batch work waits for the online request"
+    engine.gate.set()
+    assert [await batch, await online, await later] == [[1], [1], [1]]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+async def test_who_waited_for_one_that_did_not_make_it_computes_for_himself(how: str) -> None:
+    room, engine = assembler(), Engine()
+    engine.gate.clear()
+    engine.error = EngineCrashed() if how == "failed" else None
+    first = asyncio.create_task(room.answer(call("a", "bb"), engine.compute))
+    await until_asked(engine, 1)
+    engine.error = None
+    others = [asyncio.create_task(vectors(room.answer(call("bb"), engine.compute))) for _ in range(3)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(engine.asked) == 1
+    if how == "cancelled":
+        first.cancel()
+    engine.gate.set()
+    with pytest.raises(asyncio.CancelledError if how == "cancelled" else EngineCrashed):
+        await first
+    assert await asyncio.gather(*others) == [[2]] * 3
+
+
+async def test_one_who_waits_and_leaves_harms_nobody() -> None:
+    room, engine = assembler(), Engine()
+    engine.gate.clear()
+    first = asyncio.create_task(vectors(room.answer(call("a"), engine.compute)))
+    await until_asked(engine, 1)
+    leaver, stayer = [asyncio.create_task(vectors(room.answer(call("a"), engine.compute))) for _ in range(2)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    leaver.cancel()
+    engine.gate.set()
+    assert await first == await stayer == [1]
+    assert len(engine.asked) == 1
+
+
+async def test_many_items_are_computed_in_parts() -> None:
+    room, engine = assembler(), Engine()
+    body = call(*[str(number) for number in range(2048)])
+    assert len(await vectors(room.answer(body, engine.compute))) == 2048
+    assert [len(part) for part in engine.asked] == [2048]
+
+
+def test_the_cache_stays_within_its_bytes_and_forgets_the_oldest() -> None:
+    cache = ItemCache(3 * (8 + ENTRY_BYTES))
+    for number in range(5):
+        cache.put(bytes([number]), Item(b"12345678", 1))
+        cache.get(bytes([0]))
+    assert [number for number in range(5) if cache.get(bytes([number]))] == [0, 3, 4]
+    assert cache.bytes == 3 * (8 + ENTRY_BYTES)
+    cache.put(bytes([4]), Item(b"1234", 1))
+    assert cache.bytes == 3 * (8 + ENTRY_BYTES) - 4
+    cache.put(b"large", Item(bytes(5000), 1))
+    assert cache.get(b"large") is None
+    assert len(cache) == 3
