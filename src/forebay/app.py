@@ -32,6 +32,8 @@ from forebay.jobs.office import Office
 from forebay.jobs.retry import Delay, doubling
 from forebay.jobs.segments import SegmentStore
 from forebay.jobs.webhook import webhook_kind
+from forebay.media.files import UploadedImages
+from forebay.media.images import Images
 from forebay.outbound import Outbound
 from forebay.replicas.calls import Calls
 from forebay.replicas.catalog import Catalog
@@ -107,14 +109,21 @@ class Machine:
 
 
 def build_office(
-    settings: Settings, stores: Stores, machine: Machine, outbound: Outbound, node: str, clock: Clock, metrics: Metrics
+    settings: Settings,
+    stores: Stores,
+    machine: Machine,
+    outbound: Outbound,
+    calls: Calls,
+    node: str,
+    clock: Clock,
+    metrics: Metrics,
 ) -> Office:
     """The back office with every kind of job that there is."""
     keep = settings.jobs.keep_seconds
     batches = _batch_work(settings, stores, machine, clock)
     kinds: list[Kind] = [
         _batch_kind(batches, settings),
-        _chunk_kind(settings, stores, machine, clock, metrics),
+        _chunk_kind(settings, stores, machine, calls, clock, metrics),
         webhook_kind(stores.webhooks, outbound, settings, clock),
     ]
 
@@ -176,9 +185,10 @@ def _batch_kind(work: BatchWork, settings: Settings) -> Kind:
     )
 
 
-def _chunk_kind(settings: Settings, stores: Stores, machine: Machine, clock: Clock, metrics: Metrics) -> Kind:
+def _chunk_kind(
+    settings: Settings, stores: Stores, machine: Machine, calls: Calls, clock: Clock, metrics: Metrics
+) -> Kind:
     segments = SegmentStore(stores.jobs, stores.batches, stores.dead_letters, stores.blobs, clock)
-    calls = Calls(machine.catalog)
     lines = LineRunner(calls, machine.catalog, machine.scheduler, settings, clock, metrics)
     work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock)
     return Kind(
@@ -204,12 +214,14 @@ class House:
         machine = Machine(settings, environment, self._clock, metrics)
         self._machine = machine
         self._outbound = Outbound(settings.outbound, self._clock)
-        self._office = build_office(settings, stores, machine, self._outbound, node, self._clock, metrics)
+        self._images = Images(settings.media, self._outbound, UploadedImages(stores.files, stores.blobs), self._clock)
+        calls = Calls(machine.catalog, self._images)
+        self._office = build_office(settings, stores, machine, self._outbound, calls, node, self._clock, metrics)
         self._door = Door(machine.scheduler, Rates(self._clock), settings, self._clock, metrics)
         app = create_app(settings)
         state = app.state
         state.catalog, state.supervisor, state.scheduler = machine.catalog, machine.supervisor, machine.scheduler
-        state.calls, state.door = Calls(machine.catalog), self._door
+        state.calls, state.door = calls, self._door
         state.files, state.uploads, state.blobs, state.jobs = stores.files, stores.uploads, stores.blobs, stores.jobs
         state.webhooks, state.dead_letters, state.outbound = stores.webhooks, stores.dead_letters, self._outbound
         state.idempotency, state.batches = stores.idempotency, stores.batches
@@ -253,6 +265,7 @@ class House:
             sweeping.cancel()
             supervising.cancel()
             await asyncio.wait([supervising, sweeping, loading])
+            await self._images.close()
             await self._outbound.close()
             self._log.info("server.stopped")
 
@@ -342,7 +355,9 @@ async def work(settings: Settings, environment: Mapping[str, str], on_ready: Cal
             loop.add_signal_handler(number, stop.set)
         machine = Machine(settings, environment, clock, metrics)
         outbound = Outbound(settings.outbound, clock)
-        office = build_office(settings, stores, machine, outbound, node.name, clock, metrics)
+        images = Images(settings.media, outbound, UploadedImages(stores.files, stores.blobs), clock)
+        calls = Calls(machine.catalog, images)
+        office = build_office(settings, stores, machine, outbound, calls, node.name, clock, metrics)
         supervising = asyncio.create_task(machine.supervisor.run())
         working = asyncio.create_task(office.run())
         stopping = asyncio.create_task(stop.wait())
@@ -356,6 +371,7 @@ async def work(settings: Settings, environment: Mapping[str, str], on_ready: Cal
             await asyncio.wait([working])
             supervising.cancel()
             await asyncio.wait([supervising])
+            await images.close()
             await outbound.close()
 
 

@@ -260,6 +260,41 @@ class OutboundSettings(_Section):
     connect_timeout_seconds: Seconds = Field(5, description="Time to resolve and to reach an address.")
 
 
+class MediaSettings(_Section):
+    """Images in requests: where they may come from, and what one may be and cost."""
+
+    fetch_hosts: tuple[str, ...] = Field(
+        (),
+        description="Hosts that images are fetched from: `images.example.com`, `*.example.com`, or `*` for every public one. Without any, nothing is fetched.",
+    )
+    fetch_timeout_seconds: Seconds = Field(10, description="Time to fetch one image.")
+    fetches_at_once: Annotated[int, Field(ge=1, le=256)] = Field(8, description="Images that are fetched at once.")
+    images_max: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Images of one request.")
+    image_bytes_max: Bytes = Field(20 * 2**20, description="Size of one image file; a larger one gets 413.")
+    request_bytes_max: Bytes = Field(50 * 2**20, description="Size of all image files of one request.")
+    pixels_max: Annotated[int, Field(ge=1, le=2**30)] = Field(
+        40_000_000, description="Pixels of one image, by its header; more gets 413."
+    )
+    frames_max: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        1, description="Frames of one animation; a model sees the first."
+    )
+    edge_pixels_max: Annotated[int, Field(ge=64, le=16_384)] = Field(
+        2048, description="Longest side that an engine is given; a larger image is scaled down."
+    )
+    low_edge_pixels_max: Annotated[int, Field(ge=64, le=16_384)] = Field(
+        512, description="The same for an image with `detail` `low`."
+    )
+    checks_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
+        2, description="Images that are decoded at once, each in a process of its own."
+    )
+    check_seconds_max: Annotated[int, Field(ge=1, le=60)] = Field(
+        10, description="Processor time for one image; the wait for it is twice as long at most."
+    )
+    check_memory_bytes_max: Annotated[int, Field(ge=128 * 2**20, le=2**36)] = Field(
+        768 * 2**20, description="Address space for decoding one image."
+    )
+
+
 class RehearsalSettings(_Section):
     """For rehearsing a crash, never for service."""
 
@@ -302,6 +337,10 @@ class LlamaCppOptions(_Section):
     )
     chat_template_file: Path | None = Field(None, description="Jinja chat template that replaces the model's own.")
     embeddings: bool = Field(False, description="Serve embeddings instead of text.")
+    mmproj_file: Path | None = Field(
+        None,
+        description="GGUF file of the image encoder (`mmproj`) that belongs to the model; with it, it takes images.",
+    )
 
 
 class OnnxOptions(_Section):
@@ -358,6 +397,7 @@ class CommandOptions(_Section):
     )
     health_path: str = Field("/health", pattern="^/", description="Answers 200 when the engine can serve.")
     remote_model: str | None = Field(None, description="Model name sent to the engine; the catalogue name if absent.")
+    vision: bool = Field(False, description="Whether the model takes images in messages.")
 
 
 class VllmOptions(_Section):
@@ -371,6 +411,7 @@ class VllmOptions(_Section):
     )
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(1, description="GPUs that share the model.")
     arguments: tuple[str, ...] = Field((), description="Further arguments for `vllm serve`.")
+    vision: bool = Field(False, description="Whether the model takes images in messages.")
 
 
 class UpstreamOptions(_Section):
@@ -382,6 +423,7 @@ class UpstreamOptions(_Section):
     headers: dict[str, str] = Field({}, description="Further request headers.")
     connect_timeout_seconds: Seconds = Field(10, description="Time to reach it.")
     remote_model: str | None = Field(None, description="Model name sent upstream; the catalogue name if absent.")
+    vision: bool = Field(False, description="Whether the model takes images in messages.")
 
 
 class FakeOptions(_Section):
@@ -393,6 +435,7 @@ class FakeOptions(_Section):
         0, description="Requests at once above which it runs out of memory; 0 never does."
     )
     tools: bool = Field(True, description="Whether its chat template has tools.")
+    vision: bool = Field(False, description="Whether the model takes images in messages.")
 
 
 class ModelSettings(_Section):
@@ -533,6 +576,7 @@ class Settings(_Section):
     blobs: BlobSettings = BlobSettings()
     webhooks: WebhookSettings = WebhookSettings()
     outbound: OutboundSettings = OutboundSettings()
+    media: MediaSettings = MediaSettings()
     rehearsal: RehearsalSettings = RehearsalSettings()
     log: LogSettings = LogSettings()
     models: dict[Annotated[str, Field(pattern=MODEL_NAME)], Model] = Field(

@@ -115,7 +115,24 @@ class Outbound:
 
         Raises InvalidRequest (`url_not_allowed`) before anything is sent, and Unreachable if no answer began in time.
         """
+        return await self._send("POST", _parse(url), body, headers, timeout_seconds, bytes_max)
+
+    async def get(self, url: str, *, hosts: Sequence[str], timeout_seconds: float, bytes_max: int) -> Answer:
+        """The same without a body, from one of `hosts`: a name, `*.` and a name for what is below it, or `*`."""
         target = _parse(url)
+        if not any(_is_host(target.host, pattern) for pattern in hosts):
+            raise _refused("This server may not fetch from the host of that URL.")
+        return await self._send("GET", target, None, {}, timeout_seconds, bytes_max)
+
+    async def _send(
+        self,
+        method: str,
+        target: _Target,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        timeout_seconds: float,
+        bytes_max: int,
+    ) -> Answer:
         fields = {"accept-encoding": "identity", "user-agent": "forebay", **headers}
         ends_at = self._clock.monotonic() + timeout_seconds
         with _told():
@@ -124,7 +141,9 @@ class Outbound:
         async with self._session(target, addresses) as session:
             with _told():
                 async with self._clock.timeout(ends_at - self._clock.monotonic()):
-                    response = await session.post(target.url, data=body, headers=fields, allow_redirects=False)
+                    response = await session.request(
+                        method, target.url, data=body, headers=fields, allow_redirects=False
+                    )
             async with response:
                 kept = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
                 content, whole = await self._read(response, bytes_max, ends_at - self._clock.monotonic())
@@ -334,6 +353,13 @@ def _ascii(name: str) -> str:
         return idna.encode(name.lower(), strict=True, uts46=False).decode("ascii")
     except UnicodeError:  # also what the library says of a name that is none
         raise _refused("The host of that URL is no valid international name. Write it in its `xn--` form.") from None
+
+
+def _is_host(host: str, pattern: str) -> bool:
+    wanted = pattern.lower()
+    if wanted.startswith("*."):
+        return host.endswith(wanted[1:])
+    return wanted in {"*", host}
 
 
 def _address(text: str) -> _Address:

@@ -5,49 +5,70 @@ from typing import Any
 
 import pytest
 
+from forebay.clock import SystemClock
 from forebay.config import FakeModel, LlamaCppModel, LlamaCppOptions, Settings
-from forebay.errors import InvalidRequest, ModelNotFound
+from forebay.errors import InvalidRequest, ModelNotFound, NotFound
 from forebay.inference import Capability, Priority
+from forebay.media.images import Images
+from forebay.outbound import Outbound
 from forebay.replicas.calls import CHAT_COMPLETIONS, COMPLETIONS, ENDPOINTS, Calls
 from forebay.replicas.catalog import Catalog
 
 MESSAGES = [{"role": "user", "content": "Hello."}]
 
 
+class NoFiles:
+    """Where nobody has uploaded anything."""
+
+    async def read(self, project: str, file_id: str, bytes_max: int) -> bytes:
+        raise NotFound
+
+
 @pytest.fixture(scope="module")
 def calls() -> Calls:
     embedder = LlamaCppModel(engine="llama.cpp", source="file:/m.gguf", options=LlamaCppOptions(embeddings=True))
     models = {"fake": FakeModel(engine="fake", slots=2), "embedder": embedder}
-    return Calls(Catalog(Settings(default_models=False, models=models)))
+    settings, clock = Settings(default_models=False, models=models), SystemClock()
+    return Calls(Catalog(settings), Images(settings.media, Outbound(settings.outbound, clock), NoFiles(), clock))
 
 
-def prepare(calls: Calls, path: str, body: dict[str, Any], **options: Any) -> Any:
-    return calls.prepare(path, json.dumps(body).encode(), request_id="req_1", project="web", **options)
+async def prepare(calls: Calls, path: str, body: dict[str, Any], **options: Any) -> Any:
+    return await calls.prepare(path, json.dumps(body).encode(), request_id="req_1", project="web", **options)
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-def test_every_endpoint_makes_a_request_for_its_own_path(calls: Calls, path: str) -> None:
+async def test_every_endpoint_makes_a_request_for_its_own_path(calls: Calls, path: str) -> None:
     body = {"messages": MESSAGES} if path == CHAT_COMPLETIONS else {"prompt": "Hello."}
-    made = prepare(calls, path, {"model": "fake", **body}, traceparent="trace")
+    made = await prepare(calls, path, {"model": "fake", **body}, traceparent="trace")
     request = made.request
     assert (request.id, request.project, request.traceparent) == ("req_1", "web", "trace")
     assert (request.path, request.capability) == (path, ENDPOINTS[path].capability)
     assert request.priority is Priority.DEFAULT
 
 
-def test_a_priority_that_is_given_goes_before_the_tier(calls: Calls) -> None:
+async def test_a_priority_that_is_given_goes_before_the_tier(calls: Calls) -> None:
     body = {"model": "fake", "messages": MESSAGES, "service_tier": "priority"}
-    assert prepare(calls, CHAT_COMPLETIONS, body).request.priority is Priority.HIGH
-    batch = prepare(calls, CHAT_COMPLETIONS, body, priority=Priority.BATCH)
+    assert (await prepare(calls, CHAT_COMPLETIONS, body)).request.priority is Priority.HIGH
+    batch = await prepare(calls, CHAT_COMPLETIONS, body, priority=Priority.BATCH)
     assert (batch.request.priority, batch.tier) == (Priority.BATCH, "priority")
 
 
-def test_what_the_model_cannot_do_is_refused(calls: Calls) -> None:
+async def test_what_the_model_cannot_do_is_refused(calls: Calls) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        prepare(calls, COMPLETIONS, {"model": "embedder", "prompt": "Hello."})
+        await prepare(calls, COMPLETIONS, {"model": "embedder", "prompt": "Hello."})
     assert (refused.value.code, refused.value.param) == ("capability_not_supported", "model")
     assert Capability.COMPLETION.value in str(refused.value)
     with pytest.raises(ModelNotFound):
-        prepare(calls, COMPLETIONS, {"model": "nobody", "prompt": "Hello."})
+        await prepare(calls, COMPLETIONS, {"model": "nobody", "prompt": "Hello."})
     with pytest.raises(InvalidRequest):
-        prepare(calls, CHAT_COMPLETIONS, {"model": "fake", "messages": MESSAGES, "n": 3})
+        await prepare(calls, CHAT_COMPLETIONS, {"model": "fake", "messages": MESSAGES, "n": 3})
+
+
+async def test_images_for_a_model_that_sees_none_are_refused_before_anybody_looks(calls: Calls) -> None:
+    parts = [{"type": "text", "text": "Look."}, {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}}]
+    with pytest.raises(InvalidRequest) as refused:
+        await prepare(calls, CHAT_COMPLETIONS, {"model": "fake", "messages": [{"role": "user", "content": parts}]})
+    assert (refused.value.code, refused.value.param) == (
+        "capability_not_supported",
+        "messages[0].content[1].image_url.url",
+    )

@@ -44,6 +44,7 @@ class Spec:
     fail_start: str = "no"
     memory_slots_max: int = 0
     tools: bool = False
+    vision: bool = False
     quiet: bool = False
     port: int = 0  # 0 takes a free one, and says which
 
@@ -379,7 +380,8 @@ class Connection(asyncio.Protocol):
             return {"status": "ok"}
         if head.method == "POST" and head.path in ("/v1/chat/completions", "/v1/completions"):
             spec = self._engine.spec
-            job = read_job(body, head.path == "/v1/chat/completions", spec.name, spec.slots, spec.context)
+            chat = head.path == "/v1/chat/completions"
+            job = read_job(body, chat, spec.name, spec.slots, spec.context, vision=spec.vision)
             self._start(job, head.ids)
             return None
         return self._engine.look_up(head.path)

@@ -7,15 +7,18 @@ The last user message (or the prompt) may hold one directive, `[[fake k=v k=v]]`
 
     tokens=N delay_ms=N token_ms=N rate=N     how much, and how fast
     echo=1 tool=NAME                          what: the words of the prompt; a call of the tool
+    images=1                                  what: for each image its type, size and SHA-256
     status=NNN context_error=1                an error instead of an answer
     crash_at=N crash=segv|kill|exit oom_at=N  the process dies before token N
     hang_at=N freeze_at=N                     the answer stops; the whole process stops
     garbage_at=N truncate_at=N refuse_stop=1  not SSE; a cut stream; computing goes on after a cancel
 """
 
+import base64
 import hashlib
 import json
 import re
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -24,6 +27,8 @@ from typing import Any
 _MAX_TOKENS = 1_000_000
 _DEFAULT_TOKENS = 16
 _MARK = "<token>"
+_IMAGE_TOKENS = 64
+_IMAGE = re.compile(r"data:image/(png|jpeg);base64,")
 _DIRECTIVE = re.compile(r"\[\[fake([^\]]*)\]\]")
 
 
@@ -37,6 +42,7 @@ class Directive:
     rate: float = 0.0
     echo: int = 0
     tool: str = ""
+    images: int = 0
     status: int = 0
     context_error: int = 0
     crash_at: int = -1
@@ -116,16 +122,19 @@ def read_directive(text: str) -> Directive:
     return directive
 
 
-def read_job(body: bytes, chat: bool, name: str, slots: int, context: int) -> Job:
+def read_job(body: bytes, chat: bool, name: str, slots: int, context: int, *, vision: bool = False) -> Job:
     """Check the request and decide its whole answer, or raise Refused."""
     try:
         wanted = json.loads(body)
+        images = _images(wanted["messages"]) if chat else []
         texts = _message_texts(wanted["messages"]) if chat else _prompt_texts(wanted["prompt"])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise Refused(400, "The body is not a completion request.") from None
+    if images and not vision:
+        raise Refused(500, "image input is not supported", "server_error")
     last = texts[-1] if texts else ""
     directive = read_directive(last)
-    prompt_tokens = sum(len(text.split()) for text in texts)
+    prompt_tokens = sum(len(text.split()) for text in texts) + _IMAGE_TOKENS * len(images)
     if directive.status:
         raise Refused(directive.status, f"Asked to answer {directive.status}.", "server_error")
     if directive.context_error or prompt_tokens > context:
@@ -135,7 +144,7 @@ def read_job(body: bytes, chat: bool, name: str, slots: int, context: int) -> Jo
     choices = _positive(wanted.get("n"), 1) * (1 if chat else len(_prompts(wanted["prompt"])))
     if choices > slots:
         raise Refused(400, f"{choices} choices need {choices} slots, and there are {slots}.")
-    words, finish = _answer(last, directive, wanted)
+    words, finish = _answer(last, directive, wanted, images)
     return Job(
         id=("chatcmpl-" if chat else "cmpl-") + hashlib.sha256(body).hexdigest()[:24],
         chat=chat,
@@ -151,11 +160,11 @@ def read_job(body: bytes, chat: bool, name: str, slots: int, context: int) -> Jo
     )
 
 
-def _answer(prompt: str, directive: Directive, wanted: dict[str, Any]) -> tuple[list[str], str]:
+def _answer(prompt: str, directive: Directive, wanted: dict[str, Any], images: list[str]) -> tuple[list[str], str]:
     """The answer's tokens and why it ends."""
     if directive.tool:
         return ["{", "}"], "tool_calls"
-    source = _DIRECTIVE.sub("", prompt).split() if directive.echo else None
+    source = _DIRECTIVE.sub("", prompt).split() if directive.echo else images if directive.images else None
     count = directive.tokens
     if count < 0:
         count = len(source) if source is not None else _DEFAULT_TOKENS
@@ -182,6 +191,22 @@ def _message_texts(messages: list[dict[str, Any]]) -> list[str]:
             last = len(texts) - 1
     texts.append(texts.pop(last))
     return texts
+
+
+def _images(messages: list[dict[str, Any]]) -> list[str]:
+    """What is seen of every image: `png:64x48:` and the checksum of the file. Raises ValueError for what is none."""
+    found = []
+    for message in messages:
+        parts = message.get("content")
+        for part in parts if isinstance(parts, list) else []:
+            if part.get("type") == "image_url":
+                url = part["image_url"]["url"]
+                if (match := _IMAGE.match(url)) is None:
+                    raise ValueError("an image that is not inlined")
+                data = base64.b64decode(url[match.end() :], validate=True)
+                size = "x".join(map(str, struct.unpack(">II", data[16:24]))) if match[1] == "png" else ""
+                found.append(f"{match[1]}:{size}:{hashlib.sha256(data).hexdigest()}")
+    return found
 
 
 def _prompts(prompt: Any) -> list[Any]:

@@ -55,6 +55,7 @@ class Spec:
     cache_ram_bytes: int = 0
     chat_template: str | None = None
     embeddings: bool = False
+    mmproj_path: str = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -116,6 +117,8 @@ def _read_spec() -> tuple[Spec, str]:
         _refuse(f"{spec.name} needs at least 1 for slots, context and batch.")
     if not os.path.isfile(spec.model_path):
         _refuse(f"The model file {spec.file} of {spec.name} does not exist. Pull the model again.")
+    if spec.mmproj_path and not os.path.isfile(spec.mmproj_path):
+        _refuse(f"The image encoder {os.path.basename(spec.mmproj_path)} of {spec.name} does not exist.")
     return spec, key
 
 
@@ -201,6 +204,9 @@ def _parameters(spec: Spec, key: str, xllamacpp: Any) -> Any:
     """Our settings in llama.cpp's words."""
     params = xllamacpp.CommonParams()
     params.model.path = spec.model_path
+    if spec.mmproj_path:
+        params.mmproj.path = spec.mmproj_path
+        params.mmproj_use_gpu = spec.gpu_layers != 0
     params.model_alias = {spec.name}
     params.n_parallel = spec.slots
     params.n_ctx = spec.slots * spec.context

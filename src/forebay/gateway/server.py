@@ -119,7 +119,7 @@ def _model(request: Request, name: str) -> dict[str, Any]:
 
 async def _answer(request: Request, caller: Principal, path: str) -> Response:
     trace = request.headers.get("traceparent", "")
-    call = request.app.state.calls.prepare(
+    call = await request.app.state.calls.prepare(
         path,
         await read_body(request, request.app.state.settings.http.body_bytes_max),
         request_id=request.scope["request_id"],
@@ -127,7 +127,7 @@ async def _answer(request: Request, caller: Principal, path: str) -> Response:
         traceparent=trace if _TRACEPARENT.fullmatch(trace) else None,
     )
     door: Door = request.app.state.door
-    estimate = len(call.request.body) // _BYTES_PER_TOKEN
+    estimate = (len(call.request.body) - call.image_chars) // _BYTES_PER_TOKEN
     try:
         headers = door.rates.check(caller, estimate)
     except RateLimited as error:

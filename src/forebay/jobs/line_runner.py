@@ -23,6 +23,7 @@ from forebay.errors import (
     Preempted,
     ServerError,
     ShuttingDown,
+    StoreUnavailable,
 )
 from forebay.inference import Priority
 from forebay.jobs.lines import Place
@@ -80,17 +81,10 @@ class LineRunner:
         self._suspects: dict[str, asyncio.Lock] = {}
 
     async def run(self, batch: Batch, place: Place, raw: bytes, on_read: OnRead) -> Result:
-        """The result of a line. Raises EngineUnavailable, ModelNotReady or ShuttingDown if it has to wait."""
+        """The result of a line. Raises EngineUnavailable, ModelNotReady, StoreUnavailable or ShuttingDown if it has to wait."""
         line = _Line(batch, place, parse_line(raw, batch.endpoint), new_id("req"))
         try:
-            call = self._calls.prepare(
-                batch.endpoint,
-                line.input.raw,
-                request_id=line.request_id,
-                project=batch.job.project_id,
-                priority=Priority.BATCH,
-            )
-            result = await self._until_answered(line, call, on_read)
+            result = await self._until_answered(line, on_read)
         except CallerError as error:
             self._note(line, error)
             body = refusal_line(line.id, line.input.custom_id, line.request_id, error)
@@ -99,18 +93,20 @@ class LineRunner:
         self._metrics.batch_lines.labels(line.input.model, outcome).inc()
         return result
 
-    async def _until_answered(self, line: _Line, call: Call, on_read: OnRead) -> Result:
+    async def _until_answered(self, line: _Line, on_read: OnRead) -> Result:
         """Attempts until one brings an answer or there have been enough."""
+        call: Call | None = None
         while True:
             try:
+                call = call or await self._prepare(line)
                 gathered = await self._attempt(line, call, on_read)
             except (CallerError, ShuttingDown):
                 raise
             except (ServerError, Overloaded) as error:
                 self._note(line, error)
                 pause = self._backoff(len(line.failures))
-                if pause is None and isinstance(error, EngineUnavailable | ModelNotReady):
-                    raise  # the model is away for all: the chunk waits
+                if pause is None and isinstance(error, EngineUnavailable | ModelNotReady | StoreUnavailable):
+                    raise  # the model, or the store, is away for all: the chunk waits
                 if pause is None:
                     message = failure_line(line.id, line.input.custom_id, error.code, str(error))
                     return _lost(line, error, message)
@@ -118,6 +114,15 @@ class LineRunner:
                 await self._clock.sleep(self._clock.jitter(pause))
             else:
                 return self._answered(line, gathered)
+
+    async def _prepare(self, line: _Line) -> Call:
+        return await self._calls.prepare(
+            line.batch.endpoint,
+            line.input.raw,
+            request_id=line.request_id,
+            project=line.batch.job.project_id,
+            priority=Priority.BATCH,
+        )
 
     async def _attempt(self, line: _Line, call: Call, on_read: OnRead) -> Gathered:
         line.request_id = new_id("req")

@@ -1,17 +1,20 @@
 """Turns a wire body into a call: the one way for requests at the front door and for the lines of a batch.
 
-It refuses a model that is not in the catalogue, and one that does not serve the endpoint; it runs nothing.
+It refuses a model that is not in the catalogue, one that does not serve the endpoint, and images for one that sees none;
+it runs nothing. Images are looked at here, so that no door can forget it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from forebay.dialects.images import ImageRef
 from forebay.dialects.openai.call import Call, Context, Sampling, parse
-from forebay.dialects.openai.chat import ChatBody, chat_call
+from forebay.dialects.openai.chat import ChatBody, chat_call, images_of
 from forebay.dialects.openai.completions import CompletionBody, completion_call
 from forebay.errors import InvalidRequest
 from forebay.inference import Capability, Priority
+from forebay.media.images import Images
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import capabilities_of, traits_of
 
@@ -21,17 +24,25 @@ CHAT_COMPLETIONS = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
 
+def _without_images(_body: Sampling) -> Sequence[ImageRef]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint(Generic[BodyT]):
-    """What a path asks of a model, the body that it takes, and how that becomes a call."""
+    """What a path asks of a model, the body that it takes, and how that becomes a call.
+
+    `images` finds the images of a body; `build` gets what became of them as `Context.images`, in the same order.
+    """
 
     capability: Capability
     body: type[BodyT]
     build: Callable[[BodyT, Context], Call]
+    images: Callable[[BodyT], Sequence[ImageRef]] = _without_images
 
 
 ENDPOINTS: Mapping[str, Endpoint[Any]] = {
-    CHAT_COMPLETIONS: Endpoint(Capability.CHAT, ChatBody, chat_call),
+    CHAT_COMPLETIONS: Endpoint(Capability.CHAT, ChatBody, chat_call, images_of),
     COMPLETIONS: Endpoint(Capability.COMPLETION, CompletionBody, completion_call),
 }
 
@@ -39,10 +50,11 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
 class Calls:
     """Makes calls for the models of a catalogue."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, images: Images) -> None:
         self._catalog = catalog
+        self._images = images
 
-    def prepare(
+    async def prepare(
         self,
         path: str,
         raw: bytes,
@@ -54,7 +66,7 @@ class Calls:
     ) -> Call:
         """The call that `raw` asks for at `path`, which is one of ENDPOINTS. `priority` overrides that of the tier.
 
-        Raises InvalidRequest and ModelNotFound.
+        Raises InvalidRequest and ModelNotFound; where the body has images also what `Images.inline` raises.
         """
         endpoint = ENDPOINTS[path]
         body = parse(endpoint.body, raw)
@@ -66,6 +78,12 @@ class Calls:
                 code="capability_not_supported",
             )
         traits = traits_of(model)
+        refs = endpoint.images(body)
+        if refs and not traits.sees_images:
+            raise InvalidRequest(
+                f"The model {body.model} does not take images.", param=refs[0].param, code="capability_not_supported"
+            )
+        images = await self._images.inline(refs, project, patient=priority is Priority.BATCH)
         context = Context(
             request_id=request_id,
             project=project,
@@ -74,6 +92,7 @@ class Calls:
             slots=model.slots,
             remote_model=traits.remote_model,
             enforces_tool_choice=traits.enforces_tool_choice,
+            images=images,
         )
         call = endpoint.build(body, context)
         return call if priority is None else replace(call, request=replace(call.request, priority=priority))

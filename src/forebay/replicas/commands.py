@@ -35,6 +35,7 @@ class Traits:
     probe. `reuses_connections`: it keeps a connection open after an answer, for longer than we do; a request that meets
     the close of one would fail for nothing. `enforces_tool_choice`: it makes a model call a tool that must be called;
     llama.cpp takes `required` and lets the model chat on instead. `log_is_clean`: it prints nothing that a caller wrote.
+    `sees_images`: its messages may hold images.
     """
 
     probe_path: str
@@ -45,17 +46,24 @@ class Traits:
     enforces_tool_choice: bool = True
     log_is_clean: bool = True
     remote_model: str | None = None
+    sees_images: bool = False
 
 
 def traits_of(model: Model) -> Traits:
     """The traits of a model's engine."""
     match model:
-        case LlamaCppModel():
-            return Traits("/slots", stops_after_step=True, reuses_connections=False, enforces_tool_choice=False)
-        case FakeModel():
-            return Traits("/slots")
-        case VllmModel():
-            return Traits("/health", reuses_connections=False)
+        case LlamaCppModel(options=llama):
+            return Traits(
+                "/slots",
+                stops_after_step=True,
+                reuses_connections=False,
+                enforces_tool_choice=False,
+                sees_images=llama.mmproj_file is not None,
+            )
+        case FakeModel(options=fake):
+            return Traits("/slots", sees_images=fake.vision)
+        case VllmModel(options=vllm):
+            return Traits("/health", reuses_connections=False, sees_images=vllm.vision)
         case CommandModel(options=options):
             return Traits(
                 options.health_path,
@@ -63,9 +71,10 @@ def traits_of(model: Model) -> Traits:
                 reuses_connections=False,
                 log_is_clean=False,
                 remote_model=options.remote_model,
+                sees_images=options.vision,
             )
         case UpstreamModel(options=upstream):
-            return Traits("", confirms_stop=False, remote_model=upstream.remote_model)
+            return Traits("", confirms_stop=False, remote_model=upstream.remote_model, sees_images=upstream.vision)
         case _:
             assert_never(model)
 
@@ -101,12 +110,13 @@ def _ours(program: str, spec: dict[str, object], key: str) -> EngineCommand:
 
 
 def _llama_cpp_spec(name: str, options: LlamaCppOptions, slots: int, path: Path | None) -> dict[str, object]:
-    spec = options.model_dump(mode="json", exclude={"chat_template_file"})
+    spec = options.model_dump(mode="json", exclude={"chat_template_file", "mmproj_file"})
     template = options.chat_template_file
     return {
         **spec,
         "name": name,
         "model_path": str(path),
+        "mmproj_path": str(options.mmproj_file) if options.mmproj_file else "",
         "slots": slots,
         "chat_template": _read_template(template) if template else None,
     }

@@ -89,7 +89,8 @@ class Call:
     """A parsed request and how its answer is to be written.
 
     `shape` writes the answer; `kind` is what the engine writes; `legacy_logprobs` is that of /v1/completions. With `forced_tool` the engine was
-    made to write one tool call as plain JSON, which becomes a tool call on the way out.
+    made to write one tool call as plain JSON, which becomes a tool call on the way out. `image_chars` is how much of the
+    request's body are images, which are no tokens.
     """
 
     request: Request
@@ -100,6 +101,7 @@ class Call:
     shape: Shape
     legacy_logprobs: bool = False
     forced_tool: bool = False
+    image_chars: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class Context:
     """What the front door knows beside the body.
 
     `remote_model` is the engine's own name for the model; `enforces_tool_choice` whether it obeys `tool_choice`.
+    `images` are `data:` URLs of checked pictures, one for each image of the body in its order.
     """
 
     request_id: str
@@ -116,6 +119,7 @@ class Context:
     slots: int
     remote_model: str | None = None
     enforces_tool_choice: bool = True
+    images: tuple[str, ...] = ()
 
 
 WireT = TypeVar("WireT", bound=Wire)
@@ -191,5 +195,6 @@ _UNION_TAGS = frozenset(
     {"str", "tuple", "int", "float", "bool", "list", "constrained-str", "texts", "tokens", "token_lists"}
 )
 _DISCRIMINATORS = frozenset(
-    {"system", "developer", "user", "assistant", "tool", "text", "image_url", "refusal", "json_object", "json_schema"}
+    {"system", "developer", "user", "assistant", "tool", "text", "image_url", "file", "refusal"}
+    | {"json_object", "json_schema"}
 )

@@ -1,13 +1,16 @@
 """POST /v1/chat/completions: the body that we accept, and the engine's body made from it.
 
-It refuses what would be ignored in silence: audio, images without a vision model, web search.
+It refuses what would be ignored in silence: audio, images without a vision model, web search. No address of an image goes
+into the engine's body: what stands there was checked and written by this server.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic_core import to_json
 
+from forebay.dialects.images import ImageRef
 from forebay.dialects.openai.call import (
     LOGPROBS_MAX,
     TOKENS_MAX,
@@ -44,10 +47,23 @@ class ImageUrl(Wire):
 
 
 class ImagePart(Wire):
-    """An image; no engine here sees images yet."""
+    """An image, in a `data:` URL or at an address."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
+
+
+class FileId(Wire):
+    """Which file."""
+
+    file_id: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class FilePart(Wire):
+    """An image that was uploaded."""
+
+    type: Literal["file"]
+    file: FileId
 
 
 class RefusalPart(Wire):
@@ -57,7 +73,7 @@ class RefusalPart(Wire):
     refusal: str
 
 
-Part = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
+Part = Annotated[TextPart | ImagePart | FilePart | RefusalPart, Field(discriminator="type")]
 Content = str | Annotated[tuple[Part, ...], Field(max_length=1_024, fail_fast=True)]
 
 
@@ -194,13 +210,28 @@ class ChatBody(Sampling):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
+def images_of(body: ChatBody) -> tuple[ImageRef, ...]:
+    """Its images, in the order in which `chat_call` wants to have them back as `Context.images`."""
+    found = []
+    for number, message in enumerate(body.messages):
+        for index, part in enumerate(message.content if isinstance(message.content, tuple) else ()):
+            place = f"messages[{number}].content[{index}]"
+            if isinstance(part, ImagePart):
+                image = part.image_url
+                found.append(ImageRef(f"{place}.image_url.url", url=image.url, low=image.detail == "low"))
+            elif isinstance(part, FilePart):
+                found.append(ImageRef(f"{place}.file.file_id", file_id=part.file.file_id))
+    return tuple(found)
+
+
 def chat_call(body: ChatBody, context: Context) -> Call:
     """The call that `body` asks for. Raises InvalidRequest."""
     _check(body)
     places = body.n or 1
     check_places(places, context, "n")
     fields = engine_fields(body, context)
-    fields["messages"] = [_engine_message(message) for message in body.messages]
+    images = iter(context.images)
+    fields["messages"] = [_engine_message(message, images) for message in body.messages]
     if body.max_completion_tokens is not None:
         fields["max_tokens"] = body.max_completion_tokens
     if body.logprobs:
@@ -238,6 +269,7 @@ def chat_call(body: ChatBody, context: Context) -> Call:
         tier,
         GENERATION,
         forced_tool=bool(forced),
+        image_chars=sum(map(len, context.images)),
     )
 
 
@@ -288,22 +320,27 @@ def _check_tools(body: ChatBody) -> None:
         check_schema(tool.function.parameters or {}, f"tools[{index}].function.parameters")
 
 
-def _engine_message(message: InputMessage | AssistantMessage | ToolMessage) -> dict[str, Any]:
+def _engine_message(message: InputMessage | AssistantMessage | ToolMessage, images: Iterator[str]) -> dict[str, Any]:
     fields = message.model_dump(
-        include={"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}, exclude_none=True
+        include={"role", "name", "tool_calls", "tool_call_id", "reasoning_content"}, exclude_none=True
     )
     if isinstance(message.content, tuple):
-        fields["content"] = [_engine_part(part) for part in message.content]
-    if message.role == "assistant":
-        fields.setdefault("content", "")
+        fields["content"] = [_engine_part(part, images) for part in message.content]
+    elif message.content is not None or message.role == "assistant":
+        fields["content"] = message.content or ""
     if message.role == "developer":
         fields["role"] = "system"
     return fields
 
 
-def _engine_part(part: TextPart | ImagePart | RefusalPart) -> dict[str, str]:
+def _engine_part(part: TextPart | ImagePart | FilePart | RefusalPart, images: Iterator[str]) -> dict[str, Any]:
     match part:
         case TextPart(text=text) | RefusalPart(refusal=text):
             return {"type": "text", "text": text}
-        case ImagePart():
-            raise InvalidRequest("This model does not take images.", param="messages", code="capability_not_supported")
+        case ImagePart() | FilePart():
+            picture = next(images, None)
+            if picture is None:
+                raise InvalidRequest(
+                    "This model does not take images.", param="messages", code="capability_not_supported"
+                )
+            return {"type": "image_url", "image_url": {"url": picture}}

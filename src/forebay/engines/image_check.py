@@ -1,0 +1,244 @@
+"""Looks at images that strangers sent, each in a forked child with little memory, little time and no files.
+
+It answers with a picture that our own encoder has written, or with the reason why there is none; it opens no address and
+no file, and no image is decoded in the process that talks to the server.
+
+On standard input, again and again: `>II` lengths, a JSON head `{"declared", "base64", "edge"}` and the image. On standard
+output, for each: `>BI` verdict and length, and for verdict 0 a `data:` URL. Limits come as JSON in the first argument.
+"""
+
+import base64
+import ctypes
+import io
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn
+
+from PIL import Image, MpoImagePlugin, WebPImagePlugin
+
+OK, NOT_AN_IMAGE, BROKEN, TOO_MANY_PIXELS, TOO_MANY_FRAMES, TOO_COSTLY, TOO_NARROW = range(7)
+_LOADED = (MpoImagePlugin, WebPImagePlugin)  # by this import, beside those that `preinit` loads
+_SIDES_RATIO_MAX = 200  # some engines fall over a picture that is nothing but a line
+_PNG_BYTES_MAX = 4 * 2**20  # a photograph is no loss as JPEG, and a quarter of the size
+_JPEG_QUALITY = 92
+_OUT_BYTES_MAX = 32 * 2**20
+_PIECE_BYTES = 65_536
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one image may be and cost."""
+
+    pixels_max: int
+    frames_max: int
+    memory_bytes_max: int
+    seconds_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One image: `declared` is the type that its sender claims, `edge` the longest side that is wanted."""
+
+    data: bytes
+    declared: str | None
+    base64: bool
+    edge: int
+
+
+class Refused(Exception):
+    """There will be no picture."""
+
+    def __init__(self, verdict: int) -> None:
+        super().__init__(verdict)
+        self.verdict = verdict
+
+
+def main() -> None:
+    """Serve until the server closes standard input."""
+    limits = Limits(**json.loads(sys.argv[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server, which then closes the pipe
+    warnings.simplefilter("error")
+    Image.preinit()  # a child can import nothing
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    while (task := _read_task(sys.stdin.buffer)) is not None:
+        verdict, picture = _run(task, limits, libc)
+        sys.stdout.buffer.write(struct.pack(">BI", verdict, len(picture)) + picture)
+        sys.stdout.buffer.flush()
+
+
+def _read_task(source: BinaryIO) -> Task | None:
+    lengths = source.read(8)
+    if len(lengths) < 8:
+        return None
+    head_bytes, data_bytes = struct.unpack(">II", lengths)
+    head, data = source.read(head_bytes), source.read(data_bytes)
+    return Task(data=data, **json.loads(head)) if len(data) == data_bytes else None
+
+
+def _run(task: Task, limits: Limits, libc: Any) -> tuple[int, bytes]:
+    """Look at one image in a child; this process only passes bytes on."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _look(task, limits, writer, libc)
+    os.close(writer)
+    out = bytearray()
+    with os.fdopen(reader, "rb", buffering=0) as source:
+        while len(out) <= _OUT_BYTES_MAX and (piece := source.read(_PIECE_BYTES)):
+            out += piece
+    if len(out) > _OUT_BYTES_MAX:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        by_clock = os.WTERMSIG(status) in {signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL}
+        return (TOO_COSTLY if by_clock else BROKEN), b""
+    code = os.WEXITSTATUS(status)
+    if code != OK or not out:
+        return (code if NOT_AN_IMAGE <= code <= TOO_NARROW else BROKEN), b""
+    return OK, bytes(out)
+
+
+def _look(task: Task, limits: Limits, writer: int, libc: Any) -> NoReturn:
+    """The child's whole life. It ends with the verdict as exit code; what surprises it is a broken image."""
+    verdict = BROKEN
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)  # no way to speak for this program, and no traceback with what was in memory
+        _fence(limits, libc)
+        out = memoryview(_picture(task, limits))
+        while out:
+            out = out[os.write(writer, out) :]
+        verdict = OK
+    except Refused as refused:
+        verdict = refused.verdict
+    except (MemoryError, RecursionError):
+        verdict = TOO_COSTLY
+    finally:
+        os._exit(verdict)
+
+
+def _fence(limits: Limits, libc: Any) -> None:
+    """From here on: bounded memory and time, no new files, sockets or processes."""
+    if libc is not None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    signal.alarm(2 * limits.seconds_max)
+    resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds_max, limits.seconds_max + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes_max, limits.memory_bytes_max))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+
+
+def _picture(task: Task, limits: Limits) -> bytes:
+    """The `data:` URL of the picture that an engine may see. Raises Refused, and whatever Pillow raises."""
+    data = base64.b64decode(task.data, validate=True) if task.base64 else task.data
+    kind = _kind(data)
+    if kind is None or (task.declared is not None and task.declared != kind.lower()):
+        raise Refused(NOT_AN_IMAGE)
+    Image.MAX_IMAGE_PIXELS = None  # ours is the limit, and it is lower
+    image = Image.open(io.BytesIO(data), formats=[kind])
+    _check_size(image, limits)
+    if kind != "JPEG":  # a second picture inside a JPEG is a preview or a depth map
+        _check_frames(image, limits)
+    else:
+        image.draft("RGB", (task.edge, task.edge))
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    plain = _plain(image)
+    plain.thumbnail((task.edge, task.edge), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    if turn is not None:
+        plain = plain.transpose(turn)
+    return _encode(_on_white(plain), lossless=kind in {"PNG", "GIF"})
+
+
+def _kind(data: bytes) -> str | None:
+    """What the first bytes say that it is."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    return None
+
+
+def _check_size(image: Image.Image, limits: Limits) -> None:
+    """By the header, before anything is decoded."""
+    width, height = image.size
+    if width * height > limits.pixels_max:
+        raise Refused(TOO_MANY_PIXELS)
+    if max(width, height) > _SIDES_RATIO_MAX * min(width, height):
+        raise Refused(TOO_NARROW)
+
+
+def _check_frames(image: Image.Image, limits: Limits) -> None:
+    try:
+        image.seek(limits.frames_max)
+    except EOFError:
+        image.seek(0)
+        return
+    raise Refused(TOO_MANY_FRAMES)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held; upright where that cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (SyntaxError, ValueError, TypeError, KeyError, EOFError, OSError, struct.error):
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """The same picture as RGB, or as RGBA where one can see through it."""
+    if image.mode.startswith("I"):  # 16 bits of grey
+        return image.point(lambda value: value / 256).convert("L").convert("RGB")
+    if image.mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info:
+        return image if image.mode == "RGBA" else image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Without transparency, which engines fill in as they like."""
+    if image.mode == "RGB":
+        return image
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image).convert("RGB")
+
+
+def _encode(image: Image.Image, *, lossless: bool) -> bytes:
+    if lossless:
+        out = io.BytesIO()
+        image.save(out, "PNG", compress_level=3)
+        if out.tell() <= _PNG_BYTES_MAX:
+            return b"data:image/png;base64," + base64.b64encode(out.getbuffer())
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=_JPEG_QUALITY)
+    return b"data:image/jpeg;base64," + base64.b64encode(out.getbuffer())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The programs that look at images: started when one is needed, spoken to over their pipes, ended when they hang.
+
+It refuses to decode anything itself, and to believe a program further than that its answer has the form of a picture.
+"""
+
+import asyncio
+import contextlib
+import json
+import re
+import struct
+import sys
+
+from forebay.clock import Clock
+from forebay.config import MediaSettings, environment_for_others
+from forebay.errors import CallerError, InvalidRequest, PayloadTooLarge, ServerError
+
+_OUT_BYTES_MAX = 32 * 2**20
+_GRACE_SECONDS = 2.0
+_PICTURE = re.compile(rb"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
+_FAILED = "The program that looks at images failed. Try again."
+
+
+class Checker:
+    """Makes of an image what an engine may see."""
+
+    def __init__(self, settings: MediaSettings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._places = asyncio.Semaphore(settings.checks_at_once)
+        self._idle: list[_Program] = []
+        self._busy: set[_Program] = set()
+
+    async def close(self) -> None:
+        """End every program."""
+        for program in [*self._idle, *self._busy]:
+            program.kill()
+        self._idle.clear()
+
+    async def check(self, data: bytes, *, declared: str | None, in_base64: bool, low: bool) -> str:
+        """The `data:` URL of the image as our own encoder writes it.
+
+        `declared` is the type that its sender claims (`png`), `in_base64` how `data` is written. Raises InvalidRequest
+        (`media_invalid`), PayloadTooLarge (`media_too_large`) and ServerError.
+        """
+        settings = self._settings
+        edge = settings.low_edge_pixels_max if low else settings.edge_pixels_max
+        head = json.dumps({"declared": declared, "base64": in_base64, "edge": min(edge, settings.edge_pixels_max)})
+        async with self._places:
+            program = self._idle.pop() if self._idle else await _start(settings)
+            self._busy.add(program)
+            whole = False
+            try:
+                async with self._clock.timeout(2 * settings.check_seconds_max + _GRACE_SECONDS):
+                    verdict, picture = await program.ask(head.encode(), data)
+                whole = True
+            except TimeoutError:
+                raise _refusal(_TOO_COSTLY, settings) from None
+            except (OSError, asyncio.IncompleteReadError):
+                raise ServerError(_FAILED) from None
+            finally:
+                self._busy.discard(program)
+                if whole:
+                    self._idle.append(program)
+                else:
+                    program.kill()
+        if verdict != _OK:
+            raise _refusal(verdict, settings)
+        if _PICTURE.fullmatch(picture) is None:
+            raise ServerError(_FAILED)
+        return picture.decode("ascii")
+
+
+class _Program:
+    """One running program; it looks at one image at a time."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def ask(self, head: bytes, data: bytes) -> tuple[int, bytes]:
+        """Verdict and picture. Raises OSError or IncompleteReadError if it has ended."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.writelines((struct.pack(">II", len(head), len(data)), head, data))
+        await stdin.drain()
+        verdict, size = struct.unpack(">BI", await stdout.readexactly(5))
+        if size > _OUT_BYTES_MAX:
+            raise OSError("an answer that is too long")
+        return verdict, await stdout.readexactly(size)
+
+    def kill(self) -> None:
+        """End it; the child that looks at an image ends with it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+
+async def _start(settings: MediaSettings) -> _Program:
+    limits = {
+        "pixels_max": settings.pixels_max,
+        "frames_max": settings.frames_max,
+        "memory_bytes_max": settings.check_memory_bytes_max,
+        "seconds_max": settings.check_seconds_max,
+    }
+    pipe = asyncio.subprocess.PIPE
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "forebay.engines.image_check", json.dumps(limits)),
+            stdin=pipe,
+            stdout=pipe,
+            env=environment_for_others(),
+            start_new_session=True,
+        )
+    except OSError:
+        raise ServerError(_FAILED) from None
+    return _Program(process)
+
+
+_OK, _NOT_AN_IMAGE, _BROKEN, _TOO_MANY_PIXELS, _TOO_MANY_FRAMES, _TOO_COSTLY, _TOO_NARROW = range(7)
+
+
+def _refusal(verdict: int, settings: MediaSettings) -> CallerError:
+    """What the caller is told."""
+    match verdict:
+        case 1:
+            return _invalid("It is no PNG, JPEG, WebP or GIF, or another one than its `data:` URL says.")
+        case 3:
+            return _too_large(f"It has more than {settings.pixels_max} pixels. Scale it down.")
+        case 4:
+            return _too_large(f"It is an animation of more than {settings.frames_max} frames. Send one frame.")
+        case 5:
+            return _too_large("It takes too much time or memory to decode. Scale it down.")
+        case 6:
+            return _invalid("One of its sides is more than 200 times as long as the other.")
+        case _:
+            return _invalid("It is damaged.")
+
+
+def _invalid(message: str) -> CallerError:
+    return InvalidRequest(f"The image cannot be used. {message}", code="media_invalid")
+
+
+def _too_large(message: str) -> CallerError:
+    return PayloadTooLarge(f"The image is too large. {message}", code="media_too_large")

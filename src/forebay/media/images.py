@@ -1,0 +1,155 @@
+"""The one way of an image into a request: taken from where it is, checked, and written into the request by the server.
+
+It refuses local paths, every scheme but `data:`, http and https, and hosts that the settings do not name; no engine ever
+sees an address.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from forebay.clock import Clock
+from forebay.config import MediaSettings
+from forebay.dialects.images import ImageRef
+from forebay.errors import (
+    CallerError,
+    ForebayError,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    Unreachable,
+)
+from forebay.media.checker import Checker
+from forebay.outbound import Outbound
+
+_WAITING_MAX = 64  # requests at the front door whose images are being looked at, each with its body in memory
+_DATA = re.compile(r"data:image/([a-z0-9.+-]{1,32});base64,", re.IGNORECASE)
+_NAMES = {"jpg": "jpeg", "pjpeg": "jpeg", "x-png": "png"}
+_BODY_CUT = "The image did not arrive whole."
+
+
+class StoredImages(Protocol):
+    """Where uploaded files are."""
+
+    async def read(self, project: str, file_id: str, bytes_max: int) -> bytes:
+        """The bytes of the project's file. Raises NotFound, and PayloadTooLarge (`media_too_large`)."""
+        ...
+
+
+class Images:
+    """Makes pictures for engines out of what requests refer to. Shared by the front door and the lines of batches."""
+
+    def __init__(self, settings: MediaSettings, outbound: Outbound, stored: StoredImages, clock: Clock) -> None:
+        self._settings = settings
+        self._outbound = outbound
+        self._stored = stored
+        self._checker = Checker(settings, clock)
+        self._fetches = asyncio.Semaphore(settings.fetches_at_once)
+        # Lines of batches leave a place for the front door, where there is more than one.
+        self._patient = asyncio.Semaphore(max(1, settings.checks_at_once - 1))
+        self._waiting = 0
+
+    async def close(self) -> None:
+        """End what looks at images."""
+        await self._checker.close()
+
+    async def inline(self, refs: Sequence[ImageRef], project: str, *, patient: bool) -> tuple[str, ...]:
+        """A `data:` URL of a checked picture for each of `refs`. With `patient` it waits for its turn as long as it takes.
+
+        Raises InvalidRequest (`url_not_allowed`, `media_invalid`), PayloadTooLarge (`media_too_large`), NotFound,
+        Overloaded, Unreachable and ServerError; an error names the place in the body.
+        """
+        if not refs:
+            return ()
+        if len(refs) > self._settings.images_max:
+            raise InvalidRequest(
+                f"This request has {len(refs)} images, and at most {self._settings.images_max} are taken.",
+                param=refs[self._settings.images_max].param,
+                code="invalid_value",
+            )
+        async with self._turn(patient=patient):
+            return await self._pictures(refs, project)
+
+    @asynccontextmanager
+    async def _turn(self, *, patient: bool) -> AsyncIterator[None]:
+        if patient:
+            async with self._patient:
+                yield
+            return
+        if self._waiting >= _WAITING_MAX:
+            raise Overloaded("Too many images are being looked at. Try again later.", retry_after_seconds=1)
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    async def _pictures(self, refs: Sequence[ImageRef], project: str) -> tuple[str, ...]:
+        pictures, left = [], self._settings.request_bytes_max
+        for ref in refs:
+            try:
+                declared, data, in_base64 = await self._source(ref, project)
+                left -= _decoded_bytes(data) if in_base64 else len(data)
+                if left < 0:
+                    raise _too_large(f"All images of a request have at most {self._settings.request_bytes_max} bytes.")
+                pictures.append(await self._checker.check(data, declared=declared, in_base64=in_base64, low=ref.low))
+            except ForebayError as error:
+                error.param = ref.param
+                raise
+        return tuple(pictures)
+
+    async def _source(self, ref: ImageRef, project: str) -> tuple[str | None, bytes, bool]:
+        """The type that the sender claims, the bytes, and whether these are base64."""
+        most = self._settings.image_bytes_max
+        if ref.file_id is not None:
+            return None, await self._stored.read(project, ref.file_id, most), False
+        url = ref.url or ""
+        if url[:5].lower() != "data:":
+            return None, await self._fetch(url), False
+        match = _DATA.match(url)
+        if match is None:
+            raise InvalidRequest("Write the image as `data:image/png;base64,…`.", code="media_invalid")
+        try:
+            data = url[match.end() :].encode("ascii")
+        except UnicodeEncodeError:
+            raise InvalidRequest("The base64 of the image is not valid.", code="media_invalid") from None
+        if _decoded_bytes(data) > most:
+            raise _too_large(f"An image has at most {most} bytes.")
+        declared = match[1].lower()
+        return _NAMES.get(declared, declared), data, True
+
+    async def _fetch(self, url: str) -> bytes:
+        settings = self._settings
+        if not settings.fetch_hosts:
+            raise InvalidRequest(
+                "This server fetches no images. Send the image itself as a `data:` URL, or upload it as a file.",
+                code="url_not_allowed",
+            )
+        async with self._fetches:
+            answer = await self._outbound.get(
+                url,
+                hosts=settings.fetch_hosts,
+                timeout_seconds=settings.fetch_timeout_seconds,
+                bytes_max=settings.image_bytes_max,
+            )
+        if answer.status == 429 or answer.status >= 500:
+            raise Unreachable(f"The address of the image answers with status {answer.status}.")
+        if answer.status != 200:
+            raise InvalidRequest(
+                f"The address of the image answers with status {answer.status} and no image.", code="media_invalid"
+            )
+        if not answer.whole:
+            if len(answer.body) >= settings.image_bytes_max:
+                raise _too_large(f"An image has at most {settings.image_bytes_max} bytes.")
+            raise Unreachable(_BODY_CUT)
+        return answer.body
+
+
+def _decoded_bytes(data: bytes) -> int:
+    return len(data) * 3 // 4
+
+
+def _too_large(message: str) -> CallerError:
+    return PayloadTooLarge(f"The image is too large. {message}", code="media_too_large")
