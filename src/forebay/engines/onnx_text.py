@@ -30,12 +30,12 @@ class Spec:
     capability: str = "embedding"
     provider: str = "cpu"
     threads: int = 0
-    workers: int = 0
+    batches_at_once: int = 0
     pooling: str = "mean"
     normalise: bool = True
     matryoshka: bool = False
-    dimensions_min: int = 1
-    max_tokens: int = 512
+    dimensions_min: int = 32
+    context: int = 512
     batch_tokens: int = 512
     small_tokens: int = 128
     query_prefix: str = ""
@@ -56,9 +56,9 @@ class Engine:
 
         self._spec = spec
         self._model = onnx_model
-        self._tokens = Tokens(spec.tokenizer_path, spec.max_tokens)
+        self._tokens = Tokens(spec.tokenizer_path, spec.context)
         cores = spec.threads or onnx_model.cores()
-        workers = spec.workers or (min(2, cores) if spec.provider == "cpu" else 1)
+        workers = spec.batches_at_once or (min(2, cores) if spec.provider == "cpu" else 1)
         session = onnx_model.open_session(spec.model_path, spec.provider, max(1, cores // workers))
         pooling = onnx_model.pooled(spec.pooling, normalise=spec.normalise)
         finish = onnx_model.scores if spec.capability == "rerank" else pooling
@@ -241,8 +241,8 @@ def _json(**fields: Any) -> bytes:
 def main() -> None:
     """Load the model and serve until SIGTERM."""
     spec, key = read_spec(Spec)
-    if min(spec.slots, spec.max_tokens, spec.batch_tokens) < 1:
-        refuse_to_start(f"{spec.name} needs at least 1 for slots, max_tokens and batch_tokens.")
+    if min(spec.slots, spec.context, spec.batch_tokens) < 1:
+        refuse_to_start(f"{spec.name} needs at least 1 for slots, context and batch_tokens.")
 
     def load(loop: asyncio.AbstractEventLoop) -> Service:
         engine = Engine(spec, loop)
