@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -390,6 +391,48 @@ async def test_a_model_that_does_not_start_does_not_hold_up_the_others(database:
         for job_id in done:
             assert (await back.until_finished(job_id, within_seconds=10)).state is JobState.COMPLETED
         assert len(hung) == 1
+
+
+async def test_a_worker_stays_with_a_loaded_model_only_so_long(database: Database) -> None:
+    """Jobs of a loaded model never run out, and a job of another one, which is older, gets its turn all the same."""
+    jobs, waits, before = JobStore(database, SystemClock()), 0.5, 0
+    loaded = asyncio.Event()
+
+    async def perform(lease: Lease, _run: Run) -> Outcome:
+        nonlocal before
+        if lease.job.model == "loaded":
+            if not loaded.is_set():
+                loaded.set()
+                await asyncio.Event().wait()
+            before += 1
+            async with database.begin() as transaction:
+                await jobs.insert(transaction, [job(model="loaded")])
+        return Done()
+
+    settings = QUICK.model_copy(update={"group_wait_seconds": waits})
+    async with back_office(database, [Kind("job", perform, 2, RETRY)], settings=settings) as back:
+        await back.submit(job(model="loaded"))
+        await asyncio.wait_for(loaded.wait(), 10)
+        async with database.begin() as transaction:
+            (other,) = await jobs.insert(transaction, [job(model="other")])
+            await jobs.insert(transaction, [job(model="loaded")])
+        found = await back.until_finished(other)
+        assert found.started_at is not None
+        assert found.started_at - found.created_at >= waits
+        assert before, "until then those of the loaded model go first"
+
+
+async def test_a_job_without_progress_raises_the_alarm(database: Database) -> None:
+    script, settings = Script(), QUICK.model_copy(update={"stuck_seconds": 0.2})
+    script.hold = True
+    async with back_office(database, [script.kind()], settings=settings) as back:
+        await back.submit(job())
+        await asyncio.wait_for(script.holding.wait(), 10)
+        stuck = partial(back.metrics.registry.get_sample_value, "forebay_jobs_stuck")
+        await eventually(lambda: stuck() == 1, what="the alarm")
+        script.hold = False
+        await back.office.desk.cancel("default", script.attempts[0].id)
+        await eventually(lambda: stuck() == 0, what="the end of the alarm")
 
 
 async def test_the_desk_is_full_above_its_limit(database: Database) -> None:
