@@ -14,6 +14,7 @@ from tests.support.server import Server, eventually, serving
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+SCHEDULER = "[scheduler]\nheadroom_seconds = 0.2\n"
 LIMITED = """
 [models.limited]
 engine = "fake"
@@ -27,7 +28,7 @@ capabilities = ["embedding"]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server() -> AsyncIterator[Server]:
-    async with serving(EMBEDDER + LIMITED, environment={"FOREBAY_LOG_FORMAT": "json"}) as running:
+    async with serving(EMBEDDER + LIMITED + SCHEDULER, environment={"FOREBAY_LOG_FORMAT": "json"}) as running:
         yield running
         assert "request.bug" not in running.log
 
@@ -207,7 +208,11 @@ async def test_a_batch_of_embeddings(server: Server) -> None:
         return {"custom_id": f"c{number}", "method": "POST", "url": EMBEDDINGS, "body": body}
 
     before = await outcomes(server)
-    lines = [*[line(number) for number in range(200)], line(200, dimensions=70_000), line(201, encoding_format="base64")]
+    lines = [
+        *[line(number) for number in range(200)],
+        line(200, dimensions=70_000),
+        line(201, encoding_format="base64"),
+    ]
     file = await upload(server, jsonl(lines))
     status, batch = await create(server, file["id"], endpoint=EMBEDDINGS)
     assert status == 200, batch

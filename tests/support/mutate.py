@@ -178,8 +178,12 @@ def response_format(chance: random.Random) -> dict[str, Any]:
 
 
 def mutated(chance: random.Random, model: str) -> bytes:
-    """The bytes of one request body with up to four things wrong in it."""
-    body = valid_chat(chance, model)
+    """The bytes of a chat request with up to four things wrong in it."""
+    return spoiled(chance, valid_chat(chance, model))
+
+
+def spoiled(chance: random.Random, body: dict[str, Any]) -> bytes:
+    """The bytes of a request with up to four things wrong in it; `body` is changed."""
     for _ in range(chance.randint(1, 4)):
         _spoil(chance, body)
     text = json.dumps(body, ensure_ascii=chance.random() < 0.5)
@@ -240,7 +244,7 @@ def _spoil_text(chance: random.Random, text: str) -> str:
 def _spoil_bytes(chance: random.Random, data: bytes) -> bytes:
     match chance.randrange(14):
         case 0:
-            position = chance.randrange(len(data))
+            position = chance.randrange(len(data) or 1)
             return (
                 data[:position]
                 + chance.choice((b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80"))

@@ -171,7 +171,9 @@ def test_scores_come_in_either_shape(scores: list[float], ours: bool) -> None:
 def test_scores_that_are_no_logits_stay_as_they_are_and_have_no_raw_form() -> None:
     rules = ItemRules("p", logits=False)
     items = items_of(ranking(rules))
-    found = list(items.read(b'{"results": [{"index": 0, "relevance_score": 0.25}, {"index": 1, "relevance_score": 1}]}', 2).items)
+    found = list(
+        items.read(b'{"results": [{"index": 0, "relevance_score": 0.25}, {"index": 1, "relevance_score": 1}]}', 2).items
+    )
     assert [each["relevance_score"] for each in written(items, found)["results"]] == [1, 0.25]
     with pytest.raises(InvalidRequest, match="raw_scores"):
         ranking(rules, raw_scores=True)

@@ -1,0 +1,76 @@
+"""Mutated requests to the routes of embeddings and rankings: the server neither dies nor grows, and no fault is ours."""
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.faults.test_fuzz import CONTENT_TYPES, MEBIBYTE, ODD_HEADERS, check_refusal, swarm
+from tests.support.mutate import spoiled
+from tests.support.server import FAKE, Server, serving
+
+CONFIG = FAKE + "[http]\nbody_bytes_max = 250000\n"
+TEXTS = ("a", "two words", "ünïcödé \U0001f600", "word " * 300, "\u0000", "-", "[[fake tokens=3]]")
+EMBEDDINGS = "/v1/embeddings"
+
+
+def valid_embedding(chance: random.Random) -> dict[str, Any]:
+    """A body for POST /v1/embeddings."""
+    texts = [chance.choice(TEXTS) for _ in range(chance.randint(1, 5))]
+    tokens = [chance.randrange(2**31) for _ in range(chance.randint(1, 5))]
+    body: dict[str, Any] = {"model": "fake", "input": chance.choice((texts[0], texts, tokens, [tokens, tokens[:1]]))}
+    options = {"dimensions": 8, "encoding_format": chance.choice(("float", "base64")), "user": "u", "truncate": True}
+    return body | {key: value for key, value in options.items() if chance.random() < 0.3}
+
+
+def valid_ranking(chance: random.Random) -> dict[str, Any]:
+    """A body for either rerank route."""
+    texts = [chance.choice(TEXTS) for _ in range(chance.randint(1, 5))]
+    documents: list[Any] = [{"text": text} if chance.random() < 0.3 else text for text in texts]
+    body: dict[str, Any] = {"model": "fake", "query": chance.choice(TEXTS), "documents": documents}
+    options = {
+        "top_n": 2, "return_documents": True, "max_tokens_per_doc": 9, "mode": chance.choice(("bi-encoder", "cross-encoder")),
+        "raw_scores": True, "truncate": chance.choice((True, False)),
+    }  # fmt: skip
+    return body | {key: value for key, value in options.items() if chance.random() < 0.3}
+
+
+async def send(server: Server, path: str, data: bytes, chance: random.Random) -> str:
+    """POST `data`; the outcome."""
+    headers = {**server.headers, "Content-Type": chance.choice(CONTENT_TYPES), **chance.choice(ODD_HEADERS)}
+    async with server.session.post(server.url + path, data=data, headers=headers) as response:
+        text = (await response.read()).decode()
+        if response.status == 200:
+            assert '"error"' not in text, text[-500:]
+            return "ok"
+        return check_refusal(response.status, text)
+
+
+@pytest.mark.timeout(600)
+async def test_mutated_requests(prove: bool) -> None:
+    count = 20_000 if prove else 3_000
+    chance = random.Random(20262)
+    async with serving(CONFIG) as server:
+        engine = server.engine_pids()
+        outcomes, sizes = Counter[str](), []
+        for _ in range(10):
+            jobs = []
+            for _ in range(count // 10):
+                path = chance.choice((EMBEDDINGS, EMBEDDINGS, "/v1/rerank", "/rerank", "/v2/rerank"))
+                body = valid_embedding(chance) if path == EMBEDDINGS else valid_ranking(chance)
+                data = spoiled(chance, body)
+                jobs.append(lambda path=path, data=data: send(server, path, data, chance))
+            outcomes += await swarm(jobs, 8)
+            sizes.append(server.rss())
+        grown = sizes[-1] - sizes[2]
+        print(
+            f"{outcomes.total()} requests: {dict(outcomes)}; grown {grown / MEBIBYTE:.1f} MiB of {sizes[2] / MEBIBYTE:.0f}"
+        )
+        assert outcomes.total() == count
+        assert server.engine_pids() == engine
+        assert await server.metric("forebay_engine_starts_total", model="fake") == 1
+        assert grown < max(20 * MEBIBYTE, sizes[2] // 20)
+        assert {"ok", "invalid_json", "invalid_value", "missing_required_parameter"} <= set(outcomes)
+        assert "request.bug" not in server.log
+        assert "Traceback" not in server.log
