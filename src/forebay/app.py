@@ -40,6 +40,7 @@ from forebay.replicas.catalog import Catalog
 from forebay.replicas.local_launcher import LocalLauncher
 from forebay.replicas.pull import Puller
 from forebay.replicas.supervisor import Supervisor
+from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.scheduler import Limits, Scheduler
 from forebay.store.batches import BATCH, CHUNK, JOIN, BatchStore
 from forebay.store.database import Database
@@ -102,6 +103,7 @@ class Machine:
             metrics,
         )
         self.supervisor.on_change = self.scheduler.changed
+        self.assembler = Assembler(settings.embeddings.cache_bytes, clock, metrics)
 
     def preloaded(self) -> tuple[str, ...]:
         """The models that are loaded before the process calls itself ready."""
@@ -189,7 +191,7 @@ def _chunk_kind(
     settings: Settings, stores: Stores, machine: Machine, calls: Calls, clock: Clock, metrics: Metrics
 ) -> Kind:
     segments = SegmentStore(stores.jobs, stores.batches, stores.dead_letters, stores.blobs, clock)
-    lines = LineRunner(calls, machine.catalog, machine.scheduler, settings, clock, metrics)
+    lines = LineRunner(calls, machine.catalog, machine.scheduler, machine.assembler, settings, clock, metrics)
     work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock)
     return Kind(
         CHUNK, work.perform, settings.jobs.chunks_at_once, _delay(settings), waits_for_it=True, after=work.after
@@ -217,7 +219,7 @@ class House:
         self._images = Images(settings.media, self._outbound, UploadedImages(stores.files, stores.blobs), self._clock)
         calls = Calls(machine.catalog, self._images)
         self._office = build_office(settings, stores, machine, self._outbound, calls, node, self._clock, metrics)
-        self._door = Door(machine.scheduler, Rates(self._clock), settings, self._clock, metrics)
+        self._door = Door(machine.scheduler, machine.assembler, Rates(self._clock), settings, self._clock, metrics)
         app = create_app(settings)
         state = app.state
         state.catalog, state.supervisor, state.scheduler = machine.catalog, machine.supervisor, machine.scheduler

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic.fields import FieldInfo
 
 from forebay.errors import SetupError
+from forebay.inference import Capability
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
 FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$"
@@ -23,6 +24,10 @@ _SECRET_BYTES_MAX = 65_536
 Seconds = Annotated[float, Field(gt=0, le=604_800)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Bytes = Annotated[int, Field(ge=1, le=2**50)]
+Capabilities = Annotated[tuple[Capability, ...], Field(min_length=1)]
+_TEXT = (Capability.CHAT, Capability.COMPLETION)
+_SERVED = "What it serves: `chat`, `completion`, `embedding`, `rerank`."
+_LOGITS = "Its rerank scores are raw logits, and not between 0 and 1 already."
 
 
 class _Section(BaseModel):
@@ -150,10 +155,12 @@ class JobSettings(_Section):
         2, description="Batches that one worker checks or puts together at once."
     )
     chunks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
-        4, description="Chunks of batches that one worker runs at once; one for a model whose chunks fail, until one of them gets on."
+        4,
+        description="Chunks of batches that one worker runs at once; one for a model whose chunks fail, until one of them gets on.",
     )
     webhooks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
-        16, description="Webhooks that one worker delivers at once; the project with the fewest on their way goes first."
+        16,
+        description="Webhooks that one worker delivers at once; the project with the fewest on their way goes first.",
     )
     attempts_max: Annotated[int, Field(ge=1, le=100)] = Field(
         5, description="Failed attempts without progress before a job is given up."
@@ -240,6 +247,39 @@ class BlobSettings(_Section):
     retries_max: Annotated[int, Field(ge=0, le=20)] = Field(3, description="Further tries after an answer of 5xx.")
 
 
+class ResponseSettings(_Section):
+    """Responses that are kept, and those that run in the background."""
+
+    keep_seconds: Annotated[float, Field(gt=0, le=315_360_000)] = Field(
+        2_592_000, description="How long a response is kept after it was made or last continued."
+    )
+    per_project_max: Count = Field(10_000, description="Responses of one project that are kept; the oldest go first.")
+    project_bytes_max: Bytes = Field(
+        1 * 2**30, description="Bytes in responses of one project that are kept; the oldest go first."
+    )
+    bytes_max: Bytes = Field(
+        16 * 2**20, description="Size of one response with its request and its events; a larger one is not kept."
+    )
+    turns_max: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        500, description="Responses of one conversation that `previous_response_id` goes back."
+    )
+    conversation_bytes_max: Bytes = Field(
+        8 * 2**20, description="Size of the conversation that `previous_response_id` brings back."
+    )
+    background_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
+        4, description="Responses that one worker runs in the background at once."
+    )
+    live_per_project_max: Count = Field(
+        1000, description="Unfinished responses in the background of one project; a further one gets 429."
+    )
+    background_seconds_max: Seconds = Field(
+        86_400, description="How long a response in the background may wait for its model before it fails."
+    )
+    events_seconds: Annotated[float, Field(gt=0, le=10)] = Field(
+        0.2, description="How often the events of a response in the background are written down."
+    )
+
+
 class WebhookSettings(_Section):
     """Telling others that a job has ended."""
 
@@ -295,6 +335,14 @@ class MediaSettings(_Section):
     )
 
 
+class EmbeddingSettings(_Section):
+    """Vectors and scores that are kept, so that the same text is not computed twice."""
+
+    cache_bytes: Annotated[int, Field(ge=0, le=2**40)] = Field(
+        128 * 2**20, description="Memory of each process for kept vectors and scores; 0 keeps none."
+    )
+
+
 class RehearsalSettings(_Section):
     """For rehearsing a crash, never for service."""
 
@@ -337,6 +385,12 @@ class LlamaCppOptions(_Section):
     )
     chat_template_file: Path | None = Field(None, description="Jinja chat template that replaces the model's own.")
     embeddings: bool = Field(False, description="Serve embeddings instead of text.")
+    rerank: bool = Field(
+        False, description="Serve rerank instead of text; for models that score a query with a document."
+    )
+    pooling: Literal["model", "mean", "cls", "last"] = Field(
+        "model", description="How the vectors of tokens become that of a text; `model` leaves it to the file."
+    )
     mmproj_file: Path | None = Field(
         None,
         description="GGUF file of the image encoder (`mmproj`) that belongs to the model; with it, it takes images.",
@@ -396,6 +450,8 @@ class CommandOptions(_Section):
         {}, description="Further environment variables; `{port}`, `{model}` and `{key}` are filled in."
     )
     health_path: str = Field("/health", pattern="^/", description="Answers 200 when the engine can serve.")
+    capabilities: Capabilities = Field(_TEXT, description=_SERVED)
+    logits: bool = Field(False, description=_LOGITS)
     remote_model: str | None = Field(None, description="Model name sent to the engine; the catalogue name if absent.")
     vision: bool = Field(False, description="Whether the model takes images in messages.")
 
@@ -411,6 +467,7 @@ class VllmOptions(_Section):
     )
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(1, description="GPUs that share the model.")
     arguments: tuple[str, ...] = Field((), description="Further arguments for `vllm serve`.")
+    capabilities: Capabilities = Field(_TEXT, description=_SERVED)
     vision: bool = Field(False, description="Whether the model takes images in messages.")
 
 
@@ -422,6 +479,8 @@ class UpstreamOptions(_Section):
     key_file: Path | None = Field(None, description="File that holds the key.")
     headers: dict[str, str] = Field({}, description="Further request headers.")
     connect_timeout_seconds: Seconds = Field(10, description="Time to reach it.")
+    capabilities: Capabilities = Field(_TEXT, description=_SERVED)
+    logits: bool = Field(False, description=_LOGITS)
     remote_model: str | None = Field(None, description="Model name sent upstream; the catalogue name if absent.")
     vision: bool = Field(False, description="Whether the model takes images in messages.")
 
@@ -435,6 +494,8 @@ class FakeOptions(_Section):
         0, description="Requests at once above which it runs out of memory; 0 never does."
     )
     tools: bool = Field(True, description="Whether its chat template has tools.")
+    capabilities: Capabilities = Field(tuple(Capability), description=_SERVED)
+    dimensions: Annotated[int, Field(ge=1, le=16_384)] = Field(384, description="Numbers of an embedding.")
     vision: bool = Field(False, description="Whether the model takes images in messages.")
 
 
@@ -460,6 +521,13 @@ class ModelSettings(_Section):
     request_timeout_seconds: Seconds = Field(600, description="Longest run of one request; then 504.")
     max_tokens: Annotated[int, Field(ge=1, le=4_194_304)] = Field(
         1024, description="Completion tokens when the request does not say."
+    )
+    inputs_max: Annotated[int, Field(ge=1, le=2048)] = Field(2048, description="Inputs of one embeddings request.")
+    documents_max: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        10_000, description="Documents of one rerank request."
+    )
+    input_tokens_max: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        300_000, description="Tokens of one embeddings or rerank request in all."
     )
 
 
@@ -489,7 +557,8 @@ class OnnxModel(ModelSettings):
 
     engine: Literal["onnx"]
     files: dict[Annotated[str, Field(pattern=FILE_NAME)], ModelFile] = Field(
-        {}, description="Further files that lie beside the model under these names: `tokenizer.json`, `model.onnx_data`."
+        {},
+        description="Further files that lie beside the model under these names: `tokenizer.json`, `model.onnx_data`.",
     )
     options: OnnxOptions = OnnxOptions()
 
@@ -536,7 +605,9 @@ class FakeModel(ModelSettings):
     options: FakeOptions = FakeOptions()
 
 
-Model = Annotated[LlamaCppModel | OnnxModel | CommandModel | VllmModel | UpstreamModel | FakeModel, Field(discriminator="engine")]
+Model = Annotated[
+    LlamaCppModel | OnnxModel | CommandModel | VllmModel | UpstreamModel | FakeModel, Field(discriminator="engine")
+]
 
 
 class Settings(_Section):
@@ -574,9 +645,11 @@ class Settings(_Section):
     batches: BatchSettings = BatchSettings()
     files: FileSettings = FileSettings()
     blobs: BlobSettings = BlobSettings()
+    responses: ResponseSettings = ResponseSettings()
     webhooks: WebhookSettings = WebhookSettings()
     outbound: OutboundSettings = OutboundSettings()
     media: MediaSettings = MediaSettings()
+    embeddings: EmbeddingSettings = EmbeddingSettings()
     rehearsal: RehearsalSettings = RehearsalSettings()
     log: LogSettings = LogSettings()
     models: dict[Annotated[str, Field(pattern=MODEL_NAME)], Model] = Field(

@@ -12,6 +12,7 @@ from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer
 from forebay.gateway.rates import Rates
 from forebay.inference import Request
+from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.scheduler import Limits, Scheduler
 from forebay.store.key_format import Role
 from forebay.telemetry import Metrics
@@ -37,7 +38,7 @@ async def _nowhere(_message: Message) -> None:
 async def test_a_bug_of_ours_costs_the_caller_no_tokens_and_is_counted() -> None:
     clock, metrics = FakeClock(), Metrics()
     scheduler = Scheduler(_Broken(clock), {MODEL: Limits(1, 2, 60.0)}, SchedulerSettings(), 1.0, clock, metrics)
-    door = Door(scheduler, Rates(clock), Settings(), clock, metrics)
+    door = Door(scheduler, Assembler(0, clock, metrics), Rates(clock), Settings(), clock, metrics)
     caller = Principal("key_1", "default", Role.MEMBER, tokens_per_minute=100)
     headers = door.rates.check(caller, 60)
     call = Call(request(1), "chat", stream=True, include_usage=False, tier="default", shape=GENERATION)

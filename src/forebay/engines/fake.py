@@ -14,12 +14,13 @@ import re
 import signal
 import sys
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn, cast
 
 import uvloop
 
-from forebay.engines.fake_answers import Chunks, Directive, Job, Refused, read_job, whole_answer
+from forebay.engines.fake_answers import Chunks, Directive, Job, Refused, read_job, read_tokens, whole_answer
+from forebay.engines.fake_vectors import Reading, read_reading
 
 _OUT_OF_MEMORY = 86
 _CANNOT_START = 78
@@ -27,7 +28,9 @@ _MAX_HEAD_BYTES = 64 * 1024
 _MAX_BODY_BYTES = 256 * 1024 * 1024
 _MAX_WAITING = 4096
 _BURST_TOKENS = 64
-_ACCEPTED: dict[type, Any] = {int: int, float: (int, float), str: str, bool: bool}
+_ABOUT_TOKENS = ("/tokenize", "/detokenize", "/v1/chat/completions/input_tokens")
+_READS = {"/v1/embeddings": "embedding", "/v1/rerank": "rerank"}
+_ACCEPTED: dict[type, Any] = {list: list, int: int, float: (int, float), str: str, bool: bool}
 _UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -45,13 +48,15 @@ class Spec:
     memory_slots_max: int = 0
     tools: bool = False
     vision: bool = False
+    capabilities: list = field(default_factory=list)  # type: ignore[type-arg]  # what it serves beside text
+    dimensions: int = 384
     quiet: bool = False
     port: int = 0  # 0 takes a free one, and says which
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if isinstance(field.type, type) and not isinstance(getattr(self, field.name), _ACCEPTED[field.type]):
-                raise TypeError(f"{field.name} has to be of type {field.type.__name__}")
+        for each in fields(self):
+            if isinstance(each.type, type) and not isinstance(getattr(self, each.name), _ACCEPTED[each.type]):
+                raise TypeError(f"{each.name} has to be of type {each.type.__name__}")
 
 
 class CutStream(Exception):
@@ -127,7 +132,7 @@ class Engine:
         if not self.spec.quiet:
             sys.stderr.write(f"fake: event={event} {ids}\n")
 
-    async def run(self, job: Job, ids: str, out: "Writer") -> None:
+    async def run(self, job: Job | Reading, ids: str, out: "Writer") -> None:
         """Compute the answer in slots of its own; they are free again when this returns or raises."""
         taken = await self.slots.take(job.choices)
         self._check_memory()
@@ -136,7 +141,7 @@ class Engine:
         self.log(ids, "started")
         ended = "cancelled"
         try:
-            await self._produce(job, out)
+            await (self._produce(job, out) if isinstance(job, Job) else self._read(job, ids, out))
             ended = "finished"
         finally:
             self.stats["running"] -= 1
@@ -168,6 +173,19 @@ class Engine:
         if directive.troubled:
             await meet_trouble(directive, len(job.words), out, ready)
         out.finish(b"".join(ready) + chunks.end() if job.stream else whole_answer(job))
+
+    async def _read(self, reading: Reading, ids: str, out: "Writer") -> None:
+        """All at once: what goes wrong goes wrong before the answer."""
+        directive = reading.directive
+        if directive.delay_ms > 0:
+            await asyncio.sleep(directive.delay_ms / 1000)
+        if directive.troubled:
+            garbage: list[bytes] = []
+            await meet_trouble(directive, 0, out, garbage)
+            if garbage:
+                return out.finish(garbage[0])
+        self.log(f"{ids} items={len(reading.contents)}", "read")
+        return out.finish(reading.answer())
 
 
 async def meet_trouble(directive: Directive, index: int, out: "Writer", ready: list[bytes]) -> None:
@@ -384,9 +402,15 @@ class Connection(asyncio.Protocol):
             job = read_job(body, chat, spec.name, spec.slots, spec.context, vision=spec.vision)
             self._start(job, head.ids)
             return None
+        if head.method == "POST" and head.path in _READS and _READS[head.path] in self._engine.spec.capabilities:
+            spec = self._engine.spec
+            self._start(read_reading(body, spec.name, spec.context, spec.dimensions), head.ids)
+            return None
+        if head.method == "POST" and head.path in _ABOUT_TOKENS:
+            return read_tokens(head.path, body)
         return self._engine.look_up(head.path)
 
-    def _start(self, job: Job, ids: str) -> None:
+    def _start(self, job: Job | Reading, ids: str) -> None:
         self._stoppable = not job.directive.refuse_stop
         out = Writer(self._transport, self._writable, job.stream)
         self._running = asyncio.ensure_future(self._engine.run(job, ids, out))

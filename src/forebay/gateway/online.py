@@ -5,7 +5,7 @@ that goes away, stalls or cancels interrupts the visit, and leaving the permit's
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 
@@ -29,6 +29,7 @@ from forebay.gateway.answers import error_answer
 from forebay.gateway.auth import Principal
 from forebay.gateway.rates import Rates
 from forebay.replicas.connection import EngineStream
+from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.permit import Permit
 from forebay.scheduler.scheduler import Scheduler
 from forebay.telemetry import Log, Metrics
@@ -39,6 +40,9 @@ _EVENT_STREAM = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+
+
+Keep = Callable[[], Awaitable[None]]  # writes the answer down before its end is sent; raises ForebayError
 
 
 class Waiting(StrEnum):
@@ -84,8 +88,17 @@ class Visit:
 class Door:
     """The online visits of one server: who is here, who is stuck, and what they cost."""
 
-    def __init__(self, scheduler: Scheduler, rates: Rates, settings: Settings, clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        assembler: Assembler,
+        rates: Rates,
+        settings: Settings,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
         self.scheduler = scheduler
+        self.assembler = assembler
         self.rates = rates
         self.clock = clock
         self.log = Log()
@@ -183,6 +196,7 @@ class OnlineAnswer(Response):
         model: ModelSettings,
         tokens_estimate: int,
         rate_headers: Mapping[str, str],
+        keep: Keep | None = None,
     ) -> None:
         super().__init__()
         self._tokens_estimate = tokens_estimate
@@ -193,6 +207,9 @@ class OnlineAnswer(Response):
         self._rate_headers = rate_headers
         self._arrived_at = door.clock.monotonic()
         self._started = False
+        self._keep = keep
+        self._held = b""
+        self._place = {"x-queue-position": "0", "x-queue-wait-ms": "0"}  # of who waits for nothing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the call; every way that it can end comes out here."""
@@ -216,27 +233,44 @@ class OnlineAnswer(Response):
             await self._send_error(error, scope, receive, send)
 
     async def _serve(self, visit: Visit, send: Send) -> None:
-        call, door = self._call, self._door
-        body = b""
+        call = self._call
+        if call.items is None:
+            body = await self._run(visit, call, send)
+        else:
+            made = await self._door.assembler.answer(call, lambda part: self._run(visit, part, send))
+            body, visit.progress = made.body, Progress(made.usage)
+        if self._keep is not None:
+            await self._keep()
+        if call.stream:
+            await self._send_events(visit, send, self._held)
+            await self._send(visit, send, {"type": "http.response.body", "body": b""})
+        else:
+            size = (b"content-length", str(len(body)).encode())
+            head = [(b"content-type", b"application/json"), size, *self._head_fields()]
+            await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
+            await self._send(visit, send, {"type": "http.response.body", "body": body})
+
+    async def _run(self, visit: Visit, call: Call, send: Send) -> bytes:
+        """Admit and run `call`, which is that of the visit or a part of it; the body, if it is not a stream."""
+        door, body = self._door, b""
+        visit.waiting = Waiting.LINE
         async with door.scheduler.admit(call.request) as permit:
-            visit.admitted_at = door.clock.monotonic()
+            visit.admitted_at = visit.admitted_at or door.clock.monotonic()
             visit.waiting = Waiting.FIRST_BYTES
-            headers = self._head_fields(permit)
+            self._note_place(permit)
             try:
                 async with door.clock.timeout(self._model.request_timeout_seconds), permit.run() as stream:
                     if call.stream:
-                        await self._relay(visit, permit, stream, headers, send)
+                        await self._relay(visit, permit, stream, send)
                     else:
                         body = await self._gather(visit, stream)
             except TimeoutError:
                 raise EngineTimeout from None
-        if not call.stream:
-            head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
-            await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
-            await self._send(visit, send, {"type": "http.response.body", "body": body})
+        visit.waiting = Waiting.LINE
+        return body
 
     async def _relay(
-        self, visit: Visit, permit: Permit, stream: EngineStream, headers: list[tuple[bytes, bytes]], send: Send
+        self, visit: Visit, permit: Permit, stream: EngineStream, send: Send
     ) -> None:
         clock = self._door.clock
         relay = self._call.shape.relay(self._call, rename=permit.replica.traits.remote_model is not None)
@@ -245,15 +279,21 @@ class OnlineAnswer(Response):
             out = relay.feed(data)
             if not visit.first_content_at and relay.progress.content_seen:
                 visit.first_content_at = clock.monotonic()
-            if out:
-                if not self._started:
-                    head = [*_EVENT_STREAM, *headers]
-                    await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
-                await self._send(visit, send, {"type": "http.response.body", "body": out, "more_body": True})
+            if relay.done and self._keep is not None:
+                self._held += out
+            else:
+                await self._send_events(visit, send, out)
             visit.waiting, visit.since = Waiting.ENGINE, clock.monotonic()
         if not relay.done:
             raise EngineGarbled
-        await self._send(visit, send, {"type": "http.response.body", "body": b""})
+
+    async def _send_events(self, visit: Visit, send: Send, events: bytes) -> None:
+        if not events:
+            return
+        if not self._started:
+            head = [*_EVENT_STREAM, *self._head_fields()]
+            await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
+        await self._send(visit, send, {"type": "http.response.body", "body": events, "more_body": True})
 
     async def _gather(self, visit: Visit, stream: EngineStream) -> bytes:
         clock = self._door.clock
@@ -277,12 +317,12 @@ class OnlineAnswer(Response):
         elif self._call.stream:
             await send({"type": "http.response.body", "body": self._call.shape.error_event(error)})
 
-    def _head_fields(self, permit: Permit) -> list[tuple[bytes, bytes]]:
-        fields = {
-            "x-queue-position": str(permit.position),
-            "x-queue-wait-ms": str(round(permit.waited_seconds * 1000)),
-            **self._rate_headers,
-        }
+    def _note_place(self, permit: Permit) -> None:
+        waited = str(round(permit.waited_seconds * 1000))
+        self._place = {"x-queue-position": str(permit.position), "x-queue-wait-ms": waited}
+
+    def _head_fields(self) -> list[tuple[bytes, bytes]]:
+        fields = {**self._place, **self._rate_headers}
         return [(name.encode(), value.encode()) for name, value in fields.items()]
 
     @staticmethod

@@ -19,7 +19,7 @@ from forebay.gateway.answers import error_answer, json_answer, read_body
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least
 from forebay.gateway.online import Door, OnlineAnswer
 from forebay.inference import Capability
-from forebay.replicas.calls import CHAT_COMPLETIONS, COMPLETIONS, ENDPOINTS
+from forebay.replicas.calls import CHAT_COMPLETIONS, COHERE_RERANK, COMPLETIONS, EMBEDDINGS, ENDPOINTS, RERANK
 from forebay.replicas.catalog import Catalog
 from forebay.store.key_format import Role
 
@@ -27,9 +27,12 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _BYTES_PER_TOKEN = 4
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(principal)])
+unversioned = APIRouter(dependencies=[Depends(principal)])
 
 CanChat = Annotated[Principal, Depends(may_create(Capability.CHAT))]
 CanComplete = Annotated[Principal, Depends(may_create(Capability.COMPLETION))]
+CanEmbed = Annotated[Principal, Depends(may_create(Capability.EMBEDDING))]
+CanRerank = Annotated[Principal, Depends(may_create(Capability.RERANK))]
 Member = Annotated[Principal, Depends(role_at_least(Role.MEMBER))]
 
 
@@ -51,6 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.open_router)
     app.include_router(health.router)
     app.include_router(router)
+    app.include_router(unversioned)
     app.include_router(files.router)
     app.include_router(uploads.router)
     app.include_router(admin.router)
@@ -74,6 +78,25 @@ async def chat_completions(request: Request, caller: CanChat) -> Response:
 async def completions(request: Request, caller: CanComplete) -> Response:
     """Continue a text."""
     return await _answer(request, caller, COMPLETIONS)
+
+
+@router.post("/embeddings", openapi_extra=_takes(EMBEDDINGS))
+async def create_embeddings(request: Request, caller: CanEmbed) -> Response:
+    """Turn texts into vectors."""
+    return await _answer(request, caller, EMBEDDINGS)
+
+
+@unversioned.post("/rerank", openapi_extra=_takes(RERANK))
+@router.post("/rerank", openapi_extra=_takes(RERANK))
+async def rerank(request: Request, caller: CanRerank) -> Response:
+    """Put documents in the order in which they answer a query."""
+    return await _answer(request, caller, RERANK)
+
+
+@unversioned.post("/v2/rerank", openapi_extra=_takes(COHERE_RERANK))
+async def rerank_for_cohere(request: Request, caller: CanRerank) -> Response:
+    """The same in the shape of Cohere."""
+    return await _answer(request, caller, COHERE_RERANK)
 
 
 @router.post("/requests/{request_id}/cancel")

@@ -31,6 +31,7 @@ from forebay.jobs.retry import doubling
 from forebay.jobs.segments import Result
 from forebay.replicas.calls import Calls
 from forebay.replicas.catalog import Catalog
+from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.gather import Gathered, gather
 from forebay.scheduler.scheduler import Scheduler
 from forebay.store.batches import Batch
@@ -66,6 +67,7 @@ class LineRunner:
         calls: Calls,
         catalog: Catalog,
         scheduler: Scheduler,
+        assembler: Assembler,
         settings: Settings,
         clock: Clock,
         metrics: Metrics,
@@ -73,6 +75,7 @@ class LineRunner:
         self._calls = calls
         self._catalog = catalog
         self._scheduler = scheduler
+        self._assembler = assembler
         self._stall_seconds = settings.supervisor.stall_seconds
         self._clock = clock
         self._metrics = metrics
@@ -128,9 +131,18 @@ class LineRunner:
         line.request_id = new_id("req")
         named = replace(call, request=replace(call.request, id=line.request_id))
         if not line.suspect:
-            return await self._admitted(named, on_read)
+            return await self._answer(named, on_read)
         async with self._suspects.setdefault(line.input.model, asyncio.Lock()):
-            return await self._admitted(named, on_read)
+            return await self._answer(named, on_read)
+
+    async def _answer(self, call: Call, on_read: OnRead) -> Gathered:
+        if call.items is None:
+            return await self._admitted(call, on_read)
+
+        async def compute(part: Call) -> bytes:
+            return (await self._admitted(part, on_read)).body
+
+        return await self._assembler.answer(call, compute)
 
     async def _admitted(self, call: Call, on_read: OnRead) -> Gathered:
         """Wait for a place as long as it takes, and run; again whenever the place was taken back."""

@@ -8,23 +8,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from forebay.config import Model
+from forebay.dialects import rerank
 from forebay.dialects.images import ImageRef
-from forebay.dialects.openai.call import Call, Context, Sampling, parse
+from forebay.dialects.items import ItemRules
+from forebay.dialects.openai import embeddings
+from forebay.dialects.openai.call import Call, Context, Wire, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call, images_of
 from forebay.dialects.openai.completions import CompletionBody, completion_call
 from forebay.errors import InvalidRequest
 from forebay.inference import Capability, Priority
 from forebay.media.images import Images
 from forebay.replicas.catalog import Catalog
-from forebay.replicas.commands import capabilities_of, traits_of
+from forebay.replicas.commands import Traits, capabilities_of, traits_of
 
-BodyT = TypeVar("BodyT", bound=Sampling)
+BodyT = TypeVar("BodyT", bound=Wire)
 
 CHAT_COMPLETIONS = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+EMBEDDINGS = embeddings.PATH
+RERANK = rerank.PATH
+COHERE_RERANK = rerank.COHERE_PATH
 
 
-def _without_images(_body: Sampling) -> Sequence[ImageRef]:
+def _without_images(_body: Wire) -> Sequence[ImageRef]:
     return ()
 
 
@@ -33,18 +40,26 @@ class Endpoint(Generic[BodyT]):
     """What a path asks of a model, the body that it takes, and how that becomes a call.
 
     `images` finds the images of a body; `build` gets what became of them as `Context.images`, in the same order.
+    `needs` says what the model must be able to do where the body decides it.
     """
 
     capability: Capability
     body: type[BodyT]
     build: Callable[[BodyT, Context], Call]
     images: Callable[[BodyT], Sequence[ImageRef]] = _without_images
+    needs: Callable[[BodyT], Capability] | None = None
 
 
 ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     CHAT_COMPLETIONS: Endpoint(Capability.CHAT, ChatBody, chat_call, images_of),
     COMPLETIONS: Endpoint(Capability.COMPLETION, CompletionBody, completion_call),
+    EMBEDDINGS: Endpoint(Capability.EMBEDDING, embeddings.EmbeddingBody, embeddings.embedding_call),
+    RERANK: Endpoint(Capability.RERANK, rerank.RerankBody, rerank.rerank_call, needs=rerank.capability_for),
+    COHERE_RERANK: Endpoint(Capability.RERANK, rerank.CohereBody, rerank.cohere_call, needs=rerank.capability_for),
 }
+
+_OF_ITEMS = frozenset({Capability.EMBEDDING, Capability.RERANK})
+_NO_RULES = ItemRules()
 
 
 class Calls:
@@ -71,12 +86,8 @@ class Calls:
         endpoint = ENDPOINTS[path]
         body = parse(endpoint.body, raw)
         model = self._catalog.get(body.model)
-        if endpoint.capability not in capabilities_of(model):
-            raise InvalidRequest(
-                f"The model {body.model} does not serve {endpoint.capability.value}.",
-                param="model",
-                code="capability_not_supported",
-            )
+        needed = endpoint.capability if endpoint.needs is None else endpoint.needs(body)
+        _check_capability(body.model, model, needed)
         traits = traits_of(model)
         refs = endpoint.images(body)
         if refs and not traits.sees_images:
@@ -92,7 +103,30 @@ class Calls:
             slots=model.slots,
             remote_model=traits.remote_model,
             enforces_tool_choice=traits.enforces_tool_choice,
+            items=self._rules(body.model, model, traits) if endpoint.capability in _OF_ITEMS else _NO_RULES,
             images=images,
         )
         call = endpoint.build(body, context)
         return call if priority is None else replace(call, request=replace(call.request, priority=priority))
+
+    def _rules(self, name: str, model: Model, traits: Traits) -> ItemRules:
+        return ItemRules(
+            fingerprint=self._catalog.fingerprint(name),
+            counted=traits.counts_items,
+            truncation=traits.truncation,
+            logits=traits.logits,
+            inputs_max=model.inputs_max,
+            input_tokens_max=model.input_tokens_max,
+            documents_max=model.documents_max,
+        )
+
+
+def _check_capability(name: str, model: Model, needed: Capability) -> None:
+    """Refuse what the model does not serve; where something else comes close, say what."""
+    served = capabilities_of(model)
+    if needed in served:
+        return
+    message = f"The model {name} does not serve {needed.value}."
+    if needed is Capability.RERANK and Capability.EMBEDDING in served:
+        message += ' To compare embeddings instead, send `"mode": "bi-encoder"`.'
+    raise InvalidRequest(message, param="model", code="capability_not_supported")

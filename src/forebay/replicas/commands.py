@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 from forebay.config import (
     CommandModel,
@@ -16,14 +16,19 @@ from forebay.config import (
     LlamaCppModel,
     LlamaCppOptions,
     Model,
+    OnnxModel,
+    OnnxOptions,
     UpstreamModel,
     VllmModel,
 )
+from forebay.dialects.openai.call import Extensions
 from forebay.errors import SetupError
 from forebay.inference import Capability
 from forebay.replicas.launcher import EngineCommand
 
+TOKENIZER = "tokenizer.json"
 _TEMPLATE_BYTES_MAX = 1_048_576
+_TRUNCATE = ("truncate", True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,9 @@ class Traits:
     probe. `reuses_connections`: it keeps a connection open after an answer, for longer than we do; a request that meets
     the close of one would fail for nothing. `enforces_tool_choice`: it makes a model call a tool that must be called;
     llama.cpp takes `required` and lets the model chat on instead. `log_is_clean`: it prints nothing that a caller wrote.
-    `sees_images`: its messages may hold images.
+    `extensions`: whose additions to the dialect it understands. `sees_images`: its messages may hold images.
+    `counts_items`: it tells the tokens of each input or document;
+    `truncation` is its field that lets it cut one that is too long; `logits`: it scores documents by logits.
     """
 
     probe_path: str
@@ -46,7 +53,11 @@ class Traits:
     enforces_tool_choice: bool = True
     log_is_clean: bool = True
     remote_model: str | None = None
+    extensions: Extensions | None = None
     sees_images: bool = False
+    counts_items: bool = False
+    truncation: tuple[str, Any] | None = None
+    logits: bool = False
 
 
 def traits_of(model: Model) -> Traits:
@@ -58,12 +69,29 @@ def traits_of(model: Model) -> Traits:
                 stops_after_step=True,
                 reuses_connections=False,
                 enforces_tool_choice=False,
+                extensions="llama.cpp",
                 sees_images=llama.mmproj_file is not None,
+                logits=True,
             )
+        case OnnxModel():
+            return Traits("/slots", counts_items=True, truncation=_TRUNCATE, logits=True)
         case FakeModel(options=fake):
-            return Traits("/slots", sees_images=fake.vision)
+            return Traits(
+                "/slots",
+                extensions="llama.cpp",
+                sees_images=fake.vision,
+                counts_items=True,
+                truncation=_TRUNCATE,
+                logits=True,
+            )
         case VllmModel(options=vllm):
-            return Traits("/health", reuses_connections=False, sees_images=vllm.vision)
+            return Traits(
+                "/health",
+                reuses_connections=False,
+                extensions="vllm",
+                sees_images=vllm.vision,
+                truncation=("truncate_prompt_tokens", -1),
+            )
         case CommandModel(options=options):
             return Traits(
                 options.health_path,
@@ -72,16 +100,27 @@ def traits_of(model: Model) -> Traits:
                 log_is_clean=False,
                 remote_model=options.remote_model,
                 sees_images=options.vision,
+                logits=options.logits,
             )
         case UpstreamModel(options=upstream):
-            return Traits("", confirms_stop=False, remote_model=upstream.remote_model, sees_images=upstream.vision)
+            return Traits(
+                "",
+                confirms_stop=False,
+                remote_model=upstream.remote_model,
+                sees_images=upstream.vision,
+                logits=upstream.logits,
+            )
         case _:
             assert_never(model)
 
 
 def capabilities_of(model: Model) -> frozenset[Capability]:
     """What a model can be asked for."""
-    if isinstance(model, LlamaCppModel) and model.options.embeddings:
+    if not isinstance(model, LlamaCppModel):
+        return frozenset(model.options.capabilities)
+    if model.options.rerank:
+        return frozenset({Capability.RERANK})
+    if model.options.embeddings:
         return frozenset({Capability.EMBEDDING})
     return frozenset({Capability.CHAT, Capability.COMPLETION})
 
@@ -91,8 +130,10 @@ def command_for(name: str, model: Model, slots: int, path: Path | None, key: str
     match model:
         case LlamaCppModel(options=options):
             return _ours("llama_cpp", _llama_cpp_spec(name, options, slots, path), key)
+        case OnnxModel(options=onnx):
+            return _ours("onnx_text", _onnx_spec(name, onnx, slots, path), key)
         case FakeModel(options=fake):
-            return _ours("fake", {"name": name, "slots": slots, **fake.model_dump()}, key)
+            return _ours("fake", {"name": name, "slots": slots, **fake.model_dump(mode="json")}, key)
         case CommandModel(options=command):
             return _command(command, str(path or ""), key, port)
         case VllmModel():
@@ -120,6 +161,13 @@ def _llama_cpp_spec(name: str, options: LlamaCppOptions, slots: int, path: Path 
         "slots": slots,
         "chat_template": _read_template(template) if template else None,
     }
+
+
+def _onnx_spec(name: str, options: OnnxOptions, slots: int, path: Path | None) -> dict[str, object]:
+    spec = options.model_dump(mode="json", exclude={"tokenizer_file"})
+    model = path or Path()
+    tokenizer = options.tokenizer_file or model.parent / TOKENIZER
+    return {**spec, "name": name, "model_path": str(model), "tokenizer_path": str(tokenizer), "slots": slots}
 
 
 def _read_template(path: Path) -> str:

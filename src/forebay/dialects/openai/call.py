@@ -4,6 +4,7 @@ It refuses unknown fields, as OpenAI does, and never passes on a field that is n
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from forebay.dialects.answer import Shape
+from forebay.dialects.items import ItemRules, Items
 from forebay.errors import InvalidRequest
 from forebay.inference import Priority, Request
 
@@ -24,6 +26,7 @@ _FIELD = re.compile(rb'(?<!\\)(?:\\\\)*"[ \t\r\n]*:')  # a quote that ends a nam
 _REASON_CHARS_MAX = 300
 
 Tier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
+Extensions = Literal["llama.cpp", "vllm"]
 Stop = Annotated[str, Field(max_length=256)]
 _TIERS: dict[Tier, tuple[str, Priority]] = {
     "auto": ("default", Priority.DEFAULT),
@@ -94,22 +97,33 @@ class Call:
     """
 
     request: Request
-    kind: Literal["chat", "completion"]
+    kind: Literal["chat", "completion", "items"]
     stream: bool
     include_usage: bool
     tier: str
     shape: Shape
     legacy_logprobs: bool = False
     forced_tool: bool = False
+    items: Items | None = None
     image_chars: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """A response that may be kept: its id, and when it was made. `now` tells when it has ended."""
+
+    id: str
+    created_at: float
+    now: Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
     """What the front door knows beside the body.
 
-    `remote_model` is the engine's own name for the model; `enforces_tool_choice` whether it obeys `tool_choice`.
-    `images` are `data:` URLs of checked pictures, one for each image of the body in its order.
+    `remote_model` is the engine's own name for the model; `enforces_tool_choice` whether it obeys `tool_choice`;
+    `extensions` whose additions to the dialect it understands. `images` are `data:` URLs of checked pictures, one for each image of the body in its order. `thread` is for a response
+    alone, and none in a line of a batch.
     """
 
     request_id: str
@@ -119,7 +133,10 @@ class Context:
     slots: int
     remote_model: str | None = None
     enforces_tool_choice: bool = True
+    extensions: Extensions | None = None
+    items: ItemRules = ItemRules()
     images: tuple[str, ...] = ()
+    thread: Thread | None = None
 
 
 WireT = TypeVar("WireT", bound=Wire)
@@ -195,6 +212,22 @@ _UNION_TAGS = frozenset(
     {"str", "tuple", "int", "float", "bool", "list", "constrained-str", "texts", "tokens", "token_lists"}
 )
 _DISCRIMINATORS = frozenset(
-    {"system", "developer", "user", "assistant", "tool", "text", "image_url", "file", "refusal"}
-    | {"json_object", "json_schema"}
+    {
+        "system",
+        "developer",
+        "user",
+        "assistant",
+        "tool",
+        "text",
+        "image_url",
+        "file",
+        "refusal",
+        "tool_use",
+        "tool_result",
+        "image",
+        "thinking",
+        "redacted_thinking",
+        "json_object",
+        "json_schema",
+    }
 )
