@@ -1,10 +1,12 @@
 """Batches from outside, through a real server with the fake engine."""
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from tests.support import postgres
 from tests.support.batches import CHAT, content, create, finished, jsonl, line, results, submit, upload
@@ -34,6 +36,22 @@ IDLE = FAKE.replace("[jobs]", "[jobs]\nenabled = false")
 TWO = FAKE + '[models.other]\nengine = "fake"\nslots = 2\n'
 BROKEN = FAKE + '[models.broken]\nengine = "fake"\n[models.broken.options]\nfail_start = "exit"\n'
 SLOW = "[[fake tokens=20 token_ms=50]]"
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server() -> AsyncIterator[Server]:
+    """One server for the tests that take no notice of other batches."""
+    async with serving(FAKE) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def idle() -> AsyncIterator[Server]:
+    """The same, where nobody works on jobs."""
+    async with serving(IDLE) as running:
+        yield running
 
 
 async def cancel(server: Server, batch_id: str) -> dict[str, Any]:
@@ -101,26 +119,25 @@ async def test_a_submit_is_answered_with_an_estimate_once_the_model_has_run_a_ba
         await finished(server, third["id"])
 
 
-async def test_a_line_is_answered_as_it_would_be_online() -> None:
+async def test_a_line_is_answered_as_it_would_be_online(server: Server) -> None:
     fields: dict[str, Any] = {"max_tokens": 3, "temperature": 0.2, "seed": 7, "n": 2}
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-    async with serving(FAKE) as server:
-        batch = await submit(
-            server,
-            [line("sampled", "Say it.", **fields), line("called", "Look. [[fake tool=look]]", tools=[tool])],
-        )
-        output, _ = await results(server, await finished(server, batch["id"]))
-        by_name = {each["custom_id"]: each["response"]["body"] for each in output}
-        asked: list[tuple[str, str, dict[str, Any]]] = [
-            ("sampled", "Say it.", fields),
-            ("called", "Look. [[fake tool=look]]", {"tools": [tool]}),
-        ]
-        for name, text, more in asked:
-            async with await server.chat(text, **more) as response:
-                online = await response.json()
-            for answer in (online, by_name[name]):
-                del answer["created"]
-            assert by_name[name] == online
+    batch = await submit(
+        server,
+        [line("sampled", "Say it.", **fields), line("called", "Look. [[fake tool=look]]", tools=[tool])],
+    )
+    output, _ = await results(server, await finished(server, batch["id"]))
+    by_name = {each["custom_id"]: each["response"]["body"] for each in output}
+    asked: list[tuple[str, str, dict[str, Any]]] = [
+        ("sampled", "Say it.", fields),
+        ("called", "Look. [[fake tool=look]]", {"tools": [tool]}),
+    ]
+    for name, text, more in asked:
+        async with await server.chat(text, **more) as response:
+            online = await response.json()
+        for answer in (online, by_name[name]):
+            del answer["created"]
+        assert by_name[name] == online
 
 
 WRONG: dict[str, Any] = {
@@ -206,22 +223,20 @@ async def test_a_file_that_is_wrong_fails_with_the_number_of_the_line() -> None:
             assert ended["request_counts"] == {"total": 0, "completed": 0, "failed": 0}
 
 
-async def test_no_more_than_a_hundred_mistakes_are_told() -> None:
-    async with serving(FAKE) as server:
-        batch = await submit(server, ["{"] * 500)
-        ended = await finished(server, batch["id"])
-        assert [each["line"] for each in ended["errors"]["data"]] == list(range(1, 101))
+async def test_no_more_than_a_hundred_mistakes_are_told(server: Server) -> None:
+    batch = await submit(server, ["{"] * 500)
+    ended = await finished(server, batch["id"])
+    assert [each["line"] for each in ended["errors"]["data"]] == list(range(1, 101))
 
 
-async def test_a_mark_line_ends_of_windows_and_blank_lines_at_the_end_are_fine() -> None:
+async def test_a_mark_line_ends_of_windows_and_blank_lines_at_the_end_are_fine(server: Server) -> None:
     body = b"\r\n".join(jsonl([line(f"id-{i}", "x")]).strip() for i in range(3))
-    async with serving(FAKE) as server:
-        for data in (b"\xef\xbb\xbf" + body, body + b"\r\n\r\n\n"):
-            file = await upload(server, data)
-            _, batch = await create(server, file["id"])
-            ended = await finished(server, batch["id"])
-            assert ended["request_counts"] == {"total": 3, "completed": 3, "failed": 0}
-            await results(server, ended)
+    for data in (b"\xef\xbb\xbf" + body, body + b"\r\n\r\n\n"):
+        file = await upload(server, data)
+        _, batch = await create(server, file["id"])
+        ended = await finished(server, batch["id"])
+        assert ended["request_counts"] == {"total": 3, "completed": 3, "failed": 0}
+        await results(server, ended)
 
 
 async def test_a_cancelled_batch_keeps_what_is_finished() -> None:
@@ -243,13 +258,12 @@ async def test_a_cancelled_batch_keeps_what_is_finished() -> None:
         assert again["status"] == "cancelled"
 
 
-async def test_a_batch_that_nobody_works_on_yet_is_cancelled_at_once() -> None:
-    async with serving(IDLE) as server:
-        batch = await submit(server, [line("a", "x")])
-        assert (await server.get(f"/v1/batches/{batch['id']}"))["status"] == "validating"
-        ended = await cancel(server, batch["id"])
-        assert ended["status"] == "cancelled"
-        assert ended["request_counts"] == {"total": 0, "completed": 0, "failed": 0}
+async def test_a_batch_that_nobody_works_on_yet_is_cancelled_at_once(idle: Server) -> None:
+    batch = await submit(idle, [line("a", "x")])
+    assert (await idle.get(f"/v1/batches/{batch['id']}"))["status"] == "validating"
+    ended = await cancel(idle, batch["id"])
+    assert ended["status"] == "cancelled"
+    assert ended["request_counts"] == {"total": 0, "completed": 0, "failed": 0}
 
 
 async def test_a_batch_expires_with_its_window() -> None:
@@ -380,34 +394,32 @@ CREATIONS: dict[str, tuple[dict[str, Any], str | None]] = {
 }
 
 
-async def test_what_cannot_be_created_is_refused() -> None:
-    async with serving(IDLE) as server:
-        file = await upload(server, jsonl([line("a", "x")]))
-        for name, (fields, param) in CREATIONS.items():
-            status, answer = await create(server, file_id=file["id"], **fields)
-            assert status == 400, name
-            if param is not None:
-                assert (answer["error"]["param"] or "").startswith(param), (name, answer)
-        other = await upload(server, b"x", purpose="user_data")
-        status, answer = await create(server, other["id"])
-        assert (status, answer["error"]["code"]) == (400, "invalid_file_purpose")
+async def test_what_cannot_be_created_is_refused(idle: Server) -> None:
+    file = await upload(idle, jsonl([line("a", "x")]))
+    for name, (fields, param) in CREATIONS.items():
+        status, answer = await create(idle, file_id=file["id"], **fields)
+        assert status == 400, name
+        if param is not None:
+            assert (answer["error"]["param"] or "").startswith(param), (name, answer)
+    other = await upload(idle, b"x", purpose="user_data")
+    status, answer = await create(idle, other["id"])
+    assert (status, answer["error"]["code"]) == (400, "invalid_file_purpose")
 
 
-async def test_a_batch_belongs_to_its_project() -> None:
-    async with serving(IDLE) as server:
-        file = await upload(server, jsonl([line("a", "x")]))
-        _, batch = await create(server, file["id"])
-        stranger = await server.create_key("stranger")
-        status, answer = await create(server, file["id"], key=stranger)
-        assert (status, answer["error"]["code"]) == (400, "file_not_found")
-        status, _ = await server.post(f"/v1/batches/{batch['id']}/cancel", key=stranger)
-        assert status == 404
-        headers = {"Authorization": f"Bearer {stranger}"}
-        for path in (f"/v1/batches/{batch['id']}", f"/v1/batches?after={batch['id']}"):
-            async with server.session.get(server.url + path, headers=headers) as response:
-                assert response.status == 404
-        async with server.session.get(f"{server.url}/v1/batches", headers=headers) as response:
-            assert (await response.json())["data"] == []
+async def test_a_batch_belongs_to_its_project(idle: Server) -> None:
+    file = await upload(idle, jsonl([line("a", "x")]))
+    _, batch = await create(idle, file["id"])
+    stranger = await idle.create_key("stranger")
+    status, answer = await create(idle, file["id"], key=stranger)
+    assert (status, answer["error"]["code"]) == (400, "file_not_found")
+    status, _ = await idle.post(f"/v1/batches/{batch['id']}/cancel", key=stranger)
+    assert status == 404
+    headers = {"Authorization": f"Bearer {stranger}"}
+    for path in (f"/v1/batches/{batch['id']}", f"/v1/batches?after={batch['id']}"):
+        async with idle.session.get(idle.url + path, headers=headers) as response:
+            assert response.status == 404
+    async with idle.session.get(f"{idle.url}/v1/batches", headers=headers) as response:
+        assert (await response.json())["data"] == []
 
 
 async def test_batches_are_listed_page_by_page() -> None:
@@ -434,52 +446,48 @@ async def test_a_project_has_a_bounded_number_of_unfinished_batches() -> None:
         assert (await create(server, file["id"]))[0] == 200
 
 
-async def test_an_input_file_stays_until_its_batch_has_ended() -> None:
-    async with serving(IDLE) as server:
-        file = await upload(server, jsonl([line("a", "x")]))
-        _, batch = await create(server, file["id"])
-        url = f"{server.url}/v1/files/{file['id']}"
-        async with server.session.delete(url, headers=server.headers) as response:
-            assert (response.status, (await response.json())["error"]["code"]) == (409, "file_in_use")
-        await cancel(server, batch["id"])
-        async with server.session.delete(url, headers=server.headers) as response:
-            assert response.status == 200
-        status, answer = await create(server, file["id"])
-        assert (status, answer["error"]["code"]) == (400, "file_not_found")
+async def test_an_input_file_stays_until_its_batch_has_ended(idle: Server) -> None:
+    file = await upload(idle, jsonl([line("a", "x")]))
+    _, batch = await create(idle, file["id"])
+    url = f"{idle.url}/v1/files/{file['id']}"
+    async with idle.session.delete(url, headers=idle.headers) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (409, "file_in_use")
+    await cancel(idle, batch["id"])
+    async with idle.session.delete(url, headers=idle.headers) as response:
+        assert response.status == 200
+    status, answer = await create(idle, file["id"])
+    assert (status, answer["error"]["code"]) == (400, "file_not_found")
 
 
-async def test_results_expire_as_asked_for() -> None:
-    async with serving(FAKE) as server:
-        after = {"anchor": "created_at", "seconds": 7200}
-        batch = await submit(server, [line("a", "x"), line("b", "x", n=50)], output_expires_after=after)
-        ended = await finished(server, batch["id"])
-        for file_id in (ended["output_file_id"], ended["error_file_id"]):
-            file = await server.get(f"/v1/files/{file_id}")
-            assert file["purpose"] == "batch_output"
-            assert file["expires_at"] - file["created_at"] == 7200
-        assert len(await content(server, ended["output_file_id"])) == 1
+async def test_results_expire_as_asked_for(server: Server) -> None:
+    after = {"anchor": "created_at", "seconds": 7200}
+    batch = await submit(server, [line("a", "x"), line("b", "x", n=50)], output_expires_after=after)
+    ended = await finished(server, batch["id"])
+    for file_id in (ended["output_file_id"], ended["error_file_id"]):
+        file = await server.get(f"/v1/files/{file_id}")
+        assert file["purpose"] == "batch_output"
+        assert file["expires_at"] - file["created_at"] == 7200
+    assert len(await content(server, ended["output_file_id"])) == 1
 
 
-async def test_the_secret_of_a_webhook_is_given_once() -> None:
-    async with serving(IDLE) as server:
-        file = await upload(server, jsonl([line("a", "x")]))
-        _, batch = await create(server, file["id"], webhook_url="https://example.com/hook")
-        assert batch["webhook_secret"].startswith("whsec_")
-        assert "webhook_secret" not in await server.get(f"/v1/batches/{batch['id']}")
+async def test_the_secret_of_a_webhook_is_given_once(idle: Server) -> None:
+    file = await upload(idle, jsonl([line("a", "x")]))
+    _, batch = await create(idle, file["id"], webhook_url="https://example.com/hook")
+    assert batch["webhook_secret"].startswith("whsec_")
+    assert "webhook_secret" not in await idle.get(f"/v1/batches/{batch['id']}")
 
 
 @pytest.mark.parametrize("endpoint", ["/v1/completions"])
-async def test_other_endpoints(endpoint: str) -> None:
-    async with serving(FAKE) as server:
-        requests = [
-            {
-                "custom_id": f"id-{i}",
-                "method": "POST",
-                "url": endpoint,
-                "body": {"model": "fake", "prompt": f"Say {i}."},
-            }
-            for i in range(20)
-        ]
-        ended = await finished(server, (await submit(server, requests, endpoint=endpoint))["id"])
-        output, _ = await results(server, ended)
-        assert all(each["response"]["body"]["object"] == "text_completion" for each in output)
+async def test_other_endpoints(server: Server, endpoint: str) -> None:
+    requests = [
+        {
+            "custom_id": f"id-{i}",
+            "method": "POST",
+            "url": endpoint,
+            "body": {"model": "fake", "prompt": f"Say {i}."},
+        }
+        for i in range(20)
+    ]
+    ended = await finished(server, (await submit(server, requests, endpoint=endpoint))["id"])
+    output, _ = await results(server, ended)
+    assert all(each["response"]["body"]["object"] == "text_completion" for each in output)
