@@ -1,7 +1,7 @@
 """Ends of jobs that are settled together, over SQLite and PostgreSQL: each as if it were alone."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -18,7 +18,8 @@ from forebay.store.database import Database, Transaction
 from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.job_state import JobState
 from forebay.store.jobs import Job, JobStore, Lease, NewJob, Verdict
-from forebay.store.tables import job_log, webhook_deliveries
+from forebay.store.keys import KeyStore
+from forebay.store.tables import job_log, jobs, webhook_deliveries
 from forebay.store.webhooks import WebhookStore
 
 URL = "https://hooks.example/own"
@@ -44,11 +45,13 @@ class Rooms:
         self.database = database
         self.jobs = JobStore(database, clock)
         hooks, letters = WebhookStore(database, clock), DeadLetterStore(database, clock)
+        self.hooks = hooks
         self.settlement = Settlement(self.jobs, hooks, letters, KINDS)
 
     async def leased(self, kind: str, count: int, **fields: object) -> list[Lease]:
         """New jobs of a kind under leases."""
-        new = [NewJob(kind, "default", **fields) for _ in range(count)]  # type: ignore[arg-type]
+        fields = {"project_id": "default", **fields}
+        new = [NewJob(kind, **fields) for _ in range(count)]  # type: ignore[arg-type]
         async with self.database.begin() as transaction:
             await self.jobs.insert(transaction, new)
         return await self.jobs.lease({kind: count}, "node", 60)
@@ -59,7 +62,7 @@ class Rooms:
 
     async def settle_all(self, leases: Sequence[Lease]) -> list[BaseException | None]:
         """End all of them well at the same moment; what each is told."""
-        return await asyncio.gather(*(self.settle(lease, Done()) for lease in leases), return_exceptions=True)
+        return await _together(*(self.settle(lease, Done()) for lease in leases))
 
     async def lose(self, lease: Lease) -> None:
         """Have the job taken back and leased to another worker."""
@@ -77,6 +80,11 @@ class Rooms:
         async with self.database.read() as connection:
             rows = await connection.execute(sa.select(webhook_deliveries.c.id, webhook_deliveries.c.event_type))
             return sorted((str(parents[row.id]), row.event_type) for row in rows)
+
+
+async def _together(*ends: Awaitable[None]) -> list[BaseException | None]:
+    async with asyncio.timeout(30):
+        return await asyncio.gather(*ends, return_exceptions=True)
 
 
 @pytest.fixture
@@ -122,14 +130,29 @@ async def test_who_stops_waiting_for_its_end_holds_up_nobody(rooms: Rooms) -> No
     ends = [asyncio.create_task(rooms.settle(lease, Done())) for lease in leases]
     await asyncio.sleep(0)
     ends[1].cancel()
-    answers = await asyncio.gather(*ends, return_exceptions=True)
-    assert [type(answer) for answer in answers] == [
-        type(None),
-        asyncio.CancelledError,
-        type(None),
-        type(None),
-    ]
+    answers = await _together(*ends)
+    assert [type(answer) for answer in answers] == [type(None), asyncio.CancelledError, *2 * [type(None)]]
     assert [job.state for job in await rooms.all([leases[0], *leases[2:]])] == 3 * [JobState.COMPLETED]
+
+
+async def test_each_project_is_told_of_its_own_jobs_alone(rooms: Rooms) -> None:
+    leases: list[Lease] = []
+    expected: set[tuple[str | None, str | None]] = set()
+    for name in ("one", "two", "three"):
+        project = (await KeyStore(rooms.database, SystemClock()).get_or_create_project(name)).id
+        leases += await rooms.leased("teller", 2, project_id=project)
+        if name != "three":
+            async with rooms.database.begin() as transaction:
+                endpoint = await rooms.hooks.create_endpoint(transaction, project, url=URL)
+            expected |= {(endpoint.id, lease.id) for lease in leases[-2:]}
+    assert await rooms.settle_all(leases) == [None] * 6
+    query = sa.select(webhook_deliveries.c.endpoint_id, jobs.c.parent_id).join(
+        jobs, jobs.c.id == webhook_deliveries.c.id
+    )
+    async with rooms.database.read() as connection:
+        rows = (await connection.execute(query)).all()
+    assert {(row.endpoint_id, row.parent_id) for row in rows} == expected
+    assert len(rows) == 4
 
 
 async def test_children_that_end_together_wake_each_parent_once(rooms: Rooms) -> None:
@@ -151,15 +174,18 @@ async def test_children_that_end_together_wake_each_parent_once(rooms: Rooms) ->
 
 async def test_what_one_writes_itself_fails_for_it_alone(rooms: Rooms) -> None:
     async def refuse(transaction: Transaction) -> None:
+        tried.append(refused.id)
         await rooms.jobs.note(transaction, refused.id, "job.tested")
         raise InvalidRequest("This is refused.")
 
+    tried: list[str] = []
     leases = await rooms.leased("teller", 4, webhook_url=URL)
     refused = leases[1]
     outcomes = [Done(), Done(refuse), Failed(EngineCrashed(), retryable=False), Done()]
     ends = (rooms.settle(lease, outcome) for lease, outcome in zip(leases, outcomes, strict=True))
-    answers = await asyncio.gather(*ends, return_exceptions=True)
+    answers = await _together(*ends)
     assert [type(answer) for answer in answers] == [type(None), InvalidRequest, type(None), type(None)]
+    assert len(tried) == 1, "with nobody else"
     states = [JobState.COMPLETED, JobState.RUNNING, JobState.FAILED, JobState.COMPLETED]
     assert [job.state for job in await rooms.all(leases)] == states
     told = [(lease.id, f"teller.{state}") for lease, state in zip(leases, states, strict=True) if lease is not refused]

@@ -119,6 +119,7 @@ class Settlement:
             (end,) = group
             await self._jobs.settle(transaction, end.lease, end.verdict)
             return group
+        assert not any(end.lease.unless_renewed for end in group), "such a lease is there to give up, not to complete"
         held = await self._jobs.settle_completed(transaction, [end.lease for end in group])
         return [end for end in group if (end.lease.id, end.lease.attempt) in held]
 
