@@ -68,12 +68,24 @@ class Proxy:
     refuse_share: float = 0.0  # of requests that get 503
     full: bool = False  # writes get 507
     silent: bool = False  # no answer at all
+    delay_seconds: float = 0  # as from a store that is far away
+    reading: int = 0  # at this moment
+    reading_most: int = 0
     requests: int = 0
     refused: int = 0
     chance: random.Random = field(default_factory=lambda: random.Random(7))
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
+        self.reading += request.method == "GET"
+        self.reading_most = max(self.reading_most, self.reading)
+        try:
+            await asyncio.sleep(self.delay_seconds)
+            return await self._pass_on(request)
+        finally:
+            self.reading -= request.method == "GET"
+
+    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         if self.silent:
             await asyncio.Event().wait()

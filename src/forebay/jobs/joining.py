@@ -6,7 +6,8 @@ to the same place.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from forebay.store.files import blob_key
 from forebay.store.job_state import JobState
 
 _PIECE_BYTES = 2**20
+_PIECES_AT_ONCE = 8  # that are fetched together: a store that is far away takes its time for each
 _LOST_BY_STATE = {
     JobState.EXPIRED: ("batch_expired", "The batch was not finished within its completion window."),
     JobState.CANCELLED: ("batch_cancelled", "The batch was cancelled before this line was run."),
@@ -65,6 +67,20 @@ class _Hashing:
         return self._hash.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    """What a segment has written, and how much of it there is."""
+
+    key: str
+    size: int
+
+
+def _pieces(blobs: Iterable[_Blob]) -> Iterator[tuple[str, int, int]]:
+    for blob in blobs:
+        for offset in range(0, blob.size, _PIECE_BYTES):
+            yield blob.key, offset, min(_PIECE_BYTES, blob.size - offset)
+
+
 class Joiner:
     """Makes the files of batches whose chunks have all ended."""
 
@@ -79,8 +95,8 @@ class Joiner:
         chunks = await self._batches.chunks(batch.id)
         missing = await asyncio.to_thread(_missing, chunks, segments)
         lost: list[LostLine] = []
-        output = [segment.output_key for segment in segments if segment.output_key is not None]
-        errors = [segment.error_key for segment in segments if segment.error_key is not None]
+        output = [_Blob(each.output_key, each.output_bytes) for each in segments if each.output_key is not None]
+        errors = [_Blob(each.error_key, each.error_bytes) for each in segments if each.error_key is not None]
         return Joined(
             await self._write(output_file_id(batch.id), self._copied(output)) if output else None,
             await self._write(error_file_id(batch.id), self._errors(batch, errors, missing, lost))
@@ -91,25 +107,35 @@ class Joiner:
             any(chunk.state is JobState.EXPIRED for chunk, _ in missing),
         )
 
-    async def _write(self, file_id: str, pieces: AsyncIterator[bytes]) -> Part:
-        async with self._blobs.write(blob_key(file_id)) as out:
+    async def _write(self, file_id: str, pieces: AsyncGenerator[bytes, None]) -> Part:
+        async with aclosing(pieces), self._blobs.write(blob_key(file_id)) as out:
             hashing = _Hashing(out)
             async for piece in pieces:
                 await hashing.write(piece)
         return Part(file_id, hashing.size, hashing.sha256)
 
-    async def _copied(self, keys: list[str]) -> AsyncIterator[bytes]:
-        for key in keys:
-            async with aclosing(self._blobs.stream(key)) as stream:
-                async for piece in stream:
-                    yield piece
+    async def _copied(self, blobs: Iterable[_Blob]) -> AsyncGenerator[bytes, None]:
+        """The bytes of all of them, one after the other; the pieces that come next are fetched meanwhile."""
+        ahead: deque[asyncio.Task[bytes]] = deque()
+        try:
+            for key, offset, length in _pieces(blobs):
+                ahead.append(asyncio.create_task(self._blobs.read(key, offset, length)))
+                if len(ahead) == _PIECES_AT_ONCE:
+                    yield await ahead.popleft()
+            while ahead:
+                yield await ahead.popleft()
+        finally:
+            for reading in ahead:
+                reading.cancel()
+            await asyncio.gather(*ahead, return_exceptions=True)
 
     async def _errors(
-        self, batch: Batch, keys: list[str], missing: list[tuple[Chunk, list[Place]]], lost: list[LostLine]
-    ) -> AsyncIterator[bytes]:
+        self, batch: Batch, blobs: list[_Blob], missing: list[tuple[Chunk, list[Place]]], lost: list[LostLine]
+    ) -> AsyncGenerator[bytes, None]:
         """The error lines that are written, then those of missing lines; adds the given-up ones to `lost`."""
-        async for piece in self._copied(keys):
-            yield piece
+        async with aclosing(self._copied(blobs)) as copied:
+            async for piece in copied:
+                yield piece
         reader, slices = LineReader(self._blobs, blob_key(batch.input_file_id)), Slices(self._clock)
         ready = bytearray()
         for chunk, places in missing:
