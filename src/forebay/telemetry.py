@@ -44,6 +44,7 @@ EVENTS = {
     "job.bug": "An attempt at a job ended in an exception that nobody foresaw. This is a bug.",
     "worker.store_away": "The database does not answer; the worker tries again.",
     "worker.store_back": "The database answers again.",
+    "store.cut_off": "Sessions of processes that stand still in the middle of a statement were ended.",
     "pruner.removed": "What had outlived its time was removed.",
     "pruner.failed": "A sweep met trouble; the next round tries again.",
 }

@@ -37,6 +37,33 @@ LEASE_SECONDS = 1.0
 ROUNDS = 200
 HELD = "SELECT id, attempt FROM jobs WHERE kind = 'chunk' AND state = 'running' AND node = :node"
 
+# Holds rows in a transaction and stands still in the middle of a statement: PostgreSQL does not count that as idle.
+HALF_WAY = """
+import asyncio, sys
+import sqlalchemy as sa
+from pathlib import Path
+from forebay.config import Settings
+from forebay.errors import StoreUnavailable
+from forebay.store.database import Database
+
+async def stand_still():
+    print("held", flush=True)
+    sys.stdin.readline()
+    yield b""
+
+async def main():
+    database = await Database.open(Settings(data_dir=Path(sys.argv[1]), database_url=sys.argv[2]))
+    try:
+        async with database.begin() as transaction:
+            await transaction.execute(sa.text("UPDATE projects SET name = 'mine' WHERE id = 'default'"))
+            driver = (await transaction.get_raw_connection()).driver_connection
+            await driver.copy_to_table("jobs", source=stand_still())
+    except Exception as error:
+        print(type(error).__name__, flush=True)
+
+asyncio.run(main())
+"""
+
 # Holds a row in a transaction, says so, stands still until it is told to go on, and looks what it can still do.
 HOLDER = """
 import asyncio, sys
@@ -178,6 +205,29 @@ async def test_a_process_that_stands_still_in_a_transaction_does_not_hold_up_the
             assert (await asyncio.to_thread(holder.communicate, "\n", 20))[0] == "ours\n"
         finally:
             holder.kill()
+    await database.close()
+
+
+async def test_one_that_stands_still_in_the_middle_of_a_statement_is_cut_off(tmp_path: Path) -> None:
+    url = postgres.new_database()
+    database = await Database.open(Settings(data_dir=tmp_path, database_url=SecretStr(url)))
+    program = [sys.executable, "-c", HALF_WAY, str(tmp_path), url]
+
+    async def had() -> bool:
+        await database.cut_off_standing()
+        return await rename(database)
+
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert await asyncio.to_thread(holder.stdout.readline) == "held\n"
+            assert await database.cut_off_standing() == 0  # it may be about to go on
+            await eventually(had, within_seconds=15, what="the row")
+            assert (await asyncio.to_thread(holder.communicate, "\n", 20))[0]
+        finally:
+            holder.kill()
+    async with database.read() as connection:
+        assert await connection.scalar(sa.text("SELECT name FROM projects WHERE id = 'default'")) == "ours"
     await database.close()
 
 

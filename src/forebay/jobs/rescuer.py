@@ -52,6 +52,8 @@ class Rescuer:
 
     async def tick(self) -> None:
         """One round: rescue, end, measure."""
+        if cut_off := await self._jobs.database.cut_off_standing():
+            self._log.warning("store.cut_off", sessions=cut_off)
         await self.rescue(await self._jobs.lost(_LOST_MAX))
         for job in await self._jobs.unwanted(list(self._kinds), _UNWANTED_MAX):
             await self._end(job)
@@ -62,12 +64,13 @@ class Rescuer:
                 self._metrics.jobs_live.labels(kind, state.value).set(counts.get((kind, state), 0))
 
     async def rescue_node(self, node: str) -> None:
-        """Take back what a dead worker of this node has left behind."""
-        while lost := await self._jobs.lost(_LOST_MAX, node):
-            await self.rescue(lost)
+        """Take back what a dead worker of this node has left behind, but for what is locked: that lease runs out."""
+        while (lost := await self._jobs.lost(_LOST_MAX, node)) and await self.rescue(lost):
+            pass
 
-    async def rescue(self, lost: list[Job]) -> None:
-        """Make lost jobs available again; those on which too many workers have died are given up."""
+    async def rescue(self, lost: list[Job]) -> int:
+        """Make lost jobs available again, give up those on which too many workers have died; how many it were."""
+        count = 0
         again = [job for job in lost if job.rescues + 1 < self._settings.rescues_max]
         if again:
             async with self._jobs.database.begin() as transaction:
@@ -77,16 +80,18 @@ class Rescuer:
                 self._log.warning("job.rescued", jobs=count)
         for job in lost:
             if job not in again:
-                await self._give_up(job)
+                count += await self._give_up(job)
+        return count
 
-    async def _give_up(self, job: Job) -> None:
+    async def _give_up(self, job: Job) -> bool:
         error = EngineCrashed("Its workers died on this job, one after the other.", code="worker_lost")
         outcome = Failed(error, retryable=False)
         kind, lease = self._kinds[job.kind], Lease(job, unless_renewed=True)
         try:
             await self._settlement.settle(lease, outcome, verdict(job, outcome, kind.retry, self._jobs.now()))
         except LeaseLost:
-            pass  # it has ended, or its worker was only late
+            return False  # it has ended, or its worker was only late
+        return True
 
     async def _end(self, job: Job) -> None:
         kind = self._kinds[job.kind]

@@ -19,11 +19,12 @@ from sqlalchemy.pool import StaticPool
 from forebay.errors import InsufficientStorage, InvalidRequest, SetupError, StoreUnavailable
 from forebay.store import sqlite
 
+APPLICATION = "forebay"  # what our sessions are called in PostgreSQL
 READ = {"forebay_read": True}  # the execution option of a transaction that only reads
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 _CONNECT_SECONDS = 5
 _STATEMENT_SECONDS = 30
-_IDLE_SECONDS = 5  # in a transaction: a process that stands still must not hold its locks against the others
+IDLE_SECONDS = 5  # in a transaction: a process that stands still must not hold its locks against the others
 _LOCK_SECONDS = 4  # shorter, or the statements of such a process that wait for its own locks would get them in turn
 # PostgreSQL's SQLSTATE, from the front: connection lost, clash with another transaction, resources, operator, system;
 # a standby that takes no writes; a transaction that stood still; a lock that was not to be had.
@@ -113,7 +114,11 @@ def connect(url: URL, **options: Any) -> AsyncEngine:
         sa.event.listen(engine.sync_engine, "connect", sqlite.prepare)
         sa.event.listen(engine.sync_engine, "begin", _begin_sqlite)
         return engine
-    session = {"idle_in_transaction_session_timeout": f"{_IDLE_SECONDS}s", "lock_timeout": f"{_LOCK_SECONDS}s"}
+    session = {
+        "application_name": APPLICATION,
+        "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
+        "lock_timeout": f"{_LOCK_SECONDS}s",
+    }
     arguments = {"timeout": _CONNECT_SECONDS, "command_timeout": _STATEMENT_SECONDS, "server_settings": session}
     engine = create_async_engine(url, hide_parameters=True, pool_pre_ping=True, connect_args=arguments, **options)
     sa.event.listen(engine.sync_engine, "handle_error", _name_silence)

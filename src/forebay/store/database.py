@@ -17,6 +17,8 @@ from forebay.clock import Clock, SystemClock
 from forebay.config import Settings
 from forebay.errors import StoreUnavailable
 from forebay.store.connections import (
+    APPLICATION,
+    IDLE_SECONDS,
     READ,
     available,
     connect,
@@ -35,6 +37,14 @@ _POOL_SECONDS = 10
 _SKEW_SECONDS = 60  # how long a comparison of clocks is good for
 _SKEW_SECONDS_MIN = 0.1  # a smaller difference may be the network's
 _DATABASE_TIME = sa.text("SELECT extract(epoch FROM clock_timestamp())::float8")
+# The driver has a statement parsed, and sends what belongs to it when that is answered. A process that stands still in
+# between has a session that is not idle to PostgreSQL, however long it holds its locks.
+_CUT_OFF = sa.text(
+    "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database()"
+    " AND usename = current_user AND application_name = :application AND backend_type = 'client backend'"
+    " AND state = 'active' AND wait_event = 'ClientRead'"
+    " AND state_change < clock_timestamp() - make_interval(secs => :seconds)"
+)
 _CHANNELS = "forebay_channels"  # the execution option that holds whom a transaction wakes when it commits
 
 Transaction: TypeAlias = AsyncConnection  # what `begin` and `read` give, for rooms that do not know the library
@@ -118,6 +128,14 @@ class Database:
                 return await self._writer.write(function)
         async with self.begin() as transaction:
             return await transaction.run_sync(function)
+
+    async def cut_off_standing(self) -> int:
+        """End the sessions of processes that stand still in the middle of a statement; how many there were."""
+        if self.is_sqlite:
+            return 0
+        async with self.begin() as transaction:
+            values = {"application": APPLICATION, "seconds": IDLE_SECONDS}
+            return int(await transaction.scalar(_CUT_OFF, values) or 0)
 
     def now(self, clock: Clock) -> float:
         """The time on the database's clock, which all machines that share it agree on."""

@@ -110,7 +110,8 @@ class Lease:
 class Verdict:
     """How an attempt, or a job that never ran, is written down.
 
-    `error` is (code, message) of a failure; `counts_as_failure` that it uses up one of the attempts.
+    `error` is (code, message) of a failure; `counts_as_failure` that it uses up one of the attempts. `event` is what its
+    webhooks tell, where that is not the state.
     """
 
     state: JobState
@@ -118,6 +119,7 @@ class Verdict:
     stage: str | None = None
     error: tuple[str, str] | None = None
     counts_as_failure: bool = False
+    event: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,7 +440,7 @@ class JobStore:
             return [_job(row) for row in await connection.execute(query)]
 
     async def take_back(self, transaction: Transaction, lost: Collection[Job]) -> int:
-        """Make lost jobs available again; how many of them were still lost."""
+        """Make lost jobs available again; how many of them were still lost, and not locked."""
         places = [(job.id, job.attempt, job.lease_expires_at) for job in lost]
         still_lost = (
             sa.tuple_(jobs.c.id, jobs.c.attempt, jobs.c.lease_expires_at).in_(places),
@@ -446,7 +448,8 @@ class JobStore:
         )
         query = (
             sa.update(jobs)
-            .where(*self._in_order(*still_lost))
+            # Not those that somebody has locked: he may stand still with them, and the others need not wait for that.
+            .where(*self._in_order(*still_lost, skip_locked=True))
             .values(
                 state=JobState.AVAILABLE,
                 rescues=jobs.c.rescues + 1,
@@ -512,14 +515,16 @@ class JobStore:
                 for row in await connection.execute(query)
             ]
 
-    def _in_order(self, *conditions: sa.ColumnElement[bool]) -> tuple[sa.ColumnElement[bool], ...]:
+    def _in_order(
+        self, *conditions: sa.ColumnElement[bool], skip_locked: bool = False
+    ) -> tuple[sa.ColumnElement[bool], ...]:
         """The conditions, for a statement that locks all rows that meet them in the order of their ids before it writes.
 
         Two statements about the same rows then wait for each other, and never in a circle.
         """
         if self.database.is_sqlite:
             return conditions  # one writes at a time
-        held = sa.select(jobs.c.id).where(*conditions).order_by(jobs.c.id).with_for_update()
+        held = sa.select(jobs.c.id).where(*conditions).order_by(jobs.c.id).with_for_update(skip_locked=skip_locked)
         # PostgreSQL may run a locking subquery again for each row; a CTE runs once. What was locked may have changed
         # while somebody else held it, so the conditions are asked once more of every row that is written.
         return (jobs.c.id.in_(sa.select(held.cte("held").c.id)), *conditions)
