@@ -2,6 +2,8 @@
 
 import random
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -55,12 +57,12 @@ async def test_mutated_requests(prove: bool) -> None:
         engine = server.engine_pids()
         outcomes, sizes = Counter[str](), []
         for _ in range(10):
-            jobs = []
+            jobs: list[Callable[[], Awaitable[str]]] = []
             for _ in range(count // 10):
                 path = chance.choice((EMBEDDINGS, EMBEDDINGS, "/v1/rerank", "/rerank", "/v2/rerank"))
                 body = valid_embedding(chance) if path == EMBEDDINGS else valid_ranking(chance)
                 data = spoiled(chance, body)
-                jobs.append(lambda path=path, data=data: send(server, path, data, chance))
+                jobs.append(partial(send, server, path, data, chance))
             outcomes += await swarm(jobs, 8)
             sizes.append(server.rss())
         grown = sizes[-1] - sizes[2]

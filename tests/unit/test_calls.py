@@ -11,10 +11,27 @@ from forebay.errors import InvalidRequest, ModelNotFound, NotFound
 from forebay.inference import Capability, Priority
 from forebay.media.images import Images
 from forebay.outbound import Outbound
-from forebay.replicas.calls import CHAT_COMPLETIONS, COMPLETIONS, ENDPOINTS, Calls
+from forebay.replicas.calls import (
+    CHAT_COMPLETIONS,
+    COHERE_RERANK,
+    COMPLETIONS,
+    EMBEDDINGS,
+    ENDPOINTS,
+    RERANK,
+    Calls,
+)
 from forebay.replicas.catalog import Catalog
 
 MESSAGES = [{"role": "user", "content": "Hello."}]
+RANKING = {"query": "Hello?", "documents": ["Hello.", "Bye."]}
+# What is sent where, and where it goes on to.
+BODIES: dict[str, tuple[dict[str, Any], str]] = {
+    CHAT_COMPLETIONS: ({"messages": MESSAGES}, CHAT_COMPLETIONS),
+    COMPLETIONS: ({"prompt": "Hello."}, COMPLETIONS),
+    EMBEDDINGS: ({"input": "Hello."}, EMBEDDINGS),
+    RERANK: (RANKING, RERANK),
+    COHERE_RERANK: (RANKING, RERANK),
+}
 
 
 class NoFiles:
@@ -36,13 +53,13 @@ async def prepare(calls: Calls, path: str, body: dict[str, Any], **options: Any)
     return await calls.prepare(path, json.dumps(body).encode(), request_id="req_1", project="web", **options)
 
 
-@pytest.mark.parametrize("path", ENDPOINTS)
-async def test_every_endpoint_makes_a_request_for_its_own_path(calls: Calls, path: str) -> None:
-    body = {"messages": MESSAGES} if path == CHAT_COMPLETIONS else {"prompt": "Hello."}
+@pytest.mark.parametrize("path", BODIES)
+async def test_every_endpoint_makes_a_request_for_the_engine(calls: Calls, path: str) -> None:
+    body, engine_path = BODIES[path]
     made = await prepare(calls, path, {"model": "fake", **body}, traceparent="trace")
     request = made.request
     assert (request.id, request.project, request.traceparent) == ("req_1", "web", "trace")
-    assert (request.path, request.capability) == (path, ENDPOINTS[path].capability)
+    assert (request.path, request.capability) == (engine_path, ENDPOINTS[path].capability)
     assert request.priority is Priority.DEFAULT
 
 
@@ -72,3 +89,13 @@ async def test_images_for_a_model_that_sees_none_are_refused_before_anybody_look
         "capability_not_supported",
         "messages[0].content[1].image_url.url",
     )
+
+
+async def test_an_embedder_ranks_when_it_is_asked_to_by_name(calls: Calls) -> None:
+    body = {"model": "embedder", **RANKING}
+    with pytest.raises(InvalidRequest, match="bi-encoder"):
+        await prepare(calls, RERANK, body)
+    made = await prepare(calls, RERANK, {**body, "mode": "bi-encoder"})
+    assert (made.request.path, made.request.capability) == (EMBEDDINGS, Capability.RERANK)
+    assert made.items is not None
+    assert len(list(made.items.digests())) == 3

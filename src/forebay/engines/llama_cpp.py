@@ -55,6 +55,8 @@ class Spec:
     cache_ram_bytes: int = 0
     chat_template: str | None = None
     embeddings: bool = False
+    rerank: bool = False
+    pooling: str = "model"
     mmproj_path: str = ""
 
     def __post_init__(self) -> None:
@@ -225,7 +227,12 @@ def _parameters(spec: Spec, key: str, xllamacpp: Any) -> Any:
     params.use_jinja = True
     if spec.chat_template is not None:
         params.chat_template = spec.chat_template
-    params.embedding = spec.embeddings
+    if spec.embeddings or spec.rerank:
+        params.embedding = True
+        params.n_batch = params.n_ubatch = max(spec.batch, spec.context)  # an input is read in one step or not at all
+    if spec.rerank or spec.pooling != "model":
+        kind = "RANK" if spec.rerank else spec.pooling.upper()
+        params.pooling_type = xllamacpp.llama_pooling_type[f"LLAMA_POOLING_TYPE_{kind}"]
     params.warmup = True
     params.verbosity = _WARNINGS
     _close_doors(params, spec, key)

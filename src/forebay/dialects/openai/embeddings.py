@@ -63,8 +63,8 @@ class EmbeddingBody(Wire):
         if isinstance(self.input, str):
             return (self.input,)
         if isinstance(self.input[0], int):
-            return (self.input,)  # type: ignore[return-value]  # a list of tokens is one input
-        return self.input  # type: ignore[return-value]
+            return (self.input,)  # a list of tokens is one input
+        return self.input
 
 
 @dataclass(frozen=True, slots=True)

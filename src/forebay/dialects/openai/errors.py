@@ -21,6 +21,7 @@ from forebay.errors import (
 _MESSAGE_CHARS_MAX = 500
 _PATHS = re.compile(r"(?:[A-Za-z]:)?(?:[/\\][\w.@+~-]+){2,}[/\\]?")
 _ADDRESSES = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b|0x[0-9a-fA-F]{6,}|\[[0-9a-fA-F:]+\](?::\d+)?")
+_TOO_LONG_SAID = ("maximum context length", "is too large to process")  # the latter of llama.cpp, about embeddings
 _TOO_LONG = ("exceed_context_size_error", "context_length_exceeded")
 
 
@@ -34,7 +35,7 @@ def from_engine(status: int, body: bytes) -> ForebayError:
     detail = _detail(body)
     message = sanitise(str(detail.get("message") or ""))
     words = f"{detail.get('type')} {detail.get('code')}"
-    if any(word in words for word in _TOO_LONG) or "maximum context length" in message:
+    if any(word in words for word in _TOO_LONG) or any(said in message for said in _TOO_LONG_SAID):
         return InvalidRequest(_context_message(detail), param="messages", code="context_length_exceeded")
     if status == 413:
         return PayloadTooLarge()
