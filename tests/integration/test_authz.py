@@ -27,7 +27,18 @@ CONFIG = FAKE + "[auth]\nkey_cache_seconds = 1\nfailures_per_minute_max = 100000
 DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
 CHAT = b'{"model": "fake", "messages": [{"role": "user", "content": "[[fake tokens=1]]"}]}'
 COMPLETION = b'{"model": "fake", "prompt": "[[fake tokens=1]]"}'
-BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
+RANKING = b'{"model": "fake", "query": "a", "documents": ["b"]}'
+MESSAGE = b'{"model": "fake", "max_tokens": 5, "messages": [{"role": "user", "content": "[[fake tokens=1]]"}]}'
+BODIES = {
+    "/v1/messages": MESSAGE,
+    "/v1/messages/count_tokens": MESSAGE.replace(b'"max_tokens": 5, ', b""),
+    "/tokenize": b'{"model": "fake", "content": "a"}',
+    "/detokenize": b'{"model": "fake", "tokens": [97]}',
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETION,
+    "/v1/embeddings": b'{"model": "fake", "input": "a"}',
+    **dict.fromkeys(("/v1/rerank", "/rerank", "/v2/rerank"), RANKING),
+}
 FILLED_IN = {"name": "fake", "name:path": "fake"}
 
 # What each caller gets, by what docs/api.md says of the route. 404 is the answer of a route that one may use, for
@@ -50,6 +61,11 @@ EXPECTED: dict[str, dict[str, frozenset[int]]] = {
         **dict.fromkeys(STRANGERS, frozenset({401})),
         **dict.fromkeys(("read only", "embedding only"), frozenset({403})),
         **dict.fromkeys(("member", "other project", "admin"), frozenset({200})),
+    },
+    "member with the scope embedding": {
+        **dict.fromkeys(STRANGERS, frozenset({401})),
+        "read only": frozenset({403}),
+        **dict.fromkeys(("member", "embedding only", "other project", "admin"), frozenset({200})),
     },
     "admin": {
         **dict.fromkeys(STRANGERS, frozenset({401})),
@@ -76,6 +92,8 @@ def class_of(who: str) -> str:
     if who.startswith("anybody"):
         return "anybody"
     if who.startswith("member, admin"):
+        if "scope `embedding`" in who:
+            return "member with the scope embedding"
         return "member with the scope" if "scope" in who else "member"
     return who
 
@@ -162,7 +180,10 @@ async def test_every_route_answers_as_documented(server: Server, keys: dict[str,
         reply = await ask(server, method, path, keys[caller])
         assert reply.status in EXPECTED[who][caller], (caller, method, path, reply)
         if reply.status >= 400:
-            assert set(reply.json["error"]) == {"message", "type", "param", "code"}
+            fields = (
+                {"message", "type", "code"} if path.startswith("/v1/messages") else {"message", "type", "param", "code"}
+            )
+            assert set(reply.json["error"]) == fields
         if path.endswith(("/restart", "/unload")) and reply.status == 200:
             await ask(server, "POST", "/admin/models/{name}/load", ADMIN_KEY)
             await eventually(server.ready, within_seconds=30, what="the model to be up again")

@@ -7,6 +7,7 @@ The last user message (or the prompt) may hold one directive, `[[fake k=v k=v]]`
 
     tokens=N delay_ms=N token_ms=N rate=N     how much, and how fast
     echo=1 tool=NAME                          what: the words of the prompt; a call of the tool
+    think=N calls=N stop=TEXT                 thoughts before it; calls of the tool; what sequence stopped it
     images=1                                  what: for each image its type, size and SHA-256
     status=NNN context_error=1                an error instead of an answer
     crash_at=N crash=segv|kill|exit oom_at=N  the process dies before token N
@@ -26,6 +27,7 @@ from typing import Any
 
 _MAX_TOKENS = 1_000_000
 _DEFAULT_TOKENS = 16
+_MAX_THOUGHTS = 1_000
 _MARK = "<token>"
 _IMAGE_TOKENS = 64
 _IMAGE = re.compile(r"data:image/(png|jpeg);base64,")
@@ -42,6 +44,9 @@ class Directive:
     rate: float = 0.0
     echo: int = 0
     tool: str = ""
+    calls: int = 1
+    think: int = 0
+    stop: str = ""
     images: int = 0
     status: int = 0
     context_error: int = 0
@@ -217,6 +222,19 @@ def _prompt_texts(prompt: Any) -> list[str]:
     return [each if isinstance(each, str) else " ".join(str(token) for token in each) for each in _prompts(prompt)]
 
 
+def read_tokens(path: str, body: bytes) -> dict[str, Any]:
+    """The answer to a question about tokens: a message has one for each word, and a text its UTF-8 bytes."""
+    try:
+        wanted = json.loads(body)
+        if path == "/tokenize":
+            return {"tokens": list(wanted["content"].encode())}
+        if path == "/detokenize":
+            return {"content": bytes(wanted["tokens"]).decode(errors="replace")}
+        return {"input_tokens": sum(len(text.split()) for text in _message_texts(wanted["messages"]))}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Refused(400, "The body asks for no tokens.") from None
+
+
 class Chunks:
     """The SSE events of one answer. The parts that every event shares are written once."""
 
@@ -235,6 +253,8 @@ class Chunks:
     def _choice(self, index: int, finish: str | None, **delta: Any) -> bytes:
         inner = {"delta": delta} if self._job.chat else {"text": delta.get("content", "")}
         choice = {"index": index, **inner, "finish_reason": finish}
+        if finish and self._job.directive.stop:
+            choice["stop_reason"] = self._job.directive.stop
         return self._open + json.dumps(choice).encode() + b"]}\n\n"
 
     def begin(self) -> bytes:
@@ -244,10 +264,10 @@ class Chunks:
             return out
         for index in range(job.choices):
             out += self._choice(index, None, role="assistant", content=None)
+            for thought in thoughts(job.directive):
+                out += self._choice(index, None, reasoning_content=thought)
             if job.directive.tool:
-                function = {"name": job.directive.tool, "arguments": ""}
-                call = {"index": 0, "id": f"call_{job.id[-24:]}", "type": "function", "function": function}
-                out += self._choice(index, None, tool_calls=[call])
+                out += self._choice(index, None, tool_calls=[{"index": 0, **tool_call(job, 0, "")}])
         return out
 
     def token(self, word: str) -> bytes:
@@ -257,10 +277,25 @@ class Chunks:
 
     def end(self) -> bytes:
         """Why each choice ended, the usage if asked for, and the end mark."""
-        out = b"".join(self._choice(index, self._job.finish) for index in range(self._job.choices))
+        out = b""
+        for index in range(self._job.choices):
+            for number in range(1, self._job.directive.calls if self._job.directive.tool else 0):
+                out += self._choice(index, None, tool_calls=[{"index": number, **tool_call(self._job, number, "{}")}])
+            out += self._choice(index, self._job.finish)
         if self._job.include_usage:
             out += self._open + b'], "usage": ' + json.dumps(self._job.usage()).encode() + b"}\n\n"
         return out + b"data: [DONE]\n\n"
+
+
+def thoughts(directive: Directive) -> list[str]:
+    """What it thinks before it answers."""
+    return [f"hm{index} " for index in range(min(directive.think, _MAX_THOUGHTS))]
+
+
+def tool_call(job: Job, number: int, arguments: str) -> dict[str, Any]:
+    """One call of the tool."""
+    identity = f"call_{job.id[-24:]}" + (f"_{number}" if number else "")
+    return {"id": identity, "type": "function", "function": {"name": job.directive.tool, "arguments": arguments}}
 
 
 def whole_answer(job: Job) -> bytes:
@@ -268,9 +303,10 @@ def whole_answer(job: Job) -> bytes:
     text = "".join(job.words)
     message: dict[str, Any] = {"role": "assistant", "content": text}
     if job.directive.tool:
-        function = {"name": job.directive.tool, "arguments": text}
-        call = {"id": f"call_{job.id[-24:]}", "type": "function", "function": function}
-        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        calls = [tool_call(job, 0, text), *(tool_call(job, number, "{}") for number in range(1, job.directive.calls))]
+        message = {"role": "assistant", "content": None, "tool_calls": calls}
+    if job.directive.think > 0:
+        message["reasoning_content"] = "".join(thoughts(job.directive))
     inner = {"message": message} if job.chat else {"text": text}
     choices = [{"index": index, **inner, "finish_reason": job.finish} for index in range(job.choices)]
     kind = "chat.completion" if job.chat else "text_completion"

@@ -12,10 +12,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from forebay.dialects.answer import Shape
+from forebay.dialects.anthropic import errors as anthropic_errors
+from forebay.dialects.anthropic.events import Messages
+from forebay.dialects.anthropic.messages import PATH as MESSAGES_PATH
 from forebay.dialects.openai.events import GENERATION
 from forebay.errors import ForebayError, PayloadTooLarge, Quarantined, RequestCancelled
 
 RETRY_AFTER_SECONDS_MAX = 120
+
+
+def shape_at(path: str, request_id: str) -> Shape:
+    """The dialect that is spoken at `path`, for errors before there is a call."""
+    return Messages(request_id) if speaks_messages(path) else GENERATION
+
+
+def speaks_messages(path: str) -> bool:
+    """Whether clients of Anthropic's shape ask at `path`."""
+    return path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/")
 
 
 def json_answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -33,7 +46,8 @@ def error_answer(error: ForebayError, headers: Mapping[str, str] | None = None, 
         fields["x-should-retry"] = "false"
     if error.status == 401:
         fields["www-authenticate"] = "Bearer"
-    return json_answer(shape.error_body(error), error.status, fields)
+    status = anthropic_errors.status_of(error) if isinstance(shape, Messages) else error.status
+    return json_answer(shape.error_body(error), status, fields)
 
 
 async def read_body(request: Request, bytes_max: int) -> bytes:

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forebay.clock import Clock, new_id
 from forebay.errors import ServerError
-from forebay.gateway.answers import error_answer
+from forebay.gateway.answers import error_answer, shape_at, speaks_messages
 from forebay.telemetry import Log, request_id
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -35,6 +35,7 @@ class Envelope:
         identity = given if _REQUEST_ID.fullmatch(given) else new_id("req")
         request_id.set(identity)
         scope["request_id"] = identity
+        names = (b"x-request-id", b"request-id") if speaks_messages(scope["path"]) else (b"x-request-id",)
         began = self._clock.monotonic()
         status = 0
 
@@ -42,7 +43,7 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
+                message["headers"] = [*message.get("headers", ()), *((name, identity.encode()) for name in names)]
             await send(message)
 
         try:
@@ -50,7 +51,9 @@ class Envelope:
         except Exception:  # noqa: BLE001  # the gateway's outermost: a bug becomes a 500 and a log line with its trace
             self._log.error("request.bug", exc_info=True, path=scope["path"])
             if status == 0:
-                await error_answer(ServerError(_BUG, code="internal_error"))(scope, receive, send_with_id)
+                bug = ServerError(_BUG, code="internal_error")
+                shape = shape_at(scope["path"], identity)
+                await error_answer(bug, shape=shape)(scope, receive, send_with_id)
         if self._access_log:
             milliseconds = round((self._clock.monotonic() - began) * 1000, 1)
             # A client that left before the answer began has no status; 499 is what proxies call it.

@@ -3,7 +3,7 @@
 It refuses whatever has no key: authentication is a dependency of every router but the one for liveness and readiness.
 """
 
-import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -13,18 +13,26 @@ from starlette.responses import Response
 
 from forebay.config import Settings
 from forebay.dialects.openai.errors import sanitise
-from forebay.errors import ForebayError, InvalidRequest, NotFound, RateLimited
+from forebay.errors import ForebayError, InvalidRequest, NotFound
 from forebay.gateway import admin, batches, dead_letters, files, health, jobs, uploads, webhooks
-from forebay.gateway.answers import error_answer, json_answer, read_body
+from forebay.gateway.answers import error_answer, json_answer, read_body, shape_at
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least
-from forebay.gateway.online import Door, OnlineAnswer
+from forebay.gateway.online import Door, trace_of, visit
 from forebay.inference import Capability
-from forebay.replicas.calls import CHAT_COMPLETIONS, COHERE_RERANK, COMPLETIONS, EMBEDDINGS, ENDPOINTS, RERANK
+from forebay.replicas.calls import (
+    CHAT_COMPLETIONS,
+    COHERE_RERANK,
+    COMPLETIONS,
+    COUNT_TOKENS,
+    DETOKENIZE,
+    EMBEDDINGS,
+    ENDPOINTS,
+    MESSAGES,
+    RERANK,
+    TOKENIZE,
+)
 from forebay.replicas.catalog import Catalog
 from forebay.store.key_format import Role
-
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_BYTES_PER_TOKEN = 4
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(principal)])
 unversioned = APIRouter(dependencies=[Depends(principal)])
@@ -78,6 +86,30 @@ async def chat_completions(request: Request, caller: CanChat) -> Response:
 async def completions(request: Request, caller: CanComplete) -> Response:
     """Continue a text."""
     return await _answer(request, caller, COMPLETIONS)
+
+
+@router.post("/messages", openapi_extra=_takes(MESSAGES))
+async def messages(request: Request, caller: CanChat) -> Response:
+    """Answer a conversation in the shape of Anthropic."""
+    return await _answer(request, caller, MESSAGES)
+
+
+@router.post("/messages/count_tokens", openapi_extra=_takes(COUNT_TOKENS))
+async def count_tokens(request: Request, caller: CanChat) -> Response:
+    """Count what a model would read, without an answer."""
+    return await _answer(request, caller, COUNT_TOKENS)
+
+
+@unversioned.post("/tokenize", openapi_extra=_takes(TOKENIZE))
+async def tokenize(request: Request, caller: CanComplete) -> Response:
+    """Turn a text into the model's tokens."""
+    return await _answer(request, caller, TOKENIZE)
+
+
+@unversioned.post("/detokenize", openapi_extra=_takes(DETOKENIZE))
+async def detokenize(request: Request, caller: CanComplete) -> Response:
+    """Turn tokens into text."""
+    return await _answer(request, caller, DETOKENIZE)
 
 
 @router.post("/embeddings", openapi_extra=_takes(EMBEDDINGS))
@@ -141,42 +173,38 @@ def _model(request: Request, name: str) -> dict[str, Any]:
 
 
 async def _answer(request: Request, caller: Principal, path: str) -> Response:
-    trace = request.headers.get("traceparent", "")
     call = await request.app.state.calls.prepare(
         path,
         await read_body(request, request.app.state.settings.http.body_bytes_max),
         request_id=request.scope["request_id"],
         project=caller.project_id,
-        traceparent=trace if _TRACEPARENT.fullmatch(trace) else None,
+        traceparent=trace_of(request),
     )
-    door: Door = request.app.state.door
-    estimate = (len(call.request.body) - call.image_chars) // _BYTES_PER_TOKEN
-    try:
-        headers = door.rates.check(caller, estimate)
-    except RateLimited as error:
-        door.refuse(call, error)
-        return error_answer(error, door.rates.headers(caller))
-    model = request.app.state.catalog.get(call.request.model)
-    return OnlineAnswer(door, call, caller, model, estimate, headers)
+    return visit(request, caller, call)
 
 
-async def _forebay_error(_request: Request, error: Exception) -> Response:
+async def _forebay_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ForebayError)
-    return error_answer(error)
+    return _refusal(request, error)
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     """What the router itself refuses: unknown paths and wrong methods."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         wrong = InvalidRequest("This path does not take that method.", code="method_not_allowed")
         wrong.status = 405
-        return error_answer(wrong, error.headers)
+        return _refusal(request, wrong, error.headers)
     if error.status_code == 404:
-        return error_answer(NotFound("No such path. See docs/api.md for the ones there are."))
-    return error_answer(InvalidRequest(str(error.detail)))
+        return _refusal(request, NotFound("No such path. See docs/api.md for the ones there are."))
+    return _refusal(request, InvalidRequest(str(error.detail)))
 
 
-async def _validation_error(_request: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return error_answer(InvalidRequest("A path or query parameter of this request is not valid."))
+    return _refusal(request, InvalidRequest("A path or query parameter of this request is not valid."))
+
+
+def _refusal(request: Request, error: ForebayError, headers: Mapping[str, str] | None = None) -> Response:
+    """`error` in the dialect of the path that was asked."""
+    return error_answer(error, headers, shape_at(request.scope["path"], request.scope["request_id"]))

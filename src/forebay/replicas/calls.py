@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from forebay.config import Model
-from forebay.dialects import rerank
+from forebay.dialects import rerank, tokens
+from forebay.dialects.anthropic import messages
 from forebay.dialects.images import ImageRef
 from forebay.dialects.items import ItemRules
 from forebay.dialects.openai import embeddings
@@ -29,6 +30,10 @@ COMPLETIONS = "/v1/completions"
 EMBEDDINGS = embeddings.PATH
 RERANK = rerank.PATH
 COHERE_RERANK = rerank.COHERE_PATH
+MESSAGES = messages.PATH
+COUNT_TOKENS = messages.COUNT_PATH
+TOKENIZE = tokens.TOKENIZE_PATH
+DETOKENIZE = tokens.DETOKENIZE_PATH
 
 
 def _without_images(_body: Wire) -> Sequence[ImageRef]:
@@ -56,6 +61,10 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     EMBEDDINGS: Endpoint(Capability.EMBEDDING, embeddings.EmbeddingBody, embeddings.embedding_call),
     RERANK: Endpoint(Capability.RERANK, rerank.RerankBody, rerank.rerank_call, needs=rerank.capability_for),
     COHERE_RERANK: Endpoint(Capability.RERANK, rerank.CohereBody, rerank.cohere_call, needs=rerank.capability_for),
+    MESSAGES: Endpoint(Capability.CHAT, messages.MessagesBody, messages.messages_call, messages.message_images),
+    COUNT_TOKENS: Endpoint(Capability.CHAT, messages.CountBody, messages.count_call, messages.message_images),
+    TOKENIZE: Endpoint(Capability.COMPLETION, tokens.TokenizeBody, tokens.tokenize_call),
+    DETOKENIZE: Endpoint(Capability.COMPLETION, tokens.DetokenizeBody, tokens.detokenize_call),
 }
 
 _OF_ITEMS = frozenset({Capability.EMBEDDING, Capability.RERANK})
@@ -103,6 +112,7 @@ class Calls:
             slots=model.slots,
             remote_model=traits.remote_model,
             enforces_tool_choice=traits.enforces_tool_choice,
+            extensions=traits.extensions,
             items=self._rules(body.model, model, traits) if endpoint.capability in _OF_ITEMS else _NO_RULES,
             images=images,
         )
