@@ -3,6 +3,7 @@
 It refuses whatever has no key: authentication is a dependency of every router but the one for liveness and readiness.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -13,11 +14,11 @@ from starlette.responses import Response
 
 from forebay.config import Settings
 from forebay.dialects.openai.errors import sanitise
-from forebay.errors import ForebayError, InvalidRequest, NotFound
+from forebay.errors import ForebayError, InvalidRequest, NotFound, RateLimited
 from forebay.gateway import admin, batches, dead_letters, files, health, jobs, uploads, webhooks
 from forebay.gateway.answers import error_answer, json_answer, read_body, shape_at
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least
-from forebay.gateway.online import Door, trace_of, visit
+from forebay.gateway.online import Door, OnlineAnswer
 from forebay.inference import Capability
 from forebay.replicas.calls import (
     CHAT_COMPLETIONS,
@@ -33,6 +34,9 @@ from forebay.replicas.calls import (
 )
 from forebay.replicas.catalog import Catalog
 from forebay.store.key_format import Role
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_BYTES_PER_TOKEN = 4
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(principal)])
 unversioned = APIRouter(dependencies=[Depends(principal)])
@@ -173,14 +177,23 @@ def _model(request: Request, name: str) -> dict[str, Any]:
 
 
 async def _answer(request: Request, caller: Principal, path: str) -> Response:
+    trace = request.headers.get("traceparent", "")
     call = await request.app.state.calls.prepare(
         path,
         await read_body(request, request.app.state.settings.http.body_bytes_max),
         request_id=request.scope["request_id"],
         project=caller.project_id,
-        traceparent=trace_of(request),
+        traceparent=trace if _TRACEPARENT.fullmatch(trace) else None,
     )
-    return visit(request, caller, call)
+    door: Door = request.app.state.door
+    estimate = (len(call.request.body) - call.image_chars) // _BYTES_PER_TOKEN
+    try:
+        headers = door.rates.check(caller, estimate)
+    except RateLimited as error:
+        door.refuse(call, error)
+        return error_answer(error, door.rates.headers(caller), call.shape)
+    model = request.app.state.catalog.get(call.request.model)
+    return OnlineAnswer(door, call, caller, model, estimate, headers)
 
 
 async def _forebay_error(request: Request, error: Exception) -> Response:
