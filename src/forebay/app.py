@@ -29,6 +29,7 @@ from forebay.jobs.kinds import Kind
 from forebay.jobs.line_runner import LineRunner
 from forebay.jobs.node import Node
 from forebay.jobs.office import Office
+from forebay.jobs.response import ResponseEnds, ResponseWork, response_kind
 from forebay.jobs.retry import Delay, doubling
 from forebay.jobs.segments import SegmentStore
 from forebay.jobs.webhook import webhook_kind
@@ -50,6 +51,7 @@ from forebay.store.idempotency import IdempotencyStore
 from forebay.store.jobs import JobStore
 from forebay.store.key_format import Role
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
+from forebay.store.responses import ResponseStore
 from forebay.store.uploads import UploadStore
 from forebay.store.webhooks import WebhookStore
 from forebay.telemetry import Log, Metrics
@@ -80,6 +82,7 @@ class Stores:
         self.dead_letters = DeadLetterStore(database, clock)
         self.batches = BatchStore(database, clock)
         self.idempotency = IdempotencyStore(database, clock)
+        self.responses = ResponseStore(database, clock, settings.responses)
 
 
 class Machine:
@@ -126,6 +129,7 @@ def build_office(
     kinds: list[Kind] = [
         _batch_kind(batches, settings),
         _chunk_kind(settings, stores, machine, calls, clock, metrics),
+        _response_kind(settings, stores, machine, calls, clock, metrics),
         webhook_kind(stores.webhooks, outbound, settings, clock),
     ]
 
@@ -147,12 +151,15 @@ def build_office(
     async def segments(now: float, rows: int) -> int:
         return await batches.sweep(now, rows)
 
+    async def responses(now: float, rows: int) -> int:
+        return await ResponseEnds(stores.responses).sweep(now, rows)
+
     return Office(
         stores.jobs,
         stores.webhooks,
         stores.dead_letters,
         kinds,
-        [finished_jobs, old_dead_letters, files, uploads, segments, idempotency_keys],
+        [finished_jobs, old_dead_letters, files, uploads, segments, responses, idempotency_keys],
         node,
         settings.jobs,
         clock,
@@ -198,6 +205,13 @@ def _chunk_kind(
     )
 
 
+def _response_kind(
+    settings: Settings, stores: Stores, machine: Machine, calls: Calls, clock: Clock, metrics: Metrics
+) -> Kind:
+    work = ResponseWork(stores.responses, calls, machine.catalog, machine.scheduler, settings, clock, metrics)
+    return response_kind(work, ResponseEnds(stores.responses), settings, _delay(settings))
+
+
 def _delay(settings: Settings) -> Delay:
     jobs = settings.jobs
     return doubling(jobs.backoff_seconds_min, jobs.backoff_seconds_max, jobs.attempts_max)
@@ -227,6 +241,7 @@ class House:
         state.files, state.uploads, state.blobs, state.jobs = stores.files, stores.uploads, stores.blobs, stores.jobs
         state.webhooks, state.dead_letters, state.outbound = stores.webhooks, stores.dead_letters, self._outbound
         state.idempotency, state.batches = stores.idempotency, stores.batches
+        state.responses, state.response_ends = stores.responses, ResponseEnds(stores.responses)
         state.desk, state.clock = self._office.desk, self._clock
         state.metrics, state.started_at = metrics, self._clock.now()
         state.authenticator = Authenticator(self.keys, settings.auth, settings.admin_key, self._clock)

@@ -5,10 +5,12 @@ that goes away, stalls or cancels interrupts the visit, and leaving the permit's
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -21,6 +23,7 @@ from forebay.errors import (
     EngineTimeout,
     ForebayError,
     NotFound,
+    RateLimited,
     RequestCancelled,
     ServerError,
     ShuttingDown,
@@ -28,6 +31,7 @@ from forebay.errors import (
 from forebay.gateway.answers import error_answer
 from forebay.gateway.auth import Principal
 from forebay.gateway.rates import Rates
+from forebay.gateway.streams import EVENT_STREAM
 from forebay.replicas.connection import EngineStream
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.permit import Permit
@@ -35,12 +39,8 @@ from forebay.scheduler.scheduler import Scheduler
 from forebay.telemetry import Log, Metrics
 
 _SWEEP_SECONDS = 1.0
-_EVENT_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
-
+_BYTES_PER_TOKEN = 4
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 Keep = Callable[[], Awaitable[None]]  # writes the answer down before its end is sent; raises ForebayError
 
@@ -269,9 +269,7 @@ class OnlineAnswer(Response):
         visit.waiting = Waiting.LINE
         return body
 
-    async def _relay(
-        self, visit: Visit, permit: Permit, stream: EngineStream, send: Send
-    ) -> None:
+    async def _relay(self, visit: Visit, permit: Permit, stream: EngineStream, send: Send) -> None:
         clock = self._door.clock
         relay = self._call.shape.relay(self._call, rename=permit.replica.traits.remote_model is not None)
         visit.progress = relay.progress
@@ -291,7 +289,7 @@ class OnlineAnswer(Response):
         if not events:
             return
         if not self._started:
-            head = [*_EVENT_STREAM, *self._head_fields()]
+            head = [*EVENT_STREAM, *self._head_fields()]
             await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
         await self._send(visit, send, {"type": "http.response.body", "body": events, "more_body": True})
 
@@ -330,3 +328,27 @@ class OnlineAnswer(Response):
         task = asyncio.current_task()
         while task is not None and task.cancelling():
             task.uncancel()
+
+
+def trace_of(request: Request) -> str | None:
+    """The trace that a request belongs to, if it says so in the right form."""
+    trace = request.headers.get("traceparent", "")
+    return trace if _TRACEPARENT.fullmatch(trace) else None
+
+
+def tokens_estimate(call: Call) -> int:
+    """About how many tokens a call will read."""
+    return (len(call.request.body) - call.image_chars) // _BYTES_PER_TOKEN
+
+
+def visit(request: Request, caller: Principal, call: Call, keep: Keep | None = None) -> Response:
+    """The answer to `call`, or its refusal by the rates of its key; `keep` writes it down before its end is sent."""
+    door: Door = request.app.state.door
+    estimate = tokens_estimate(call)
+    try:
+        headers = door.rates.check(caller, estimate)
+    except RateLimited as error:
+        door.refuse(call, error)
+        return error_answer(error, door.rates.headers(caller), call.shape)
+    model = request.app.state.catalog.get(call.request.model)
+    return OnlineAnswer(door, call, caller, model, estimate, headers, keep)

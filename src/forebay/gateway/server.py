@@ -3,7 +3,6 @@
 It refuses whatever has no key: authentication is a dependency of every router but the one for liveness and readiness.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -14,11 +13,11 @@ from starlette.responses import Response
 
 from forebay.config import Settings
 from forebay.dialects.openai.errors import sanitise
-from forebay.errors import ForebayError, InvalidRequest, NotFound, RateLimited
-from forebay.gateway import admin, batches, dead_letters, files, health, jobs, uploads, webhooks
+from forebay.errors import ForebayError, InvalidRequest, NotFound
+from forebay.gateway import admin, batches, dead_letters, files, health, jobs, responses, uploads, webhooks
 from forebay.gateway.answers import error_answer, json_answer, read_body, shape_at
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least
-from forebay.gateway.online import Door, OnlineAnswer
+from forebay.gateway.online import Door, trace_of, visit
 from forebay.inference import Capability
 from forebay.replicas.calls import (
     CHAT_COMPLETIONS,
@@ -34,9 +33,6 @@ from forebay.replicas.calls import (
 )
 from forebay.replicas.catalog import Catalog
 from forebay.store.key_format import Role
-
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_BYTES_PER_TOKEN = 4
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(principal)])
 unversioned = APIRouter(dependencies=[Depends(principal)])
@@ -74,6 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(jobs.router)
     app.include_router(dead_letters.router)
     app.include_router(webhooks.router)
+    app.include_router(responses.router)
     app.add_exception_handler(ForebayError, _forebay_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -177,23 +174,14 @@ def _model(request: Request, name: str) -> dict[str, Any]:
 
 
 async def _answer(request: Request, caller: Principal, path: str) -> Response:
-    trace = request.headers.get("traceparent", "")
     call = await request.app.state.calls.prepare(
         path,
         await read_body(request, request.app.state.settings.http.body_bytes_max),
         request_id=request.scope["request_id"],
         project=caller.project_id,
-        traceparent=trace if _TRACEPARENT.fullmatch(trace) else None,
+        traceparent=trace_of(request),
     )
-    door: Door = request.app.state.door
-    estimate = (len(call.request.body) - call.image_chars) // _BYTES_PER_TOKEN
-    try:
-        headers = door.rates.check(caller, estimate)
-    except RateLimited as error:
-        door.refuse(call, error)
-        return error_answer(error, door.rates.headers(caller), call.shape)
-    model = request.app.state.catalog.get(call.request.model)
-    return OnlineAnswer(door, call, caller, model, estimate, headers)
+    return visit(request, caller, call)
 
 
 async def _forebay_error(request: Request, error: Exception) -> Response:

@@ -28,9 +28,10 @@ class Interruption(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The job is finished. `write` joins the transaction that says so."""
+    """The job is finished. `write` joins the transaction that says so; `event` is told where `completed` is not the word."""
 
     write: Write | None = None
+    event: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,8 @@ Outcome = Done | Waiting | Failed | Snoozed | Cancelled | Expired
 def verdict(job: Job, outcome: Outcome, retry: Delay, now: float) -> Verdict:
     """The whole state machine on one screen: what `outcome` makes of a running `job`."""
     match outcome:
-        case Done():
-            return Verdict(JobState.COMPLETED, now)
+        case Done(event=event):
+            return Verdict(JobState.COMPLETED, now, event=event)
         case Waiting(stage=stage):
             return Verdict(JobState.WAITING, now, stage=stage)
         case Snoozed(seconds=seconds):

@@ -127,7 +127,7 @@ class Settlement:
         """What hangs on the new states."""
         for job, verdict in ends:
             await self._follow_one(transaction, job, verdict)
-        finished = [(job, verdict.state) for job, verdict in ends if verdict.state in FINISHED]
+        finished = [(job, verdict) for job, verdict in ends if verdict.state in FINISHED]
         for parent_id, children in self._waiting_parents(job for job, _ in finished):
             await self.wake(transaction, parent_id, children)
         await self._webhooks.enqueue(transaction, list(self._events(finished)))
@@ -147,11 +147,11 @@ class Settlement:
         waited_for = (job for job in jobs if self._kinds[job.kind].waits_for_it)
         return sorted({(job.parent_id, job.kind) for job in waited_for if job.parent_id is not None})
 
-    def _events(self, finished: Iterable[tuple[Job, JobState]]) -> Iterable[NewEvent]:
-        for job, state in finished:
+    def _events(self, finished: Iterable[tuple[Job, Verdict]]) -> Iterable[NewEvent]:
+        for job, verdict in finished:
             event = self._kinds[job.kind].event
             if event is not None:
-                told = f"{event}.{state}"
+                told = f"{event}.{verdict.event or verdict.state}"
                 yield NewEvent(told, job.id, job.id, job.project_id, job.webhook_url, job.webhook_secret)
 
 

@@ -14,9 +14,10 @@ from forebay.dialects.anthropic import messages
 from forebay.dialects.images import ImageRef
 from forebay.dialects.items import ItemRules
 from forebay.dialects.openai import embeddings
-from forebay.dialects.openai.call import Call, Context, Wire, parse
+from forebay.dialects.openai.call import Call, Context, Thread, Wire, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call, images_of
 from forebay.dialects.openai.completions import CompletionBody, completion_call
+from forebay.dialects.openai.responses import ResponseBody, response_call, response_images
 from forebay.errors import InvalidRequest
 from forebay.inference import Capability, Priority
 from forebay.media.images import Images
@@ -30,6 +31,7 @@ COMPLETIONS = "/v1/completions"
 EMBEDDINGS = embeddings.PATH
 RERANK = rerank.PATH
 COHERE_RERANK = rerank.COHERE_PATH
+RESPONSES = "/v1/responses"
 MESSAGES = messages.PATH
 COUNT_TOKENS = messages.COUNT_PATH
 TOKENIZE = tokens.TOKENIZE_PATH
@@ -61,6 +63,7 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     EMBEDDINGS: Endpoint(Capability.EMBEDDING, embeddings.EmbeddingBody, embeddings.embedding_call),
     RERANK: Endpoint(Capability.RERANK, rerank.RerankBody, rerank.rerank_call, needs=rerank.capability_for),
     COHERE_RERANK: Endpoint(Capability.RERANK, rerank.CohereBody, rerank.cohere_call, needs=rerank.capability_for),
+    RESPONSES: Endpoint(Capability.CHAT, ResponseBody, response_call, response_images),
     MESSAGES: Endpoint(Capability.CHAT, messages.MessagesBody, messages.messages_call, messages.message_images),
     COUNT_TOKENS: Endpoint(Capability.CHAT, messages.CountBody, messages.count_call, messages.message_images),
     TOKENIZE: Endpoint(Capability.COMPLETION, tokens.TokenizeBody, tokens.tokenize_call),
@@ -87,6 +90,7 @@ class Calls:
         project: str,
         traceparent: str | None = None,
         priority: Priority | None = None,
+        thread: Thread | None = None,
     ) -> Call:
         """The call that `raw` asks for at `path`, which is one of ENDPOINTS. `priority` overrides that of the tier.
 
@@ -115,6 +119,7 @@ class Calls:
             extensions=traits.extensions,
             items=self._rules(body.model, model, traits) if endpoint.capability in _OF_ITEMS else _NO_RULES,
             images=images,
+            thread=thread,
         )
         call = endpoint.build(body, context)
         return call if priority is None else replace(call, request=replace(call.request, priority=priority))

@@ -264,3 +264,36 @@ dead_letters = sa.Table(
     sa.Column("requeued_as", sa.String(64)),  # the job that took it up again
     sa.Index("ix_dead_letters_project", "project_id", "created_at", "id"),
 )
+
+# What POST /v1/responses has answered. One in the background has a job of kind `response` with the same id, whose end says
+# how it ended where nothing was written here.
+responses = sa.Table(
+    "responses",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False),
+    sa.Column("previous_id", sa.String(64)),  # the response that it continues; that one may be gone
+    sa.Column("background", sa.Boolean, nullable=False),
+    sa.Column("streamed", sa.Boolean, nullable=False),  # whether its events are kept
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("request", sa.LargeBinary),  # the body with the whole conversation, as long as it has to be run
+    sa.Column("input", sa.LargeBinary, nullable=False),  # JSON: its own items
+    sa.Column("body", sa.LargeBinary, nullable=False),  # JSON: the response object
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+    sa.Index("ix_responses_project", "project_id", "created_at", "id"),
+    sa.Index("ix_responses_expires_at", "expires_at"),
+    sa.Index("ix_responses_status", "status", "project_id"),
+)
+
+# Events of a response in the background, of its last attempt alone; written many at once.
+response_events = sa.Table(
+    "response_events",
+    metadata,
+    sa.Column("response_id", sa.String(64), sa.ForeignKey("responses.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("first", sa.Integer, primary_key=True),  # the numbers of its first and its last event
+    sa.Column("last", sa.Integer, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("events", sa.LargeBinary, nullable=False),  # JSON: a list
+)

@@ -9,7 +9,16 @@ from pydantic import Field
 
 from forebay.dialects.openai.call import Wire
 
-EventName = Literal["batch.completed", "batch.failed", "batch.expired", "batch.cancelled"]
+EventName = Literal[
+    "batch.completed",
+    "batch.failed",
+    "batch.expired",
+    "batch.cancelled",
+    "response.completed",
+    "response.incomplete",
+    "response.failed",
+    "response.cancelled",
+]
 WebhookUrl = Annotated[str, Field(min_length=1, max_length=2048)]
 _Events = Annotated[tuple[EventName, ...], Field(max_length=64, fail_fast=True)]
 _Description = Annotated[str, Field(max_length=512)]
