@@ -6,7 +6,7 @@ them. It refuses kinds of blocks that no engine here could be shown.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from forebay.dialects.openai.call import Wire
 from forebay.dialects.openai.chat import TOOLS_MAX
@@ -14,6 +14,15 @@ from forebay.dialects.openai.chat import TOOLS_MAX
 BLOCKS_MAX = 1_024
 _Id = Annotated[str, Field(min_length=1, max_length=256)]
 _Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
+def _form_of(content: Any) -> str:
+    """Texts and lists are told apart first, so that a mistake inside a list is named as what it is."""
+    return "str" if isinstance(content, str) else "list"
+
+
+_FORM = Discriminator(_form_of)
+_Text = Annotated[str, Tag("str")]
 
 
 class _Part(Wire):
@@ -77,19 +86,16 @@ class ToolUseBlock(_Part):
     input: dict[str, Any]
 
 
+_Shown = Annotated[TextBlock | ImageBlock, Field(discriminator="type")]
+_Shows = Annotated[tuple[_Shown, ...], Field(max_length=BLOCKS_MAX, fail_fast=True)]
+
+
 class ToolResultBlock(_Part):
     """What a tool answered."""
 
     type: Literal["tool_result"]
     tool_use_id: _Id
-    content: (
-        str
-        | Annotated[
-            tuple[Annotated[TextBlock | ImageBlock, Field(discriminator="type")], ...],
-            Field(max_length=BLOCKS_MAX, fail_fast=True),
-        ]
-        | None
-    ) = None
+    content: Annotated[_Text | Annotated[_Shows, Tag("list")], _FORM] | None = None
     is_error: bool | None = None
 
 
@@ -97,14 +103,16 @@ Block = Annotated[
     TextBlock | ImageBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
     Field(discriminator="type"),
 ]
-Texts = Annotated[tuple[TextBlock, ...], Field(max_length=BLOCKS_MAX, fail_fast=True)]
+_Blocks = Annotated[tuple[Block, ...], Field(max_length=BLOCKS_MAX, fail_fast=True)]
+_Texts = Annotated[tuple[TextBlock, ...], Field(max_length=BLOCKS_MAX, fail_fast=True)]
+System = Annotated[_Text | Annotated[_Texts, Tag("list")], _FORM]
 
 
 class Message(_Part):
     """One turn."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[tuple[Block, ...], Field(max_length=BLOCKS_MAX, fail_fast=True)]
+    content: Annotated[_Text | Annotated[_Blocks, Tag("list")], _FORM]
 
 
 class Tool(_Part):

@@ -18,8 +18,8 @@ from forebay.dialects.anthropic.blocks import (
     Metadata,
     OutputConfig,
     OutputFormat,
+    System,
     TextBlock,
-    Texts,
     Thinking,
     ThinkingBlock,
     Tool,
@@ -53,7 +53,7 @@ class CountBody(Wire):
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
-    system: str | Texts | None = None
+    system: System | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
