@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ SECRETS = ("admin_key", "database_url", "hub_token", "secret_access_key")
 MODEL_TABLES: dict[str, type[BaseModel]] = {
     "every model": config.ModelSettings,
     "llama.cpp": config.LlamaCppOptions,
+    "onnx": config.OnnxOptions,
     "command": config.CommandOptions,
     "vllm": config.VllmOptions,
     "upstream": config.UpstreamOptions,
@@ -39,7 +41,7 @@ def _default(field: FieldInfo) -> str:
         case str() | Path():
             return f'`"{value}"`'
         case tuple():
-            return f"`{list(value)}`"
+            return f"`{[each.value if isinstance(each, Enum) else each for each in value]}`"
         case _:
             return f"`{value}`"
 
@@ -134,7 +136,7 @@ def test_the_example_with_everything_switched_on_is_valid(tmp_path: Path, secret
     path = tmp_path / "forebay.toml"
     path.write_text(text, encoding="utf-8")
     settings = config.load(path, {})
-    assert {model.engine for model in settings.models.values()} == {"llama.cpp", "command", "vllm", "upstream", "fake"}
+    assert {model.engine for model in settings.models.values()} == {"llama.cpp", "onnx", "command", "vllm", "upstream", "fake"}
 
 
 def test_the_example_satisfies_the_schema() -> None:
