@@ -105,3 +105,12 @@ def test_every_error_has_a_body(kind: type[errors.ForebayError]) -> None:
         "param": "p",
         "code": "c",
     }
+
+
+def test_a_token_that_is_none_is_the_caller_s_mistake() -> None:
+    said = (
+        b'{"error": {"code": 500, "message": "vector::_M_range_check: __n (which is 9) >= this->size() (which is 5)"}}'
+    )
+    error = from_engine(500, said)
+    assert (error.status, error.param) == (400, "tokens")
+    assert "vector" not in str(error)

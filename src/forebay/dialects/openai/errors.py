@@ -45,6 +45,10 @@ def from_engine(status: int, body: bytes) -> ForebayError:
         return InvalidRequest(message or "The engine refused the request.")
     if status in {401, 403}:
         return EngineUnavailable("The engine behind this model refuses this server's own key. Ask its operator.")
+    if "range_check" in message:  # llama.cpp looks a token up in its vocabulary
+        return InvalidRequest(
+            "One of the tokens is not in the model's vocabulary.", param="tokens", code="invalid_value"
+        )
     if status == 503:
         return EngineUnavailable(retry_after_seconds=1.0)
     if status >= 500:
