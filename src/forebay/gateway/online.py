@@ -39,6 +39,7 @@ from forebay.scheduler.scheduler import Scheduler
 from forebay.telemetry import Log, Metrics
 
 _SWEEP_SECONDS = 1.0
+_PIECE_BYTES = 2**18  # of a body, so that a reader who takes it slowly is seen to go on
 _BYTES_PER_TOKEN = 4
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -248,7 +249,9 @@ class OnlineAnswer(Response):
             size = (b"content-length", str(len(body)).encode())
             head = [(b"content-type", b"application/json"), size, *self._head_fields()]
             await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
-            await self._send(visit, send, {"type": "http.response.body", "body": body})
+            for start in range(0, len(body), _PIECE_BYTES):
+                piece, more = body[start : start + _PIECE_BYTES], start + _PIECE_BYTES < len(body)
+                await self._send(visit, send, {"type": "http.response.body", "body": piece, "more_body": more})
 
     async def _run(self, visit: Visit, call: Call, send: Send) -> bytes:
         """Admit and run `call`, which is that of the visit or a part of it; the body, if it is not a stream."""
