@@ -79,10 +79,19 @@ def main() -> None:
     warnings.simplefilter("error")
     Image.preinit()  # a child can import nothing
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    while (task := _read_task(sys.stdin.buffer)) is not None:
-        verdict, picture = _run(task, limits, libc)
-        sys.stdout.buffer.write(struct.pack(">BI", verdict, len(picture)) + picture)
-        sys.stdout.buffer.flush()
+    while _serve(limits, libc):
+        pass
+
+
+def _serve(limits: Limits, libc: Any) -> bool:
+    """Look at one image; whether there was one."""
+    task = _read_task(sys.stdin.buffer)
+    if task is None:
+        return False
+    verdict, picture = _run(task, limits, libc)
+    sys.stdout.buffer.write(struct.pack(">BI", verdict, len(picture)) + picture)
+    sys.stdout.buffer.flush()
+    return True
 
 
 def _read_task(source: BinaryIO) -> Task | None:
@@ -139,7 +148,7 @@ def _look(task: Task, limits: Limits, writer: int, libc: Any) -> NoReturn:
 
 
 def _fence(limits: Limits, libc: Any) -> None:
-    """From here on: bounded memory and time, no new files, sockets or processes."""
+    """From here on: bounded memory and time, no new files or sockets, and no new processes unless we are root."""
     if libc is not None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -147,6 +156,7 @@ def _fence(limits: Limits, libc: Any) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds_max, limits.seconds_max + 1))
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes_max, limits.memory_bytes_max))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 
 

@@ -9,6 +9,7 @@ import json
 import re
 import struct
 import sys
+from enum import IntEnum
 
 from forebay.clock import Clock
 from forebay.config import MediaSettings, environment_for_others
@@ -18,6 +19,18 @@ _OUT_BYTES_MAX = 32 * 2**20
 _GRACE_SECONDS = 2.0
 _PICTURE = re.compile(rb"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
 _FAILED = "The program that looks at images failed. Try again."
+
+
+class _Verdict(IntEnum):
+    """What the program says; its own numbers."""
+
+    OK = 0
+    NOT_AN_IMAGE = 1
+    BROKEN = 2
+    TOO_MANY_PIXELS = 3
+    TOO_MANY_FRAMES = 4
+    TOO_COSTLY = 5
+    TOO_NARROW = 6
 
 
 class Checker:
@@ -32,9 +45,12 @@ class Checker:
 
     async def close(self) -> None:
         """End every program."""
-        for program in [*self._idle, *self._busy]:
-            program.kill()
+        programs = [*self._idle, *self._busy]
         self._idle.clear()
+        for program in programs:
+            program.kill()
+        for program in programs:
+            await program.wait()
 
     async def check(self, data: bytes, *, declared: str | None, in_base64: bool, low: bool) -> str:
         """The `data:` URL of the image as our own encoder writes it.
@@ -54,7 +70,7 @@ class Checker:
                     verdict, picture = await program.ask(head.encode(), data)
                 whole = True
             except TimeoutError:
-                raise _refusal(_TOO_COSTLY, settings) from None
+                raise _refusal(_Verdict.TOO_COSTLY, settings) from None
             except (OSError, asyncio.IncompleteReadError):
                 raise ServerError(_FAILED) from None
             finally:
@@ -63,7 +79,7 @@ class Checker:
                     self._idle.append(program)
                 else:
                     program.kill()
-        if verdict != _OK:
+        if verdict != _Verdict.OK:
             raise _refusal(verdict, settings)
         if _PICTURE.fullmatch(picture) is None:
             raise ServerError(_FAILED)
@@ -93,6 +109,10 @@ class _Program:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
+    async def wait(self) -> None:
+        """Wait until it has ended."""
+        await self._process.wait()
+
 
 async def _start(settings: MediaSettings) -> _Program:
     limits = {
@@ -115,21 +135,18 @@ async def _start(settings: MediaSettings) -> _Program:
     return _Program(process)
 
 
-_OK, _NOT_AN_IMAGE, _BROKEN, _TOO_MANY_PIXELS, _TOO_MANY_FRAMES, _TOO_COSTLY, _TOO_NARROW = range(7)
-
-
 def _refusal(verdict: int, settings: MediaSettings) -> CallerError:
     """What the caller is told."""
     match verdict:
-        case 1:
+        case _Verdict.NOT_AN_IMAGE:
             return _invalid("It is no PNG, JPEG, WebP or GIF, or another one than its `data:` URL says.")
-        case 3:
+        case _Verdict.TOO_MANY_PIXELS:
             return _too_large(f"It has more than {settings.pixels_max} pixels. Scale it down.")
-        case 4:
+        case _Verdict.TOO_MANY_FRAMES:
             return _too_large(f"It is an animation of more than {settings.frames_max} frames. Send one frame.")
-        case 5:
+        case _Verdict.TOO_COSTLY:
             return _too_large("It takes too much time or memory to decode. Scale it down.")
-        case 6:
+        case _Verdict.TOO_NARROW:
             return _invalid("One of its sides is more than 200 times as long as the other.")
         case _:
             return _invalid("It is damaged.")

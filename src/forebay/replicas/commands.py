@@ -24,6 +24,7 @@ from forebay.config import (
 from forebay.dialects.openai.call import Extensions
 from forebay.errors import SetupError
 from forebay.inference import Capability
+from forebay.replicas import gguf
 from forebay.replicas.launcher import EngineCommand
 
 TOKENIZER = "tokenizer.json"
@@ -157,10 +158,19 @@ def _llama_cpp_spec(name: str, options: LlamaCppOptions, slots: int, path: Path 
         **spec,
         "name": name,
         "model_path": str(path),
-        "mmproj_path": str(options.mmproj_file) if options.mmproj_file else "",
+        "mmproj_path": str(_sound_encoder(options.mmproj_file)) if options.mmproj_file else "",
         "slots": slots,
         "chat_template": _read_template(template) if template else None,
     }
+
+
+def _sound_encoder(path: Path) -> Path:
+    """The file of an image encoder, whose header passes the check. Raises SetupError."""
+    try:
+        gguf.check(path)
+    except SetupError as error:
+        raise SetupError(f"The image encoder cannot be used. {error}") from None
+    return path
 
 
 def _onnx_spec(name: str, options: OnnxOptions, slots: int, path: Path | None) -> dict[str, object]:
