@@ -26,10 +26,12 @@ from tests.support.wire import Reply, get, post, wire
 CONFIG = FAKE + "[auth]\nkey_cache_seconds = 1\nfailures_per_minute_max = 100000\n"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
 CHAT = b'{"model": "fake", "messages": [{"role": "user", "content": "[[fake tokens=1]]"}]}'
+RESPONSE = b'{"model": "fake", "input": "[[fake tokens=1]]"}'
 COMPLETION = b'{"model": "fake", "prompt": "[[fake tokens=1]]"}'
 RANKING = b'{"model": "fake", "query": "a", "documents": ["b"]}'
 MESSAGE = b'{"model": "fake", "max_tokens": 5, "messages": [{"role": "user", "content": "[[fake tokens=1]]"}]}'
 BODIES = {
+    "/v1/responses": RESPONSE,
     "/v1/messages": MESSAGE,
     "/v1/messages/count_tokens": MESSAGE.replace(b'"max_tokens": 5, ', b""),
     "/tokenize": b'{"model": "fake", "content": "a"}',

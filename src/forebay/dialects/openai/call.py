@@ -229,5 +229,6 @@ _DISCRIMINATORS = frozenset(
         "redacted_thinking",
         "json_object",
         "json_schema",
+        *("message", "reasoning", "function_call", "function_call_output", "input_text", "output_text", "input_image"),
     }
 )

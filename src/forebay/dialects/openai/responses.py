@@ -37,7 +37,7 @@ from forebay.dialects.openai.chat import (
     images_of,
 )
 from forebay.dialects.openai.responses_events import ResponseShape
-from forebay.dialects.openai.responses_items import Items, items_of, messages_of
+from forebay.dialects.openai.responses_items import Input, items_of, messages_of
 from forebay.errors import InvalidRequest
 
 _Text512 = Annotated[str, Field(max_length=512)]
@@ -108,7 +108,7 @@ class ResponseBody(Wire):
     """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    input: str | Items
+    input: Input
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=64)] | None = None
     stream: bool | None = None

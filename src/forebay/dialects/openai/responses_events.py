@@ -29,7 +29,7 @@ def joined(events: Iterable[Event]) -> list[Event]:
         if (
             last is not None
             and event["type"] in _JOINED
-            and (last["type"], last["item_id"]) == (event["type"], event["item_id"])
+            and (last["type"], last.get("item_id")) == (event["type"], event["item_id"])
         ):
             found[-1] = {**last, "delta": last["delta"] + event["delta"]}
             if "logprobs" in last:

@@ -80,7 +80,15 @@ class ReasoningText(Wire):
 
 
 Part = Annotated[InputText | OutputText | Refusal | InputImage, Field(discriminator="type")]
-_Content = str | Annotated[tuple[Part, ...], Field(max_length=1_024, fail_fast=True)]
+_Parts = Annotated[tuple[Part, ...], Field(max_length=1_024, fail_fast=True)]
+
+
+def _form_of(content: Any) -> str:
+    """What is wrong is told of the form that was meant."""
+    return "tuple" if isinstance(content, list | tuple) else "str"
+
+
+_Content = Annotated[Annotated[str, Tag("str")] | Annotated[_Parts, Tag("tuple")], Discriminator(_form_of)]
 
 
 class MessageItem(Wire):
@@ -140,7 +148,8 @@ Item = Annotated[
     | Annotated[FunctionOutputItem, Tag("function_call_output")],
     Discriminator(_type_of),
 ]
-Items = Annotated[tuple[Item, ...], Field(max_length=ITEMS_MAX, fail_fast=True)]
+_Items = Annotated[tuple[Item, ...], Field(max_length=ITEMS_MAX, fail_fast=True)]
+Input = Annotated[Annotated[str, Tag("str")] | Annotated[_Items, Tag("tuple")], Discriminator(_form_of)]
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
 
 
@@ -223,7 +232,7 @@ class _Turn:
         self.text, self.reasoning, self.calls = None, "", []
 
 
-def _text_of(content: _Content) -> str:
+def _text_of(content: str | tuple[Part, ...]) -> str:
     if isinstance(content, str):
         return content
     texts = []
@@ -244,7 +253,7 @@ def _image(part: InputImage) -> ImagePart | FilePart:
     raise InvalidRequest("An `input_image` has either `image_url` or `file_id`.", param="input")
 
 
-def _content(content: _Content) -> str | tuple[TextPart | ImagePart | FilePart | RefusalPart, ...]:
+def _content(content: str | tuple[Part, ...]) -> str | tuple[TextPart | ImagePart | FilePart | RefusalPart, ...]:
     if isinstance(content, str):
         return content
     parts: list[TextPart | ImagePart | FilePart | RefusalPart] = []

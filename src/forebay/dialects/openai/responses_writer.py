@@ -27,6 +27,7 @@ class _Item:
     logprobs: list[Any] = field(default_factory=list)
     call_id: str = ""
     name: str = ""
+    told: bool = False  # whether the event that begins a call is out
 
     def part(self, text: str) -> dict[str, Any]:
         """Its one part, with `text` in it."""
@@ -157,7 +158,7 @@ class ResponseWriter:
             return []
         events: list[Event] = []
         if self._text is None or self._text.kind != kind:
-            events += self._close_all("completed")
+            events += self._close_text()
             events += self._open(kind)[1]
         item = self._text
         assert item is not None
@@ -174,27 +175,35 @@ class ResponseWriter:
         events: list[Event] = []
         item = self._calls.get(number)
         if item is None:
-            if self._text is not None:
-                events += self._close_all("completed")
+            events += self._close_text()
             item, _ = self._open("function_call")
             self._calls[number] = item
-        named = bool(item.name)
         item.call_id = item.call_id or wire.get("id") or f"call_{self._own}_{item.index}"
         item.name += function.get("name") or ""
-        if item.name and not named:
-            shown = item.shown("in_progress")
-            events.append({"type": "response.output_item.added", "output_index": item.index, "item": shown})
         arguments = function.get("arguments") or ""
+        if item.name or arguments:
+            events += self._tell_call(item)
         if arguments:
             item.text.append(arguments)
             place = {"item_id": item.id, "output_index": item.index}
             events.append({"type": "response.function_call_arguments.delta", **place, "delta": arguments})
         return events
 
+    def _tell_call(self, item: _Item) -> list[Event]:
+        """The event that begins a call, once."""
+        if item.told:
+            return []
+        item.told = True
+        return [{"type": "response.output_item.added", "output_index": item.index, "item": item.shown("in_progress")}]
+
+    def _close_text(self) -> list[Event]:
+        """Close the text that is being written; calls stay open, since engines come back to them."""
+        text, self._text = self._text, None
+        return [] if text is None else self._close(text, "completed")
+
     def _close_all(self, status: str) -> list[Event]:
         """Close what is open; only the last item can be cut short."""
         open_items = [item for item in self._items if item.index not in self._closed]
-        self._text, self._calls = None, {}
         events: list[Event] = []
         for item in open_items:
             events += self._close(item, status if item is self._items[-1] else "completed")
@@ -207,7 +216,7 @@ class ResponseWriter:
         done = {"type": "response.output_item.done", "output_index": item.index, "item": shown}
         if item.kind == "function_call":
             whole = {"type": "response.function_call_arguments.done", **place, "name": item.name, "arguments": text}
-            return [whole, done]
+            return [*self._tell_call(item), whole, done]
         place["content_index"] = 0
         part = {"type": "response.content_part.done", **place, "part": item.part(text)}
         if item.kind == "reasoning":
