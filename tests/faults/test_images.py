@@ -1,7 +1,8 @@
 """Hostile addresses of images, online and in batches: a canary on loopback is never reached."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from forebay.errors import InvalidRequest, NotFound
 from forebay.inference import Priority
 from forebay.media.images import Images
 from forebay.outbound import Outbound
-from forebay.replicas.calls import CHAT_COMPLETIONS, Calls
+from forebay.replicas.calls import CHAT_COMPLETIONS, MESSAGES, RESPONSES, Calls
 from forebay.replicas.catalog import Catalog
 from tests.support.batches import finished, line, results, submit
 from tests.support.hostile_urls import hostile_urls
@@ -36,9 +37,29 @@ class NoFiles:
         raise NotFound
 
 
+def chat(url: str) -> dict[str, Any]:
+    return {"messages": [message([part(url)])]}
+
+
+def responses(url: str) -> dict[str, Any]:
+    return {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]}
+
+
+def messages(url: str) -> dict[str, Any]:
+    source = {"type": "url", "url": url}
+    return {"max_tokens": 5, "messages": [{"role": "user", "content": [{"type": "image", "source": source}]}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "made"),
+    [(CHAT_COMPLETIONS, chat), (RESPONSES, responses), (MESSAGES, messages)],
+    ids=lambda each: str(each),
+)
 @pytest.mark.parametrize("priority", [None, Priority.BATCH])
 @pytest.mark.parametrize("answer", [["127.0.0.1"], ["::1"], ["::ffff:127.0.0.1", "127.0.0.1"]])
-async def test_no_image_address_reaches_the_canary(bird: Canary, answer: list[str], priority: Priority | None) -> None:
+async def test_no_image_address_reaches_the_canary(
+    bird: Canary, answer: list[str], priority: Priority | None, path: str, made: Callable[[str], dict[str, Any]]
+) -> None:
     """With a name server on the attacker's side, and every host allowed."""
     asked = []
 
@@ -54,13 +75,10 @@ async def test_no_image_address_reaches_the_canary(bird: Canary, answer: list[st
         Images(settings.media, Outbound(settings.outbound, clock, resolve), NoFiles(), clock),
     )
     for url in hostile_urls(bird.port):
-        body = {"model": "fake", "messages": [message([part(url)])]}
+        raw = json.dumps({"model": "fake", **made(url)}).encode()
         with pytest.raises(InvalidRequest) as refused:
-            await calls.prepare(
-                CHAT_COMPLETIONS, json.dumps(body).encode(), request_id="req_1", project="web", priority=priority
-            )
+            await calls.prepare(path, raw, request_id="req_1", project="web", priority=priority)
         assert refused.value.code in REFUSED, url
-        assert refused.value.param == "messages[0].content[1].image_url.url"
     assert len(asked) > 5, "names got as far as the resolver, and no further"
 
 
