@@ -221,7 +221,7 @@ def _spoil_text(chance: random.Random, text: str) -> str:
         case 0:
             return text.replace('"@RAW@"', chance.choice((*RAW, *RAW_TEXTS)))
         case 1:
-            return text[: chance.randrange(len(text))]
+            return text[: chance.randrange(len(text) + 1)]
         case 2:
             return text.replace("{", '{"model": "other", "messages": 5, ', 1)
         case 3:
@@ -233,7 +233,7 @@ def _spoil_text(chance: random.Random, text: str) -> str:
         case 5:
             return text + chance.choice((text, "]", "\x00", "//", " " * 5000, "\n{}"))
         case _:
-            position = chance.randrange(len(text))
+            position = chance.randrange(len(text) + 1)
             return (
                 text[:position]
                 + chance.choice(("\x00", "\u202e", '"', "\\", "{", "}", ",", "\ud7ff"))
