@@ -15,7 +15,7 @@ from typing import Any
 from forebay import commit_points
 from forebay.blobs.blobs import open_blobs
 from forebay.clock import Clock, SystemClock
-from forebay.config import Settings, UpstreamModel
+from forebay.config import Settings
 from forebay.errors import SetupError
 from forebay.gateway.auth import Authenticator
 from forebay.gateway.envelope import Envelope
@@ -35,6 +35,7 @@ from forebay.jobs.segments import SegmentStore
 from forebay.jobs.webhook import webhook_kind
 from forebay.media.files import UploadedImages
 from forebay.media.images import Images
+from forebay.model_config import UpstreamModel
 from forebay.outbound import Outbound
 from forebay.replicas.calls import Calls
 from forebay.replicas.catalog import Catalog

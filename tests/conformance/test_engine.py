@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from forebay.config import LlamaCppModel, LlamaCppOptions
+from forebay.model_config import LlamaCppModel, LlamaCppOptions
 from forebay.replicas.commands import command_for
 from tests.support import models
 from tests.support.engines import KEY, Engine, alive, chat, environment, eventually, guarded

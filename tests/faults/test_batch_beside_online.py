@@ -14,11 +14,12 @@ from random import Random
 import pytest
 
 from forebay.clock import SystemClock, seeded
-from forebay.config import FakeModel, SchedulerSettings
+from forebay.config import SchedulerSettings
 from forebay.dialects.openai.call import Call, Context, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
 from forebay.errors import EngineTimeout, ForebayError, Preempted
 from forebay.inference import Priority, Request
+from forebay.model_config import FakeModel
 from forebay.replicas.commands import traits_of
 from forebay.replicas.connection import open_session
 from forebay.replicas.postmortem import Quarantine

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from forebay.clock import SystemClock
-from forebay.config import FakeModel, FakeOptions, Settings
+from forebay.config import Settings
 from forebay.errors import InvalidRequest, NotFound
 from forebay.inference import Priority
 from forebay.media.images import Images
+from forebay.model_config import FakeModel, FakeOptions
 from forebay.outbound import Outbound
 from forebay.replicas.calls import CHAT_COMPLETIONS, MESSAGES, RESPONSES, Calls
 from forebay.replicas.catalog import Catalog

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from forebay import config
+from forebay import config, model_config
 from tests.house import source
 
 PAGE = source.ROOT / "docs" / "configure.md"
@@ -19,13 +19,13 @@ EXAMPLE = source.ROOT / "forebay.example.toml"
 SECRETS = ("admin_key", "database_url", "hub_token", "secret_access_key")
 
 MODEL_TABLES: dict[str, type[BaseModel]] = {
-    "every model": config.ModelSettings,
-    "llama.cpp": config.LlamaCppOptions,
-    "onnx": config.OnnxOptions,
-    "command": config.CommandOptions,
-    "vllm": config.VllmOptions,
-    "upstream": config.UpstreamOptions,
-    "fake": config.FakeOptions,
+    "every model": model_config.ModelSettings,
+    "llama.cpp": model_config.LlamaCppOptions,
+    "onnx": model_config.OnnxOptions,
+    "command": model_config.CommandOptions,
+    "vllm": model_config.VllmOptions,
+    "upstream": model_config.UpstreamOptions,
+    "fake": model_config.FakeOptions,
 }
 
 

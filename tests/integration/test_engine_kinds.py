@@ -15,7 +15,7 @@ import aiohttp
 import openai
 import pytest
 
-from forebay.config import FakeModel
+from forebay.model_config import FakeModel
 from forebay.replicas.commands import command_for
 from tests.support.server import ADMIN_KEY, FAKE, eventually, serving
 

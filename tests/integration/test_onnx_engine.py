@@ -313,7 +313,7 @@ def test_what_cannot_be_loaded_says_so_without_its_folder(tmp_path: Path, broken
 
 
 def test_the_settings_of_the_program_are_those_of_the_configuration() -> None:
-    from forebay.config import OnnxOptions
+    from forebay.model_config import OnnxOptions
 
     spec = set(Spec.__dataclass_fields__)
     assert set(OnnxOptions.model_fields) - {"tokenizer_file"} <= spec

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from forebay.cli.models import app
 from forebay.clock import SystemClock
-from forebay.config import CommandModel, CommandOptions, LlamaCppModel, Model, PullSettings, Settings
+from forebay.config import PullSettings, Settings
 from forebay.errors import ModelNotFound, SetupError
+from forebay.model_config import CommandModel, CommandOptions, LlamaCppModel, Model
 from forebay.replicas import pull, wheel
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.pull import Puller, PullState

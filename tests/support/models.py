@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 
 from forebay.clock import SystemClock
-from forebay.config import OnnxModel, Settings
+from forebay.config import Settings
+from forebay.model_config import OnnxModel
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.pull import pull
 

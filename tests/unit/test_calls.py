@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from forebay.clock import SystemClock
-from forebay.config import FakeModel, LlamaCppModel, LlamaCppOptions, Settings
+from forebay.config import Settings
 from forebay.errors import InvalidRequest, ModelNotFound, NotFound
 from forebay.inference import Capability, Priority
 from forebay.media.images import Images
+from forebay.model_config import FakeModel, LlamaCppModel, LlamaCppOptions, Model
 from forebay.outbound import Outbound
 from forebay.replicas.calls import (
     CHAT_COMPLETIONS,
@@ -44,7 +45,7 @@ class NoFiles:
 @pytest.fixture(scope="module")
 def calls() -> Calls:
     embedder = LlamaCppModel(engine="llama.cpp", source="file:/m.gguf", options=LlamaCppOptions(embeddings=True))
-    models = {"fake": FakeModel(engine="fake", slots=2), "embedder": embedder}
+    models: dict[str, Model] = {"fake": FakeModel(engine="fake", slots=2), "embedder": embedder}
     settings, clock = Settings(default_models=False, models=models), SystemClock()
     return Calls(Catalog(settings), Images(settings.media, Outbound(settings.outbound, clock), NoFiles(), clock))
 

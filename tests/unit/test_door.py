@@ -5,13 +5,14 @@ import asyncio
 import pytest
 from starlette.types import Message
 
-from forebay.config import FakeModel, SchedulerSettings, Settings
+from forebay.config import SchedulerSettings, Settings
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.events import GENERATION
 from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer
 from forebay.gateway.rates import Rates
 from forebay.inference import Request
+from forebay.model_config import FakeModel
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.scheduler import Limits, Scheduler
 from forebay.store.key_format import Role

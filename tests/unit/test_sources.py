@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forebay.config import LlamaCppModel, Settings, VllmModel
+from forebay.config import Settings
 from forebay.errors import ModelNotFound, SetupError
+from forebay.model_config import LlamaCppModel, VllmModel
 from forebay.replicas import sources
 from forebay.replicas.catalog import DEFAULT_MODELS, Catalog
 from forebay.replicas.sources import FileSource, HubSource, PackageSource, WebSource

@@ -19,8 +19,8 @@ from forebay.bench.report import Measure, Report
 from forebay.bench.stage import Stage, cpu_seconds, staged
 from forebay.bench.wire import now
 from forebay.clock import seeded
-from forebay.config import FakeModel
 from forebay.errors import SetupError
+from forebay.model_config import FakeModel
 
 _MODEL = "fake"
 _SLOTS = 32

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from forebay.bench.report import Measure, Report, percentile
 from forebay.bench.stage import Stage, staged
 from forebay.bench.wire import Reply, Target, now
-from forebay.config import LlamaCppModel, Settings
+from forebay.config import Settings
 from forebay.errors import SetupError
+from forebay.model_config import LlamaCppModel
 from forebay.replicas.catalog import Catalog
 
 _TOPICS = (

@@ -12,8 +12,8 @@ from forebay.bench.report import Measure, Report, percentile
 from forebay.bench.stage import Stage, cpu_seconds, staged
 from forebay.bench.wire import Reply, Target, now
 from forebay.clock import seeded
-from forebay.config import FakeModel
 from forebay.errors import SetupError
+from forebay.model_config import FakeModel
 
 _MODEL = "fake"
 _SLOTS = 512

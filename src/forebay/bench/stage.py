@@ -19,10 +19,10 @@ import forebay
 from forebay import config
 from forebay.bench.wire import Target
 from forebay.clock import new_token
-from forebay.config import Model
 from forebay.dialects.openai.call import Context, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
 from forebay.errors import SetupError
+from forebay.model_config import Model
 from forebay.replicas.commands import command_for, traits_of
 from forebay.replicas.local_launcher import LocalLauncher
 

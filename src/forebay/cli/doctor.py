@@ -23,8 +23,9 @@ from rich.filesize import decimal
 
 from forebay.cli.options import EXIT_FAILED, ConfigFile, DataFolder, load_settings
 from forebay.clock import SystemClock
-from forebay.config import LlamaCppModel, Settings, VllmModel
+from forebay.config import Settings
 from forebay.errors import SetupError
+from forebay.model_config import LlamaCppModel, VllmModel
 from forebay.replicas import gguf
 from forebay.replicas.catalog import Catalog
 from forebay.store.database import Database

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from forebay.cli.options import PIPED_WIDTH, ConfigFile, DataFolder, load_settings, run, sentences
 from forebay.clock import SystemClock
-from forebay.config import LlamaCppModel, Model, OnnxModel, Settings
+from forebay.config import Settings
 from forebay.errors import SetupError
+from forebay.model_config import LlamaCppModel, Model, OnnxModel
 from forebay.replicas import download, pull
 from forebay.replicas.catalog import Catalog
 

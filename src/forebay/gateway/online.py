@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from forebay.clock import Clock
-from forebay.config import ModelSettings, Settings
+from forebay.config import Settings
 from forebay.dialects.answer import Progress
 from forebay.dialects.openai.call import Call
 from forebay.errors import (
@@ -32,6 +32,7 @@ from forebay.gateway.answers import error_answer
 from forebay.gateway.auth import Principal
 from forebay.gateway.rates import Rates
 from forebay.gateway.streams import EVENT_STREAM
+from forebay.model_config import ModelSettings
 from forebay.replicas.connection import EngineStream
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.permit import Permit

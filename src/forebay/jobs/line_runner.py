@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forebay.clock import Clock, new_id
-from forebay.config import Model, Settings
+from forebay.config import Settings
 from forebay.dialects.openai.batches import InputLine, answer_line, failure_line, line_id, parse_line, refusal_line
 from forebay.dialects.openai.call import Call
 from forebay.errors import (
@@ -29,6 +29,7 @@ from forebay.inference import Priority
 from forebay.jobs.lines import Place
 from forebay.jobs.retry import doubling
 from forebay.jobs.segments import Result
+from forebay.model_config import Model
 from forebay.replicas.calls import Calls
 from forebay.replicas.catalog import Catalog
 from forebay.scheduler.assembly import Assembler

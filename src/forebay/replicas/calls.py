@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from forebay.config import Model
 from forebay.dialects import rerank, tokens
 from forebay.dialects.anthropic import messages
 from forebay.dialects.images import ImageRef
@@ -21,6 +20,7 @@ from forebay.dialects.openai.responses import ResponseBody, response_call, respo
 from forebay.errors import InvalidRequest
 from forebay.inference import Capability, Priority
 from forebay.media.images import Images
+from forebay.model_config import Model
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import Traits, capabilities_of, traits_of
 

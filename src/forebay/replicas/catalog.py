@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from forebay.config import (
+from forebay.config import Settings
+from forebay.errors import ModelNotFound, SetupError
+from forebay.model_config import (
     FILE_NAME,
     CommandModel,
     LlamaCppModel,
@@ -18,10 +20,8 @@ from forebay.config import (
     ModelFile,
     OnnxModel,
     OnnxOptions,
-    Settings,
     VllmModel,
 )
-from forebay.errors import ModelNotFound, SetupError
 from forebay.replicas import gguf, sources
 from forebay.replicas.sources import FileSource, HubSource, Source
 

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
-from forebay.config import (
+from forebay.dialects.openai.call import Extensions
+from forebay.errors import SetupError
+from forebay.inference import Capability
+from forebay.model_config import (
     CommandModel,
     CommandOptions,
     FakeModel,
@@ -21,9 +24,6 @@ from forebay.config import (
     UpstreamModel,
     VllmModel,
 )
-from forebay.dialects.openai.call import Extensions
-from forebay.errors import SetupError
-from forebay.inference import Capability
 from forebay.replicas import gguf
 from forebay.replicas.launcher import EngineCommand
 

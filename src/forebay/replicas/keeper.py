@@ -13,8 +13,9 @@ from typing import Any
 import aiohttp
 
 from forebay.clock import Clock, new_id, new_token
-from forebay.config import CommandModel, Model, SupervisorSettings, UpstreamModel, VllmModel, upstream_key
+from forebay.config import SupervisorSettings, upstream_key
 from forebay.errors import EngineUnavailable, SetupError
+from forebay.model_config import CommandModel, Model, UpstreamModel, VllmModel
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import Traits, command_for, traits_of
 from forebay.replicas.launcher import EngineProcess, Launcher

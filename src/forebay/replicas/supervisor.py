@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from forebay.clock import Clock
-from forebay.config import Model, Settings, UpstreamModel
+from forebay.config import Settings
 from forebay.errors import EngineUnavailable, ForebayError, ModelNotReady, Quarantined, SetupError
 from forebay.inference import Request
+from forebay.model_config import Model, UpstreamModel
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import Traits
 from forebay.replicas.connection import open_session

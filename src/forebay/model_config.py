@@ -1,0 +1,286 @@
+"""The settings of a model: what every one has, and the options of each engine.
+
+It refuses unknown keys, and knows neither files nor the environment: `config` reads the tree.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from forebay.inference import Capability
+
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$"
+
+Seconds = Annotated[float, Field(gt=0, le=604_800)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Bytes = Annotated[int, Field(ge=1, le=2**50)]
+Capabilities = Annotated[tuple[Capability, ...], Field(min_length=1)]
+_TEXT = (Capability.CHAT, Capability.COMPLETION)
+_SERVED = "What it serves: `chat`, `completion`, `embedding`, `rerank`."
+_LOGITS = "Its rerank scores are raw logits, and not between 0 and 1 already."
+
+
+class Section(BaseModel):
+    """A part of the settings: frozen, without unknown keys, and quiet about what was given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class LlamaCppOptions(Section):
+    """Options of the `llama.cpp` engine."""
+
+    context: Annotated[int, Field(ge=256, le=4_194_304)] = Field(2048, description="Context in tokens of each slot.")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
+    gpu_layers: Annotated[int, Field(ge=-1, le=10_000)] = Field(
+        -1, description="Layers on the GPU; -1 lets llama.cpp fit as many as there is room for."
+    )
+    tensor_split: tuple[Annotated[float, Field(ge=0)], ...] = Field((), description="Share of the model on each GPU.")
+    main_gpu: Annotated[int, Field(ge=0, le=127)] = Field(0, description="GPU for a model that is not split.")
+    kv_type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = Field(
+        "f16", description="Number type of the KV cache."
+    )
+    flash_attention: Literal["auto", "on", "off"] = Field(
+        "auto", description="Flash attention; a quantised KV cache needs it."
+    )
+    batch: Annotated[int, Field(ge=32, le=65_536)] = Field(
+        512, description="Most tokens in one decoding step; a cancelled prompt stops after one."
+    )
+    cache_ram_bytes: Annotated[int, Field(ge=0)] = Field(
+        512 * 2**20, description="Memory for cached prompts outside the slots."
+    )
+    chat_template_file: Path | None = Field(None, description="Jinja chat template that replaces the model's own.")
+    embeddings: bool = Field(False, description="Serve embeddings instead of text.")
+    rerank: bool = Field(
+        False, description="Serve rerank instead of text; for models that score a query with a document."
+    )
+    pooling: Literal["model", "mean", "cls", "last"] = Field(
+        "model", description="How the vectors of tokens become that of a text; `model` leaves it to the file."
+    )
+    mmproj_file: Path | None = Field(
+        None,
+        description="GGUF file of the image encoder (`mmproj`) that belongs to the model; with it, it takes images.",
+    )
+
+
+class OnnxOptions(Section):
+    """Options of the `onnx` engine: text encoders for embeddings and rerank on ONNX Runtime."""
+
+    capability: Literal["embedding", "rerank"] = Field(
+        "embedding", description="What the model is for; `rerank` takes a cross-encoder with one logit or two classes."
+    )
+    context: Annotated[int, Field(ge=8, le=131_072)] = Field(
+        512, description="Longest input in tokens that the model takes."
+    )
+    pooling: Literal["mean", "cls", "last"] = Field(
+        "mean", description="How the vectors of tokens become that of a text; see the model's card."
+    )
+    normalise: bool = Field(True, description="Give vectors the length 1.")
+    matryoshka: bool = Field(False, description="The model is trained for fewer `dimensions`; others refuse them.")
+    dimensions_min: Annotated[int, Field(ge=1, le=16_384)] = Field(
+        32, description="Fewest `dimensions` of a model with `matryoshka`."
+    )
+    query_prefix: str = Field("", max_length=1024, description="Put before a text that is sent as a query.")
+    document_prefix: str = Field("", max_length=1024, description="Put before a text that is sent as a document.")
+    tokenizer_file: Path | None = Field(
+        None, description="The model's `tokenizer.json`; the one beside the model if absent."
+    )
+    provider: Literal["cpu", "cuda", "rocm"] = Field(
+        "cpu", description="Device; the installed build of onnxruntime has to have it."
+    )
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
+    batches_at_once: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="Batches that are computed at once and share the threads; 0 takes 2 on a CPU and 1 on a GPU."
+    )
+    batch_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = Field(
+        512, description="Tokens of one batch with their padding. On a CPU small ones are fastest; a GPU wants 16384."
+    )
+    small_tokens: Annotated[int, Field(ge=0, le=65_536)] = Field(
+        128, description="A request with at most so many tokens does not wait for a running batch, but runs beside it."
+    )
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the model can be asked for."""
+        return (Capability(self.capability),)
+
+
+class CommandOptions(Section):
+    """Options of the `command` engine: any command line that starts an OpenAI-compatible server."""
+
+    argv: tuple[str, ...] = Field(
+        min_length=1,
+        description="Program and arguments; `{port}`, `{model}` and `{key}` are filled in. Arguments show in the process list, so prefer FOREBAY_ENGINE_KEY from the environment to `{key}`.",
+    )
+    environment: dict[str, str] = Field(
+        {}, description="Further environment variables; `{port}`, `{model}` and `{key}` are filled in."
+    )
+    health_path: str = Field("/health", pattern="^/", description="Answers 200 when the engine can serve.")
+    capabilities: Capabilities = Field(_TEXT, description=_SERVED)
+    logits: bool = Field(False, description=_LOGITS)
+    remote_model: str | None = Field(None, description="Model name sent to the engine; the catalogue name if absent.")
+    vision: bool = Field(False, description="Whether the model takes images in messages.")
+
+
+class VllmOptions(Section):
+    """Options of the `vllm` engine, a preset of `command`."""
+
+    context: Annotated[int, Field(ge=256, le=4_194_304)] | None = Field(
+        None, description="Longest context in tokens; the model's own if absent."
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Share of GPU memory that vLLM takes."
+    )
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(1, description="GPUs that share the model.")
+    arguments: tuple[str, ...] = Field((), description="Further arguments for `vllm serve`.")
+    capabilities: Capabilities = Field(_TEXT, description=_SERVED)
+    vision: bool = Field(False, description="Whether the model takes images in messages.")
+
+
+class UpstreamOptions(Section):
+    """Options of the `upstream` engine: a server that somebody else runs."""
+
+    base_url: str = Field(pattern=r"^https?://", description="Base URL up to and including `/v1`.")
+    key_env: str | None = Field(None, description="Environment variable that holds the key.")
+    key_file: Path | None = Field(None, description="File that holds the key.")
+    headers: dict[str, str] = Field({}, description="Further request headers.")
+    connect_timeout_seconds: Seconds = Field(10, description="Time to reach it.")
+    capabilities: Capabilities = Field(_TEXT, description=_SERVED)
+    logits: bool = Field(False, description=_LOGITS)
+    remote_model: str | None = Field(None, description="Model name sent upstream; the catalogue name if absent.")
+    vision: bool = Field(False, description="Whether the model takes images in messages.")
+
+
+class FakeOptions(Section):
+    """Options of the `fake` engine, a deterministic program for tests and benchmarks."""
+
+    start_delay_seconds: Annotated[float, Field(ge=0, le=600)] = Field(0, description="Time before it is ready.")
+    fail_start: Literal["no", "exit", "oom", "never_ready"] = Field("no", description="How its start goes wrong.")
+    memory_slots_max: Annotated[int, Field(ge=0)] = Field(
+        0, description="Requests at once above which it runs out of memory; 0 never does."
+    )
+    tools: bool = Field(True, description="Whether its chat template has tools.")
+    capabilities: Capabilities = Field(tuple(Capability), description=_SERVED)
+    dimensions: Annotated[int, Field(ge=1, le=16_384)] = Field(384, description="Numbers of an embedding.")
+    vision: bool = Field(False, description="Whether the model takes images in messages.")
+
+
+class ModelSettings(Section):
+    """What every model has, whatever its engine."""
+
+    source: str | None = Field(
+        None,
+        description="Where its file comes from: `hf:repo@revision/file`, `pypi:package==version/file`, `https:…` or `file:…`.",
+    )
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Checksum of the file.")
+    size_bytes: Bytes | None = Field(None, description="Size of the file, shown before it is pulled.")
+    description: str = Field("", description="A sentence for people.")
+    preload: bool = Field(False, description="Load it before the server calls itself ready.")
+    replicas: Annotated[int, Field(ge=1, le=64)] = Field(1, description="Engine processes.")
+    slots: Annotated[int, Field(ge=1, le=1024)] = Field(
+        8, description="Requests that one engine process works on at once."
+    )
+    queue_places: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        32, description="Requests that may wait in line; more get 429."
+    )
+    queue_timeout_seconds: Seconds = Field(60, description="Longest wait in line; then 429.")
+    request_timeout_seconds: Seconds = Field(600, description="Longest run of one request; then 504.")
+    max_tokens: Annotated[int, Field(ge=1, le=4_194_304)] = Field(
+        1024, description="Completion tokens when the request does not say."
+    )
+    inputs_max: Annotated[int, Field(ge=1, le=2048)] = Field(2048, description="Inputs of one embeddings request.")
+    documents_max: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        10_000, description="Documents of one rerank request."
+    )
+    input_tokens_max: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        300_000, description="Tokens of one embeddings or rerank request in all."
+    )
+
+
+class LlamaCppModel(ModelSettings):
+    """A model in a llama.cpp process of ours."""
+
+    engine: Literal["llama.cpp"]
+    options: LlamaCppOptions = LlamaCppOptions()
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        if self.source is None:
+            raise ValueError("a llama.cpp model needs a `source`")
+        return self
+
+
+class ModelFile(Section):
+    """A further file of a model: where it comes from, and what it has to be."""
+
+    source: str = Field(description="Where the file comes from, in the forms of a model's `source`.")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Checksum of the file.")
+    size_bytes: Bytes | None = Field(None, description="Size of the file, shown before it is pulled.")
+
+
+class OnnxModel(ModelSettings):
+    """A text encoder in an ONNX Runtime process of ours."""
+
+    engine: Literal["onnx"]
+    files: dict[Annotated[str, Field(pattern=FILE_NAME)], ModelFile] = Field(
+        {},
+        description="Further files that lie beside the model under these names: `tokenizer.json`, `model.onnx_data`.",
+    )
+    options: OnnxOptions = OnnxOptions()
+
+    @model_validator(mode="after")
+    def _has_files(self) -> Self:
+        if self.source is None:
+            raise ValueError("an onnx model needs a `source`")
+        if self.source.startswith("file:") and self.files:
+            raise ValueError("a model that lies on this machine has its further files beside it; leave `files` out")
+        return self
+
+
+class CommandModel(ModelSettings):
+    """A model behind a command line that starts an OpenAI-compatible server."""
+
+    engine: Literal["command"]
+    options: CommandOptions
+
+
+class VllmModel(ModelSettings):
+    """A model in a `vllm serve` process of ours."""
+
+    engine: Literal["vllm"]
+    options: VllmOptions = VllmOptions()
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        if self.source is None:
+            raise ValueError("a vllm model needs a `source`: `hf:repo@revision` or `file:` and a folder")
+        return self
+
+
+class UpstreamModel(ModelSettings):
+    """A model on a server that somebody else runs."""
+
+    engine: Literal["upstream"]
+    options: UpstreamOptions
+
+
+class FakeModel(ModelSettings):
+    """A stand-in for a model, for tests and benchmarks."""
+
+    engine: Literal["fake"]
+    options: FakeOptions = FakeOptions()
+
+
+Model = Annotated[
+    LlamaCppModel | OnnxModel | CommandModel | VllmModel | UpstreamModel | FakeModel, Field(discriminator="engine")
+]
+
+ENGINES: dict[str, type[ModelSettings]] = {
+    "llama.cpp": LlamaCppModel,
+    "onnx": OnnxModel,
+    "command": CommandModel,
+    "vllm": VllmModel,
+    "upstream": UpstreamModel,
+    "fake": FakeModel,
+}
