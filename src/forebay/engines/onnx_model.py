@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as library
 
 from forebay.engines.batcher import Item
 from forebay.engines.compute import StepFailed
@@ -25,6 +26,11 @@ PROVIDERS = {
     "cuda": ("CUDAExecutionProvider",),
     "rocm": ("MIGraphXExecutionProvider", "ROCMExecutionProvider"),
 }
+_ERRORS = (
+    library.EPFail, library.EngineError, library.Fail, library.InvalidArgument, library.InvalidGraph,
+    library.InvalidProtobuf, library.NoModel, library.NoSuchFile, library.NotImplemented, library.RuntimeException,
+    MemoryError, RuntimeError, ValueError,
+)  # fmt: skip
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _MEMORY_WORDS = re.compile(r"bad_alloc|out of memory|failed to allocate|bad allocation|BFCArena", re.IGNORECASE)
 _SMALL_NORM = 1e-12
@@ -47,7 +53,7 @@ def open_session(path: str, provider: str, threads: int) -> onnxruntime.Inferenc
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[wanted])
-    except Exception as error:  # noqa: BLE001  the library's errors share no class but this one
+    except _ERRORS as error:
         _raise_if_memory(error)
         refuse_to_start(f"ONNX Runtime cannot load {Path(path).name}: {_without_folder(error, path)}")
     if session.get_providers()[0] != wanted:
@@ -95,7 +101,7 @@ class Encoder:
             fed["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         try:
             (rows,) = self._session.run([self._output], {name: fed[name] for name in self._inputs})
-        except Exception as error:
+        except _ERRORS as error:
             _raise_if_memory(error)
             raise StepFailed from error
         return list(self._finish(np.asarray(rows, dtype=np.float32), mask))

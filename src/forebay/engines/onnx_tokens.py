@@ -5,6 +5,7 @@ It refuses a text that is longer than the model can take, unless it was asked to
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -120,10 +121,12 @@ class Tokens:
 
 
 def _load(path: str) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(path)
-    except Exception as error:  # noqa: BLE001  the library raises this class itself
+    # The library raises the one class that nobody should catch, so its error is looked at and not caught.
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(Tokenizer.from_file, path)
+    if (error := loading.exception()) is not None:
         refuse_to_start(f"The tokenizer {Path(path).name} cannot be read: {str(error).replace(path, '…')[:300]}")
+    tokenizer = loading.result()
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
