@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import jsonschema
@@ -55,7 +55,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)
 
 
 class Mood(BaseModel):
-    mood: str
+    mood: Literal["good", "bad"]
     happy: bool
 
 
@@ -188,7 +188,6 @@ async def test_thoughts(client: anthropic.AsyncAnthropic) -> None:
 
 async def test_a_schema(client: anthropic.AsyncAnthropic) -> None:
     schema = {**Mood.model_json_schema(), "additionalProperties": False}
-    schema["properties"]["mood"] = {"enum": ["good", "bad"]}
     message = await client.messages.create(
         model="smol",
         max_tokens=60,
@@ -196,6 +195,14 @@ async def test_a_schema(client: anthropic.AsyncAnthropic) -> None:
         output_config={"format": {"type": "json_schema", "schema": schema}},
     )
     assert Mood.model_validate_json(message.content[0].text).mood in {"good", "bad"}  # type: ignore[union-attr]
+
+
+async def test_parse_gives_a_pydantic_object(client: anthropic.AsyncAnthropic) -> None:
+    messages: Any = [{"role": "user", "content": "Answer in one word: how are you?"}]
+    message = await client.messages.parse(
+        model="smol", max_tokens=200, messages=messages, output_format=Mood, extra_body={"temperature": 0}
+    )
+    assert isinstance(message.parsed_output, Mood)
 
 
 async def test_tokens_are_counted_as_the_model_reads_them(client: anthropic.AsyncAnthropic) -> None:

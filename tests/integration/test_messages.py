@@ -1,6 +1,7 @@
 """/v1/messages on the wire: its headers, its errors where no call was made, its place in line, and as a line of a batch."""
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.batches import finished, results, submit
+from tests.support.images import picture
 from tests.support.server import FAKE, Server, serving
 
 BODY = {"model": "fake", "max_tokens": 100, "messages": [{"role": "user", "content": "[[fake tokens=2]]"}]}
@@ -17,6 +19,10 @@ CONFIG = f"""
 {FAKE}
 slots = 1
 options = {{ tools = true }}
+[models.eye]
+engine = "fake"
+preload = true
+options = {{ vision = true }}
 [models.far]
 engine = "upstream"
 options = {{ base_url = "http://127.0.0.1:9/v1" }}
@@ -146,9 +152,42 @@ async def test_the_sequence_that_stopped_it(server: Server) -> None:
     assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
 
 
+def image(width: int, height: int) -> dict[str, Any]:
+    data = base64.b64encode(picture(width, height)).decode()
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
+
+
+async def test_images_reach_a_model_that_sees_them(server: Server) -> None:
+    use = {"type": "tool_use", "id": "t1", "name": "look", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [image(10, 20)]}
+    messages = [
+        {"role": "assistant", "content": [use]},
+        {"role": "user", "content": [{"type": "text", "text": "[[fake images=1]]"}, image(30, 40), result]},
+    ]
+    status, _, message = await post(server, "/v1/messages", {**BODY, "model": "eye", "messages": messages})
+    assert status == 200, message
+    assert [word.split(":")[1] for word in message["content"][0]["text"].split()] == ["10x20", "30x40"]
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "code"),
+    [
+        ("fake", {"type": "base64", "media_type": "image/png", "data": "AAAA"}, "capability_not_supported"),
+        ("eye", {"type": "base64", "media_type": "image/png", "data": "AAAA"}, "media_invalid"),
+        ("eye", {"type": "url", "url": "http://127.0.0.1:1/a.png"}, None),
+    ],
+)
+async def test_images_that_no_engine_is_shown(server: Server, model: str, source: Any, code: str | None) -> None:
+    for path, fields in (("/v1/messages", BODY), ("/v1/messages/count_tokens", COUNT)):
+        messages = [{"role": "user", "content": [{"type": "image", "source": source}]}]
+        status, _, refusal = await post(server, path, {**fields, "model": model, "messages": messages})
+        assert (status, refusal["type"]) == (400, "error"), refusal
+        assert code in {None, refusal["error"]["code"]}
+
+
 async def test_messages_as_lines_of_a_batch(server: Server) -> None:
     lines = [
-        {"custom_id": str(index), "method": "POST", "url": "/v1/messages", "body": body}
+        {"custom_id": str(index), "method": "POST", "url": "/v1/messages", "body": {**body, "model": "eye"}}
         for index, body in enumerate([BODY, {**BODY, "max_tokens": 0}])
     ]
     batch = await finished(server, (await submit(server, lines, endpoint="/v1/messages"))["id"])
