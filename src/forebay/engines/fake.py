@@ -50,6 +50,7 @@ class Spec:
     vision: bool = False
     capabilities: list = field(default_factory=list)  # type: ignore[type-arg]  # what it serves beside text
     dimensions: int = 384
+    input_tokens_max: int = 300_000
     quiet: bool = False
     port: int = 0  # 0 takes a free one, and says which
 
@@ -404,7 +405,8 @@ class Connection(asyncio.Protocol):
             return None
         if head.method == "POST" and head.path in _READS and _READS[head.path] in self._engine.spec.capabilities:
             spec = self._engine.spec
-            self._start(read_reading(body, spec.name, spec.context, spec.dimensions), head.ids)
+            reading = read_reading(body, spec.name, spec.context, spec.dimensions, spec.input_tokens_max)
+            self._start(reading, head.ids)
             return None
         if head.method == "POST" and head.path in _ABOUT_TOKENS:
             return read_tokens(head.path, body)

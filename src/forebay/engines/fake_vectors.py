@@ -50,7 +50,7 @@ class Reading:
         return json.dumps({**head, "object": "list", "data": data}).encode()
 
 
-def read_reading(body: bytes, name: str, context: int, dimensions: int) -> Reading:
+def read_reading(body: bytes, name: str, context: int, dimensions: int, tokens_max: int) -> Reading:
     """Check the request, or raise Refused."""
     try:
         wanted = json.loads(body)
@@ -65,6 +65,9 @@ def read_reading(body: bytes, name: str, context: int, dimensions: int) -> Readi
     if directive.context_error or (longest > context and not wanted.get("truncate")):
         message = f"input ({longest} tokens) exceeds the available context size ({context} tokens)"
         raise Refused(400, message, "exceed_context_size_error", n_prompt_tokens=longest, n_ctx=context)
+    total = sum(len(words[:context]) for words in contents)
+    if total > tokens_max:
+        raise Refused(400, f"The request has {total} tokens, and this model takes {tokens_max} at once.")
     if (wanted.get("dimensions") or 1) > dimensions:
         raise Refused(400, f"There are {dimensions} dimensions.")
     return Reading(directive, [words[:context] for words in contents], wanted, name, dimensions)

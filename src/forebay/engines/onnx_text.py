@@ -40,6 +40,7 @@ class Spec:
     small_tokens: int = 128
     query_prefix: str = ""
     document_prefix: str = ""
+    input_tokens_max: int = 300_000
     oom_cooldown_seconds: float = 300.0
     rehearse_tokens_max: int = 0  # a batch with more padded tokens runs out of memory; 0 never does
 
@@ -124,6 +125,7 @@ class Engine:
         )
 
     async def _run(self, visit: Visit, items: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Any]:
+        self._check_total(sum(len(each) for each, _ in items))
         begun = time.monotonic()
         ended = "cancelled"
         try:
@@ -139,6 +141,13 @@ class Engine:
                 f"{_NAME}: event={ended} {visit.ids} inputs={len(items)} tokens={tokens} seconds={seconds:.4f}\n"
             )
         return results
+
+    def _check_total(self, tokens: int) -> None:
+        most = self._spec.input_tokens_max
+        if tokens > most:
+            raise Refused(
+                400, f"The request has {tokens} tokens, and this model takes {most} at once. Send several requests."
+            )
 
     def _dimensions(self, wanted: Any) -> int | None:
         if wanted is None or wanted == self.dimensions:

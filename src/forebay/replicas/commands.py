@@ -132,9 +132,11 @@ def command_for(name: str, model: Model, slots: int, path: Path | None, key: str
         case LlamaCppModel(options=options):
             return _ours("llama_cpp", _llama_cpp_spec(name, options, slots, path), key)
         case OnnxModel(options=onnx):
-            return _ours("onnx_text", _onnx_spec(name, onnx, slots, path), key)
+            return _ours("onnx_text", _onnx_spec(name, onnx, slots, path) | _tokens_max(model), key)
         case FakeModel(options=fake):
-            return _ours("fake", {"name": name, "slots": slots, **fake.model_dump(mode="json")}, key)
+            return _ours(
+                "fake", {"name": name, "slots": slots, **fake.model_dump(mode="json")} | _tokens_max(model), key
+            )
         case CommandModel(options=command):
             return _command(command, str(path or ""), key, port)
         case VllmModel():
@@ -171,6 +173,10 @@ def _sound_encoder(path: Path) -> Path:
     except SetupError as error:
         raise SetupError(f"The image encoder cannot be used. {error}") from None
     return path
+
+
+def _tokens_max(model: Model) -> dict[str, object]:
+    return {"input_tokens_max": model.input_tokens_max}
 
 
 def _onnx_spec(name: str, options: OnnxOptions, slots: int, path: Path | None) -> dict[str, object]:

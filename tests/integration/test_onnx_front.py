@@ -1,0 +1,55 @@
+"""Embeddings of the default model through the whole server: the front door and the engine agree on limits and errors."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from tests.support.items import EMBEDDINGS, cosine, embed, outcomes, rerank, send, vectors
+from tests.support.models import minilm_path
+from tests.support.server import Server, serving
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+CONFIG = """
+default_models = false
+[models.embedder]
+engine = "onnx"
+source = "file:{path}"
+preload = true
+slots = 16
+input_tokens_max = 1000
+"""
+TEXTS = ["A cat sits on the mat.", "A kitten sits on a rug.", "Stock prices fell sharply on Monday."]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server() -> AsyncIterator[Server]:
+    async with serving(CONFIG.format(path=minilm_path())) as running:
+        yield running
+        assert "request.bug" not in running.log
+
+
+async def test_vectors_say_what_is_alike_and_are_kept(server: Server) -> None:
+    plain = await embed(server, TEXTS, encoding_format="float")
+    assert vectors(plain) == vectors(await embed(server, TEXTS, encoding_format="base64"))
+    assert await outcomes(server) == (3, 0, 3)
+    cat, kitten, stocks = vectors(plain)
+    assert len(cat) == 384
+    assert cosine(cat, kitten) > 0.6 > 0.2 > cosine(cat, stocks)
+    ranked = await rerank(server, TEXTS[0], TEXTS[1:], model="embedder", mode="bi-encoder")
+    assert [each["index"] for each in ranked["results"]] == [0, 1]
+    assert (await outcomes(server))[2] == 3, "a ranking by embeddings knows the texts already"
+
+
+async def test_limits_of_the_model_are_the_callers_business(server: Server) -> None:
+    long = "word " * 900
+    for fields, code in (
+        ({"input": ["short", long]}, "context_length_exceeded"),
+        ({"input": [f"{number} " + "word " * 400 for number in range(3)]}, "invalid_request"),
+        ({"input": "x", "dimensions": 8}, "invalid_request"),
+        ({"input": [[40_000_000]]}, "invalid_request"),
+    ):
+        status, answer = await send(server, EMBEDDINGS, {"model": "embedder", **fields})
+        assert (status, answer["error"]["code"]) == (400, code), answer
+    assert (await embed(server, long, truncate=True))["usage"]["prompt_tokens"] == 512
