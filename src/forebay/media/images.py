@@ -46,6 +46,7 @@ class Images:
         self._outbound = outbound
         self._stored = stored
         self._checker = Checker(settings, clock)
+        self._places = asyncio.Semaphore(settings.fetches_at_once + settings.checks_at_once)
         self._fetches = asyncio.Semaphore(settings.fetches_at_once)
         # Lines of batches leave a place for the front door, where there is more than one.
         self._patient = asyncio.Semaphore(max(1, settings.checks_at_once - 1))
@@ -82,7 +83,8 @@ class Images:
             raise Overloaded("Too many images are being looked at. Try again later.", retry_after_seconds=1)
         self._waiting += 1
         try:
-            yield
+            async with self._places:
+                yield
         finally:
             self._waiting -= 1
 

@@ -98,6 +98,7 @@ class Calls:
         """
         endpoint = ENDPOINTS[path]
         body = parse(endpoint.body, raw)
+        del raw  # with images it is large, and its turn to be looked at may be long in coming
         model = self._catalog.get(body.model)
         needed = endpoint.capability if endpoint.needs is None else endpoint.needs(body)
         _check_capability(body.model, model, needed)

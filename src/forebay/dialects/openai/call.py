@@ -144,12 +144,17 @@ WireT = TypeVar("WireT", bound=Wire)
 
 def parse(kind: type[WireT], raw: bytes) -> WireT:
     """Parse `raw` as `kind`; raises InvalidRequest that names the field."""
-    if len(raw) > _LARGE_BODY_BYTES and sum(1 for _ in islice(_FIELD.finditer(raw), FIELDS_MAX + 1)) > FIELDS_MAX:
+    if len(raw) > _LARGE_BODY_BYTES and _has_too_many_fields(raw):
         raise InvalidRequest(f"The body has more than {FIELDS_MAX} fields.", code="invalid_value")
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
         raise _explain(error) from None
+
+
+def _has_too_many_fields(raw: bytes) -> bool:
+    """Counted only where there are quotes enough for it: the pattern takes half a second for the megabytes of an image."""
+    return raw.count(b'"') > FIELDS_MAX < sum(1 for _ in islice(_FIELD.finditer(raw), FIELDS_MAX + 1))
 
 
 def tier_of(body: Sampling) -> tuple[str, Priority]:
