@@ -322,3 +322,11 @@ async def test_an_engine_that_dies_in_mid_stream(server: Server, client: openai.
             seen += part.choices[0].delta.content or ""
     assert seen == "tok0 tok1 tok2 tok3 tok4 "
     assert broken.value.code == "engine_crashed"
+
+
+async def test_a_completion_that_begins_with_its_prompt(client: openai.AsyncOpenAI) -> None:
+    asked: dict[str, Any] = {"model": "smol", "prompt": "Hamlet is a", "max_tokens": 5, "temperature": 0}
+    bare = (await client.completions.create(**asked)).choices[0].text
+    assert (await client.completions.create(**asked, echo=True)).choices[0].text == f"Hamlet is a{bare}"
+    parts = await client.completions.create(**asked, echo=True, stream=True)
+    assert "".join([choice.text async for part in parts for choice in part.choices]) == f"Hamlet is a{bare}"

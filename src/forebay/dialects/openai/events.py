@@ -98,7 +98,7 @@ class GenerationRelay:
             if not self.progress.content_seen:
                 self.progress.content_seen = any(mark in data for mark in _CONTENT_MARKS)
             return data
-        out = b"".join(self._render(event) for event in self._reader.feed(data))
+        out = b"".join(self.render(event) for event in self._reader.feed(data))
         return out + DONE if self._reader.done else out
 
     def _passes_whole(self, data: bytes) -> bool:
@@ -114,7 +114,8 @@ class GenerationRelay:
             and data.count(b"\n\n") == data.count(b"}\n\ndata: {") + 1
         )
 
-    def _render(self, event: dict[str, Any]) -> bytes:
+    def render(self, event: dict[str, Any]) -> bytes:
+        """What `event` becomes on the wire."""
         self.progress.events += 1
         self.progress.note_usage(event)
         self.progress.content_seen = self.progress.content_seen or _has_content(event)
@@ -220,6 +221,10 @@ class GenerationGatherer:
             }
         )
 
+    def text_of(self, index: int, text: str) -> str:
+        """What a completion says where the engine wrote `text`."""
+        return text
+
     def _add(self, wire: dict[str, Any]) -> None:
         index = _index(wire, self._call)
         choice = self._choices.setdefault(index, _Choice())
@@ -247,7 +252,11 @@ class GenerationGatherer:
         logprobs = {"content": choice.logprobs, "refusal": None} if choice.logprobs else None
         head = {"index": index, "finish_reason": choice.finish_reason}
         if self._call.kind == "completion":
-            return {**head, "text": text, "logprobs": legacy_logprobs(logprobs) or choice.columns or None}
+            return {
+                **head,
+                "text": self.text_of(index, text),
+                "logprobs": legacy_logprobs(logprobs) or choice.columns or None,
+            }
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if choice.tool_calls else "")}
         message["refusal"] = None
         if choice.reasoning:
