@@ -19,6 +19,11 @@ source = "file:{path}"
 preload = true
 slots = 16
 input_tokens_max = 1000
+[models.prefixed]
+engine = "onnx"
+source = "file:{path}"
+preload = true
+options = {{ query_prefix = "query: ", document_prefix = "passage: " }}
 """
 TEXTS = ["A cat sits on the mat.", "A kitten sits on a rug.", "Stock prices fell sharply on Monday."]
 
@@ -36,7 +41,8 @@ async def test_vectors_say_what_is_alike_and_are_kept(server: Server) -> None:
     assert await outcomes(server) == (3, 0, 3)
     cat, kitten, stocks = vectors(plain)
     assert len(cat) == 384
-    assert cosine(cat, kitten) > 0.6 > 0.2 > cosine(cat, stocks)
+    assert cosine(cat, kitten) > 0.6
+    assert cosine(cat, stocks) < 0.2
     ranked = await rerank(server, TEXTS[0], TEXTS[1:], model="embedder", mode="bi-encoder")
     assert [each["index"] for each in ranked["results"]] == [0, 1]
     assert (await outcomes(server))[2] == 3, "a ranking by embeddings knows the texts already"
@@ -53,3 +59,13 @@ async def test_limits_of_the_model_are_the_callers_business(server: Server) -> N
         status, answer = await send(server, EMBEDDINGS, {"model": "embedder", **fields})
         assert (status, answer["error"]["code"]) == (400, code), answer
     assert (await embed(server, long, truncate=True))["usage"]["prompt_tokens"] == 512
+
+
+async def test_a_model_with_prefixes_reads_queries_in_another_way(server: Server) -> None:
+    plain = vectors(await embed(server, ["query: cat", "passage: cat"]))
+    query = vectors(await embed(server, "cat", model="prefixed", input_type="query"))[0]
+    document = vectors(await embed(server, "cat", model="prefixed", input_type="document"))[0]
+    assert cosine(query, plain[0]) > 0.999
+    assert cosine(document, plain[1]) > 0.999
+    ranked = await rerank(server, "cat", ["cat", "dog"], model="prefixed", mode="bi-encoder", raw_scores=True)
+    assert ranked["results"][0]["relevance_score"] == pytest.approx(cosine(query, document), abs=1e-5)

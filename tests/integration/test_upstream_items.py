@@ -41,7 +41,9 @@ async def test_vectors_come_through_to_the_bit(theirs: Server, ours: Server) -> 
         there = await embed(theirs, texts, encoding_format=form)
         here = await embed(ours, texts, encoding_format=form)
         assert here["data"] == there["data"]
-        assert here["usage"]["prompt_tokens"] == 4, "what is twice in a request is counted once without counts of its own"
+        assert here["usage"]["prompt_tokens"] == 4, (
+            "what is twice in a request is counted once without counts of its own"
+        )
     assert [len(vector) for vector in vectors(await embed(ours, "short", dimensions=8))] == [8]
 
 

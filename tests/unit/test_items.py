@@ -203,3 +203,20 @@ def test_a_bi_encoder_compares_with_the_query() -> None:
     ]  # fmt: skip
     with pytest.raises(InvalidRequest):
         ranking(documents=["a", ""], mode="bi-encoder")
+
+
+def test_a_model_that_reads_queries_in_another_way_is_told_which_is_one() -> None:
+    rules = ItemRules("p", counted=True, input_types=True)
+    asked = embedding(rules, input=["a"], input_type="query")
+    assert json.loads(asked.request.body)["input_type"] == "query"
+    assert "input_type" not in json.loads(embedding(input=["a"], input_type="query").request.body)
+    items = items_of(ranking(rules, documents=["a", "q"], mode="bi-encoder"))
+    digests = list(items.digests())
+    assert len(set(digests)) == 3, "a query is not a document with the same words"
+    assert digests[0] == next(items_of(embedding(rules, input="q", input_type="query")).digests())
+    assert digests[1] == next(items_of(embedding(rules, input="a", input_type="document")).digests())
+    assert [items.group(place) for place in range(3)] == [1, 0, 0]
+    assert json.loads(items.body_for([0])) == {
+        "model": "m", "encoding_format": "base64", "input_type": "query", "input": ["q"],
+    }  # fmt: skip
+    assert json.loads(items.body_for([1, 2]))["input_type"] == "document"

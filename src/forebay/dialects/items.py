@@ -32,7 +32,7 @@ class ItemRules:
 
     `fingerprint` changes with whatever its answers depend on. `counted`: its engine tells the tokens of each item.
     `truncation` is the engine's field that allows it to cut what is too long. `logits`: its scores are not yet between 0
-    and 1.
+    and 1. `input_types`: it reads queries and documents in different ways, and is told which is which.
     """
 
     fingerprint: str = ""
@@ -42,6 +42,7 @@ class ItemRules:
     inputs_max: int = PART_ITEMS_MAX
     input_tokens_max: int = 300_000
     documents_max: int = 10_000
+    input_types: bool = False
 
     def truncating(self, truncate: bool | None) -> dict[str, Any]:
         """The engine's field for `truncate`. Raises InvalidRequest where it has none."""
@@ -98,8 +99,11 @@ class Items(Protocol):
     def digests(self) -> Iterator[bytes]:
         """One for each content in order; equal only where the same project would get the same of the same model."""
 
+    def group(self, place: int) -> int:
+        """Which contents the engine can be asked for together: those of one group."""
+
     def body_for(self, places: Sequence[int]) -> bytes:
-        """The engine's body for the contents at `places`."""
+        """The engine's body for the contents at `places`, which are of one group."""
 
     def read(self, raw: bytes, places: int) -> Part:
         """The engine's answer for so many contents. Raises EngineGarbled."""
@@ -110,7 +114,10 @@ class Items(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What is to be computed, and how: `fields` is the engine's body without `field`, which holds the contents."""
+    """What is to be computed, and how: `fields` is the engine's body without `field`, which holds the contents.
+
+    `first` is the same for the first content, where the engine reads that in another way.
+    """
 
     project: str
     model: str
@@ -118,13 +125,13 @@ class Contents:
     field: str
     fields: Mapping[str, Any]
     all: tuple[Content, ...]
+    first: Mapping[str, Any] | None = None
 
     def digests(self) -> Iterator[bytes]:
         """One for each content."""
-        said = to_json([self.project, self.model, self.rules.fingerprint, self.field, self.fields])
-        base = hashlib.blake2b(said + b"\n", digest_size=_DIGEST_BYTES)
-        for content in self.all:
-            digest = base.copy()
+        base = self._base(self.fields)
+        for place, content in enumerate(self.all):
+            digest = base.copy() if self.first is None or place else self._base(self.first)
             if isinstance(content, str):
                 digest.update(b"s" + content.encode())
             else:
@@ -134,7 +141,16 @@ class Contents:
     def body_for(self, places: Sequence[int] | None = None) -> bytes:
         """The engine's body for some of the contents, or for all."""
         wanted = self.all if places is None else [self.all[place] for place in places]
-        return to_json({**self.fields, self.field: wanted})
+        fields = self.first if self.first is not None and places and places[0] == 0 else self.fields
+        return to_json({**fields, self.field: wanted})
+
+    def group(self, place: int) -> int:
+        """The first content is for itself where it has fields of its own."""
+        return int(self.first is not None and place == 0)
+
+    def _base(self, fields: Mapping[str, Any]) -> "hashlib.blake2b":
+        said = to_json([self.project, self.model, self.rules.fingerprint, self.field, fields])
+        return hashlib.blake2b(said + b"\n", digest_size=_DIGEST_BYTES)
 
 
 def answer_of(raw: bytes) -> dict[str, Any]:

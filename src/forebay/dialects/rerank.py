@@ -124,6 +124,10 @@ class Scores:
         """One for each document; the query is a part of it."""
         return self.contents.digests()
 
+    def group(self, place: int) -> int:
+        """All together."""
+        return self.contents.group(place)
+
     def body_for(self, places: Sequence[int]) -> bytes:
         """The engine's body for some documents."""
         return self.contents.body_for(places)
@@ -166,6 +170,10 @@ class Similarities:
     def digests(self) -> Iterator[bytes]:
         """One for the query and one for each document."""
         return self.contents.digests()
+
+    def group(self, place: int) -> int:
+        """All together."""
+        return self.contents.group(place)
 
     def body_for(self, places: Sequence[int]) -> bytes:
         """The engine's body for some of them."""
@@ -236,9 +244,10 @@ def _call(body: _Reranking, context: Context, *, cohere: bool, truncate: bool) -
 def _compare(body: _Reranking, context: Context, ranking: Ranking, *, truncate: bool) -> Call:
     if "" in ranking.texts:
         raise InvalidRequest("An empty document has no embedding.", param="documents", code="invalid_value")
-    fields = embeddings.embedding_fields(context, body.model, truncate)
-    both = (body.query, *ranking.texts)
-    contents = Contents(context.project, body.model, context.items, "input", fields, both)
+    fields = embeddings.embedding_fields(context, body.model, truncate, "document")
+    asking = embeddings.embedding_fields(context, body.model, truncate, "query")
+    both, first = (body.query, *ranking.texts), asking if asking != fields else None
+    contents = Contents(context.project, body.model, context.items, "input", fields, both, first)
     work = Similarities(contents, ranking, bool(body.raw_scores))
     return embeddings.call_for(contents, work, context, embeddings.PATH, Capability.RERANK)
 

@@ -134,6 +134,7 @@ class Calls:
             inputs_max=model.inputs_max,
             input_tokens_max=model.input_tokens_max,
             documents_max=model.documents_max,
+            input_types=traits.input_types,
         )
 
 

@@ -43,7 +43,8 @@ class Traits:
     llama.cpp takes `required` and lets the model chat on instead. `log_is_clean`: it prints nothing that a caller wrote.
     `extensions`: whose additions to the dialect it understands. `sees_images`: its messages may hold images.
     `counts_items`: it tells the tokens of each input or document;
-    `truncation` is its field that lets it cut one that is too long; `logits`: it scores documents by logits.
+    `truncation` is its field that lets it cut one that is too long; `logits`: it scores documents by logits;
+    `input_types`: it reads queries in another way than documents.
     """
 
     probe_path: str
@@ -59,6 +60,7 @@ class Traits:
     counts_items: bool = False
     truncation: tuple[str, Any] | None = None
     logits: bool = False
+    input_types: bool = False
 
 
 def traits_of(model: Model) -> Traits:
@@ -74,8 +76,14 @@ def traits_of(model: Model) -> Traits:
                 sees_images=llama.mmproj_file is not None,
                 logits=True,
             )
-        case OnnxModel():
-            return Traits("/slots", counts_items=True, truncation=_TRUNCATE, logits=True)
+        case OnnxModel(options=onnx):
+            return Traits(
+                "/slots",
+                counts_items=True,
+                truncation=_TRUNCATE,
+                logits=True,
+                input_types=bool(onnx.query_prefix or onnx.document_prefix),
+            )
         case FakeModel(options=fake):
             return Traits(
                 "/slots",

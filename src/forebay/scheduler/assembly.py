@@ -7,6 +7,7 @@ let one who fails or leaves take others along: they compute for themselves.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TypeVar
 
 from forebay.clock import Clock, Slices
@@ -119,8 +120,10 @@ class Assembler:
             return
         flights = self._take_off(work, digests)
         try:
-            for start in range(0, len(digests), PART_ITEMS_MAX):
-                await self._compute_part(work, digests[start : start + PART_ITEMS_MAX], flights, wanted)
+            for _, group in groupby(digests, lambda digest: work.items.group(work.places[digest])):
+                together = list(group)
+                for start in range(0, len(together), PART_ITEMS_MAX):
+                    await self._compute_part(work, together[start : start + PART_ITEMS_MAX], flights, wanted)
         finally:
             for digest, flight in flights.items():
                 self._land(digest, flight, None)

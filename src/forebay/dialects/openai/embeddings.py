@@ -23,6 +23,7 @@ INPUT_TOKENS_MAX = 1_048_576
 DIMENSIONS_MAX = 65_536
 _FLOAT_BYTES = 4
 
+InputType = Literal["query", "document"]
 _Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _Text = Annotated[str, Field(min_length=1)]
 _Tokens = Annotated[tuple[_Token, ...], Field(min_length=1, max_length=INPUT_TOKENS_MAX, fail_fast=True)]
@@ -48,7 +49,7 @@ _Input = Annotated[
 
 
 class EmbeddingBody(Wire):
-    """The body of POST /v1/embeddings. `truncate` is ours."""
+    """The body of POST /v1/embeddings. `truncate` and `input_type` are ours."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     input: _Input
@@ -56,6 +57,7 @@ class EmbeddingBody(Wire):
     encoding_format: Literal["float", "base64"] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     truncate: bool | None = None
+    input_type: InputType | None = None
 
     @property
     def contents(self) -> tuple[Content, ...]:
@@ -85,6 +87,10 @@ class Vectors:
         """One for each input."""
         return self.contents.digests()
 
+    def group(self, place: int) -> int:
+        """All together."""
+        return self.contents.group(place)
+
     def body_for(self, places: Sequence[int]) -> bytes:
         """The engine's body for some inputs."""
         return self.contents.body_for(places)
@@ -113,9 +119,13 @@ class Vectors:
         return item
 
 
-def embedding_fields(context: Context, model: str, truncate: bool | None) -> dict[str, Any]:
-    """The engine's body without its input."""
+def embedding_fields(
+    context: Context, model: str, truncate: bool | None, input_type: InputType | None
+) -> dict[str, Any]:
+    """The engine's body without its input. The type of an input is for models that it makes a difference to."""
     fields = {"model": context.remote_model or model, "encoding_format": "base64"}
+    if input_type is not None and context.items.input_types:
+        fields["input_type"] = input_type
     return {**fields, **context.items.truncating(truncate)}
 
 
@@ -129,7 +139,7 @@ def embedding_call(body: EmbeddingBody, context: Context) -> Call:
             code="invalid_value",
         )
     rules.check_size(inputs, "input")
-    fields = embedding_fields(context, body.model, body.truncate)
+    fields = embedding_fields(context, body.model, body.truncate, body.input_type)
     if body.dimensions is not None:
         fields["dimensions"] = body.dimensions
     contents = Contents(context.project, body.model, rules, "input", fields, inputs)
