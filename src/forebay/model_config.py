@@ -89,6 +89,9 @@ class OnnxOptions(Section):
     provider: Literal["cpu", "cuda", "rocm"] = Field(
         "cpu", description="Device; the installed build of onnxruntime has to have it."
     )
+    int8: bool = Field(
+        False, description="Compute with 8-bit integers on a CPU: about a quarter faster, and a little less exact."
+    )
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
     batches_at_once: Annotated[int, Field(ge=0, le=64)] = Field(
         0, description="Batches that are computed at once and share the threads; 0 takes 2 on a CPU and 1 on a GPU."
@@ -144,12 +147,42 @@ class UpstreamOptions(Section):
     base_url: str = Field(pattern=r"^https?://", description="Base URL up to and including `/v1`.")
     key_env: str | None = Field(None, description="Environment variable that holds the key.")
     key_file: Path | None = Field(None, description="File that holds the key.")
+    caller_key: bool = Field(
+        False,
+        description="Requests bring the caller's own key for it, in the header `X-Upstream-Authorization`; batches cannot.",
+    )
     headers: dict[str, str] = Field({}, description="Further request headers.")
     connect_timeout_seconds: Seconds = Field(10, description="Time to reach it.")
+    first_byte_timeout_seconds: Seconds = Field(
+        120, description="Time for the first byte of an answer, connecting included; then 504."
+    )
+    retries_max: Annotated[int, Field(ge=0, le=10)] = Field(
+        2,
+        description="Further tries where no connection could be made, or after 429 or 503 with a Retry-After; never after the first byte of an answer.",
+    )
+    retry_wait_seconds_max: Annotated[float, Field(ge=0, le=120)] = Field(
+        5, description="Longest Retry-After that is waited out here; a longer one is passed on."
+    )
+    circuit_failures: Annotated[int, Field(ge=1, le=1000)] = Field(
+        5, description="Failures in a row after which it is left alone."
+    )
+    circuit_cooldown_seconds: Seconds = Field(
+        30,
+        description="How long it is left alone before one request tries it again; meanwhile requests get 503 at once.",
+    )
     capabilities: Capabilities = Field(_TEXT, description=_SERVED)
     logits: bool = Field(False, description=_LOGITS)
     remote_model: str | None = Field(None, description="Model name sent upstream; the catalogue name if absent.")
     vision: bool = Field(False, description="Whether the model takes images in messages.")
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        own = self.key_env or self.key_file or "authorization" in {name.lower() for name in self.headers}
+        if self.caller_key and own:
+            raise ValueError("with `caller_key` it gets no key of this server; leave the other keys out")
+        if self.key_env and self.key_file:
+            raise ValueError("`key_env` and `key_file` exclude each other")
+        return self
 
 
 class FakeOptions(Section):

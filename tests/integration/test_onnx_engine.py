@@ -88,7 +88,17 @@ def _raw_get(engine: Engine, path: str) -> str:
         return connection.getresponse().read().decode()
 
 
-def test_vectors_are_those_of_the_authors_weights(engine: Engine, tokenizer: Tokenizer) -> None:
+@pytest.fixture(scope="module")
+def integers() -> Iterator[Engine]:
+    with _engine(int8=True) as found:
+        yield found
+
+
+@pytest.mark.parametrize("numbers", ["engine", "integers"])
+def test_vectors_are_those_of_the_authors_weights(
+    numbers: str, request: pytest.FixtureRequest, tokenizer: Tokenizer
+) -> None:
+    engine: Engine = request.getfixturevalue(numbers)
     texts = [*ODD_TEXTS, *_texts(200 - len(ODD_TEXTS), seed=1, longest=60)]
     reference = Reference(minilm_weights())
     found = _embed(engine, texts)
@@ -97,6 +107,13 @@ def test_vectors_are_those_of_the_authors_weights(engine: Engine, tokenizer: Tok
     for text, vector in zip(texts, found, strict=True):
         wanted = unit(reference.hidden(tokenizer.encode(text).ids).mean(0))
         assert float(vector @ wanted) >= 0.98, text
+
+
+def test_a_vector_does_not_depend_on_its_batch(integers: Engine) -> None:
+    texts = _texts(24, seed=11, longest=30)
+    together = _embed(integers, texts)
+    for text, vector in zip(texts, together, strict=True):
+        assert float(vector @ _embed(integers, text)[0]) > 0.9999
 
 
 def test_order_is_kept_under_mixed_requests(engine: Engine) -> None:

@@ -17,6 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as library
 
 from forebay.engines.batcher import Item
 from forebay.engines.compute import StepFailed
+from forebay.engines.onnx_int8 import quantised
 from forebay.engines.serving import OutOfMemory, refuse_to_start
 
 Vectors = npt.NDArray[np.float32]
@@ -36,7 +37,7 @@ _MEMORY_WORDS = re.compile(r"bad_alloc|out of memory|failed to allocate|bad allo
 _SMALL_NORM = 1e-12
 
 
-def open_session(path: str, provider: str, threads: int) -> onnxruntime.InferenceSession:
+def open_session(path: str, provider: str, threads: int, *, int8: bool) -> onnxruntime.InferenceSession:
     """The loaded model on the device that was asked for. Ends the process when that cannot be; raises OutOfMemory."""
     wanted = next((each for each in PROVIDERS[provider] if each in onnxruntime.get_available_providers()), None)
     if wanted is None:
@@ -52,7 +53,7 @@ def open_session(path: str, provider: str, threads: int) -> onnxruntime.Inferenc
     # Threads that spin while they wait take the core from whatever else runs there: the server, or another engine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+        session = onnxruntime.InferenceSession(quantised(path) if int8 else path, options, providers=[wanted])
     except _ERRORS as error:
         _raise_if_memory(error)
         refuse_to_start(f"ONNX Runtime cannot load {Path(path).name}: {_without_folder(error, path)}")

@@ -30,6 +30,7 @@ class Spec:
     capability: str = "embedding"
     provider: str = "cpu"
     threads: int = 0
+    int8: bool = False
     batches_at_once: int = 0
     pooling: str = "mean"
     normalise: bool = True
@@ -60,7 +61,7 @@ class Engine:
         self._tokens = Tokens(spec.tokenizer_path, spec.context)
         cores = spec.threads or onnx_model.cores()
         workers = spec.batches_at_once or (min(2, cores) if spec.provider == "cpu" else 1)
-        session = onnx_model.open_session(spec.model_path, spec.provider, max(1, cores // workers))
+        session = onnx_model.open_session(spec.model_path, spec.provider, max(1, cores // workers), int8=spec.int8)
         pooling = onnx_model.pooled(spec.pooling, normalise=spec.normalise)
         finish = onnx_model.scores if spec.capability == "rerank" else pooling
         encoder = onnx_model.Encoder(session, finish, self._tokens.pad, spec.rehearse_tokens_max)
@@ -252,6 +253,9 @@ def main() -> None:
     spec, key = read_spec(Spec)
     if min(spec.slots, spec.context, spec.batch_tokens) < 1:
         refuse_to_start(f"{spec.name} needs at least 1 for slots, context and batch_tokens.")
+
+    if spec.int8 and spec.provider != "cpu":
+        refuse_to_start(f"{spec.name} can compute with `int8` on a CPU only. Leave it out.")
 
     def load(loop: asyncio.AbstractEventLoop) -> Service:
         engine = Engine(spec, loop)

@@ -79,7 +79,7 @@ DEFAULT_MODELS: Mapping[str, Model] = {
                 size_bytes=466247,
             )
         },
-        options=OnnxOptions(context=512),
+        options=OnnxOptions(int8=True),
     ),
     "qwen2.5-0.5b-instruct": _chat(
         "hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF@9217f5db79a29953eb74d5343926648285ec7e67/qwen2.5-0.5b-instruct-q4_k_m.gguf",
