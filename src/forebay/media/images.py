@@ -7,7 +7,7 @@ sees an address.
 import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Protocol
 
 from forebay.clock import Clock
@@ -48,8 +48,9 @@ class Images:
         self._checker = Checker(settings, clock)
         self._places = asyncio.Semaphore(settings.fetches_at_once + settings.checks_at_once)
         self._fetches = asyncio.Semaphore(settings.fetches_at_once)
-        # Lines of batches leave a place for the front door, where there is more than one.
-        self._patient = asyncio.Semaphore(max(1, settings.checks_at_once - 1))
+        # Lines of batches leave places for the front door, where there is more than one.
+        self._patient = asyncio.Semaphore(max(1, settings.fetches_at_once // 2))
+        self._patient_checks = asyncio.Semaphore(max(1, settings.checks_at_once - 1))
         self._waiting = 0
 
     async def close(self) -> None:
@@ -71,7 +72,7 @@ class Images:
                 code="invalid_value",
             )
         async with self._turn(patient=patient):
-            return await self._pictures(refs, project)
+            return await self._pictures(refs, project, patient=patient)
 
     @asynccontextmanager
     async def _turn(self, *, patient: bool) -> AsyncIterator[None]:
@@ -88,7 +89,7 @@ class Images:
         finally:
             self._waiting -= 1
 
-    async def _pictures(self, refs: Sequence[ImageRef], project: str) -> tuple[str, ...]:
+    async def _pictures(self, refs: Sequence[ImageRef], project: str, *, patient: bool) -> tuple[str, ...]:
         pictures, left = [], self._settings.request_bytes_max
         for ref in refs:
             try:
@@ -96,7 +97,10 @@ class Images:
                 left -= _decoded_bytes(data) if in_base64 else len(data)
                 if left < 0:
                     raise _too_large(f"All images of a request have at most {self._settings.request_bytes_max} bytes.")
-                pictures.append(await self._checker.check(data, declared=declared, in_base64=in_base64, low=ref.low))
+                async with self._patient_checks if patient else nullcontext():
+                    pictures.append(
+                        await self._checker.check(data, declared=declared, in_base64=in_base64, low=ref.low)
+                    )
             except ForebayError as error:
                 error.param = ref.param
                 raise
