@@ -146,6 +146,7 @@ def test_images_are_found_and_put_back_in_their_order() -> None:
     messages = [{"role": "user", "content": [text("a"), PNG, result]}]
     found = message_images(parse(MessagesBody, body(messages=messages)))
     assert [ref.url for ref in found] == ["https://images.example.com/a.png", "data:image/png;base64,AAAA"]
+    assert [ref.param for ref in found] == ["messages[0].content[2].content[1].source", "messages[0].content[1].source"]
     call = made(images=("data:1", "data:2"), messages=messages)
     assert json.loads(call.request.body)["messages"] == [
         {"role": "tool", "tool_call_id": "t1", "content": "see"},

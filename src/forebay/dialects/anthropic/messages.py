@@ -31,10 +31,11 @@ from forebay.dialects.anthropic.blocks import (
 from forebay.dialects.anthropic.events import CountedTokens, Messages
 from forebay.dialects.images import ImageRef
 from forebay.dialects.openai.call import STOPS_MAX, TOKENS_MAX, Call, Context, Stop, Wire, parse
-from forebay.dialects.openai.chat import MESSAGES_MAX, ChatBody, chat_call, images_of
+from forebay.dialects.openai.chat import MESSAGES_MAX, ChatBody, chat_call
 from forebay.dialects.tokens import count_path
 from forebay.errors import InvalidRequest
 
+_LOOKED_AT = "data:,"  # stands for an image, which is large; the one of `Context.images` takes its place
 PATH = "/v1/messages"
 COUNT_PATH = "/v1/messages/count_tokens"
 _SPOKEN = {
@@ -111,11 +112,24 @@ def count_call(body: CountBody, context: Context) -> Call:
 
 
 def message_images(body: CountBody) -> tuple[ImageRef, ...]:
-    """Its images, in the order in which they come in the chat that it becomes."""
-    blocks = [block for message in body.messages if isinstance(message.content, tuple) for block in message.content]
-    if not any(isinstance(block, ImageBlock | ToolResultBlock) for block in blocks):
-        return ()
-    return images_of(_chat_body(_conversation(body)))
+    """Its images, in the order in which they come in the chat that it becomes: `Context.images` gives them back in it."""
+    found = []
+    for number, message in enumerate(body.messages):
+        if message.role == "user" and isinstance(message.content, tuple):
+            places = [(f"messages[{number}].content[{index}]", block) for index, block in enumerate(message.content)]
+            found += [
+                ref for place, block in places if isinstance(block, ToolResultBlock) for ref in _refs(place, block)
+            ]
+            found += [
+                ImageRef(f"{place}.source", url=block.url) for place, block in places if isinstance(block, ImageBlock)
+            ]
+    return tuple(found)
+
+
+def _refs(place: str, result: ToolResultBlock) -> Iterator[ImageRef]:
+    for index, block in enumerate(result.content if isinstance(result.content, tuple) else ()):
+        if isinstance(block, ImageBlock):
+            yield ImageRef(f"{place}.content[{index}].source", url=block.url)
 
 
 def _shows_thinking(thinking: Thinking | None) -> bool:
@@ -218,7 +232,7 @@ def _chat_content(blocks: list[TextBlock | ImageBlock]) -> Any:
     return [
         {"type": "text", "text": block.text}
         if isinstance(block, TextBlock)
-        else {"type": "image_url", "image_url": {"url": block.url}}
+        else {"type": "image_url", "image_url": {"url": _LOOKED_AT}}
         for block in blocks
     ]
 
