@@ -126,6 +126,14 @@ async def test_a_turn_is_continued(client: anthropic.AsyncAnthropic) -> None:
     assert second.content[0].text  # type: ignore[union-attr]
 
 
+async def test_words_put_into_the_model_s_mouth_are_continued(client: anthropic.AsyncAnthropic) -> None:
+    begun: Any = [*HAMLET, {"role": "assistant", "content": "Hamlet was written by"}]
+    message = await client.messages.create(
+        model="smol", max_tokens=4, messages=begun, extra_body={"temperature": 0}, thinking={"type": "disabled"}
+    )
+    assert message.content[0].text.startswith(" William")  # type: ignore[union-attr]
+
+
 async def test_the_stop_sequence_is_named(client: anthropic.AsyncAnthropic) -> None:
     fields: Any = {"model": "smol", "messages": HAMLET, "extra_body": {"temperature": 0}, "max_tokens": 24}
     text = (await client.messages.create(**fields)).content[0].text
