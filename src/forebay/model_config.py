@@ -17,6 +17,7 @@ Seconds = Annotated[float, Field(gt=0, le=604_800)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Bytes = Annotated[int, Field(ge=1, le=2**50)]
 Capabilities = Annotated[tuple[Capability, ...], Field(min_length=1)]
+Trouble = Literal["unavailable", "circuit_open", "not_ready", "queue_full", "failed"]
 _TEXT = (Capability.CHAT, Capability.COMPLETION)
 _SERVED = "What it serves: `chat`, `completion`, `embedding`, `rerank`."
 _LOGITS = "Its rerank scores are raw logits, and not between 0 and 1 already."
@@ -97,7 +98,7 @@ class OnnxOptions(Section):
         0, description="Batches that are computed at once and share the threads; 0 takes 2 on a CPU and 1 on a GPU."
     )
     batch_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = Field(
-        512, description="Tokens of one batch with their padding. On a CPU small ones are fastest; a GPU wants 16384."
+        256, description="Tokens of one batch with their padding. On a CPU small ones are fastest; a GPU wants 16384."
     )
     small_tokens: Annotated[int, Field(ge=0, le=65_536)] = Field(
         128, description="A request with at most so many tokens does not wait for a running batch, but runs beside it."
@@ -223,6 +224,14 @@ class ModelSettings(Section):
         1024, description="Completion tokens when the request does not say."
     )
     inputs_max: Annotated[int, Field(ge=1, le=2048)] = Field(2048, description="Inputs of one embeddings request.")
+    fallback: Annotated[tuple[Annotated[str, Field(pattern=MODEL_NAME)], ...], Field(max_length=8)] = Field(
+        (),
+        description="Models that stand in for it, in this order, before anything is sent; each is followed by its own.",
+    )
+    fallback_on: tuple[Trouble, ...] = Field(
+        ("unavailable", "circuit_open", "not_ready"),
+        description="When they do: `unavailable` (cannot be started or reached), `circuit_open`, `not_ready` (still being pulled), `queue_full` (of requests online), `failed` (went wrong or took too long).",
+    )
     documents_max: Annotated[int, Field(ge=1, le=10_000)] = Field(
         10_000, description="Documents of one rerank request."
     )

@@ -37,7 +37,7 @@ class Spec:
     matryoshka: bool = False
     dimensions_min: int = 32
     context: int = 512
-    batch_tokens: int = 512
+    batch_tokens: int = 256
     small_tokens: int = 128
     query_prefix: str = ""
     document_prefix: str = ""
