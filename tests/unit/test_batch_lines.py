@@ -139,6 +139,16 @@ def test_lines_with_one_long_system_prompt_share_a_prefix() -> None:
     assert prefix(("user", LONG * 8 + "one")) == prefix(("user", LONG * 8 + "two")) != b""
 
 
+def test_lines_with_the_same_long_instructions_share_a_prefix() -> None:
+    def of(instructions: str, text: str) -> bytes:
+        body = {"model": "fake", "instructions": instructions, "input": text}
+        data = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": body}).encode()
+        return prefix_of(parse_line(data, "/v1/responses"))
+
+    assert of(LONG, "one") == of(LONG, "two") != b""
+    assert of("Be brief.", "one") == b""
+
+
 async def test_a_file_of_evil_lines_is_refused_line_by_line() -> None:
     evil = ["\x00", '{"custom_id": "\\ud800"}', "[" * 100_000, '{"a":1e999}', "null", '"x"', "{}", "1" * 5000]
     found = await check(b"\n".join(each.encode() for each in evil))
@@ -257,3 +267,9 @@ async def test_the_chunk_that_began_first_goes_first_and_shared_prefixes_do_not_
     window.leave()
     await asyncio.wait(others[1:])
     assert entered == ["a", "early", "late"]
+
+
+@pytest.mark.parametrize("body", [{"input": ["a" * 2000]}, {"query": "q" * 2000, "documents": ["d" * 2000]}])
+def test_lines_without_a_prompt_share_no_prefix(body: dict[str, Any]) -> None:
+    line = {"custom_id": "a", "method": "POST", "url": CHAT, "body": {"model": "m", **body}}
+    assert prefix_of(parse_line(json.dumps(line).encode(), CHAT)) == b""
