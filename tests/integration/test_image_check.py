@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
+from random import Random
 from typing import Any
 
 import psutil
@@ -97,11 +98,21 @@ async def test_a_program_that_dies_is_replaced(made: Any) -> None:
     (program,) = programs()
     program.send_signal(signal.SIGSTOP)
     waiting = asyncio.create_task(check(checker, picture()))
+    await asyncio.sleep(0)  # it has begun
     program.kill()
     with pytest.raises(ServerError):
         await waiting
     assert await check(checker, picture())
     assert [each.pid for each in programs() if each.status() != psutil.STATUS_ZOMBIE] != [program.pid]
+
+
+async def test_a_program_that_died_while_it_had_nothing_to_do_is_not_noticed(made: Any) -> None:
+    checker = made()
+    await check(checker, picture())
+    (program,) = programs()
+    program.kill()
+    await eventually(partial(_gone, program), what="the end of the program")
+    assert await check(checker, picture())
 
 
 async def test_whoever_gives_up_leaves_no_answer_for_the_next(made: Any) -> None:
@@ -131,6 +142,26 @@ async def test_a_transparent_image_is_on_white_and_16_bits_are_8(made: Any) -> N
     assert await check(checker, encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))) == white
     assert await check(checker, encoded(Image.new("I;16", (8, 8), 65_535))) == white
     assert await check(checker, encoded(Image.new("LA", (8, 8), (0, 0)))) == white
+
+
+async def test_whatever_was_done_to_an_image_it_is_a_picture_or_a_refusal(made: Any, prove: bool) -> None:
+    checker, chance = made(), Random(5)
+    speckled = Image.frombytes("RGB", (60, 40), chance.randbytes(60 * 40 * 3))
+    whole = [encoded(speckled, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF")]
+    refused = 0
+    for number in range(4000 if prove else 200):
+        data = bytearray(whole[number % 4])
+        for _ in range(chance.randrange(1, 8)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        if number % 3 == 0:
+            del data[chance.randrange(len(data)) :]
+        try:
+            assert (await check(checker, bytes(data))).startswith("data:image/")
+        except CallerError as error:
+            assert error.code in {"media_invalid", "media_too_large"}
+            refused += 1
+    assert refused > 50
+    assert len(programs()) == 1, "and the program has lived through all of it"
 
 
 async def test_the_programs_end_with_the_server() -> None:

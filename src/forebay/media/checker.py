@@ -62,7 +62,7 @@ class Checker:
         edge = settings.low_edge_pixels_max if low else settings.edge_pixels_max
         head = json.dumps({"declared": declared, "base64": in_base64, "edge": min(edge, settings.edge_pixels_max)})
         async with self._places:
-            program = self._idle.pop() if self._idle else await _start(settings)
+            program = self._take() or await _start(settings)
             self._busy.add(program)
             whole = False
             try:
@@ -85,12 +85,25 @@ class Checker:
             raise ServerError(_FAILED)
         return picture.decode("ascii")
 
+    def _take(self) -> "_Program | None":
+        """One that is idle, and has not died of something else meanwhile."""
+        while self._idle:
+            program = self._idle.pop()
+            if program.lives:
+                return program
+        return None
+
 
 class _Program:
     """One running program; it looks at one image at a time."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
+
+    @property
+    def lives(self) -> bool:
+        """Whether it has not ended, as far as is known."""
+        return self._process.returncode is None
 
     async def ask(self, head: bytes, data: bytes) -> tuple[int, bytes]:
         """Verdict and picture. Raises OSError or IncompleteReadError if it has ended."""
