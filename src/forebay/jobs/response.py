@@ -18,6 +18,7 @@ from forebay.dialects.openai.call import Call, Thread
 from forebay.dialects.openai.responses_events import ResponseRelay, ResponseShape, joined, numbered, unwell
 from forebay.dialects.openai.responses_writer import Event
 from forebay.errors import (
+    CircuitOpen,
     EngineGarbled,
     EngineTimeout,
     InsufficientStorage,
@@ -26,6 +27,7 @@ from forebay.errors import (
     ModelNotReady,
     Overloaded,
     RequestCancelled,
+    ServerError,
     ShuttingDown,
     StoreUnavailable,
 )
@@ -121,6 +123,7 @@ class ResponseWork:
         if raw is None:
             return Cancelled()  # it was deleted
         job = lease.job
+        self._check_time(job)
         call = await self._calls.prepare(
             RESPONSES,
             raw,
@@ -128,11 +131,11 @@ class ResponseWork:
             project=job.project_id,
             thread=Thread(job.id, job.created_at, self._clock.now),
         )
-        if call.request.priority is not Priority.HIGH:  # nobody waits at the door for it
-            call = replace(call, request=replace(call.request, priority=Priority.LOW))
         log = EventLog(self._responses, lease, self._settings, self._clock) if call.stream else None
         try:
-            body = await self._admitted(lease, call, log)
+            body = await self._by_any(lease, call, log)
+        except (CircuitOpen, Overloaded) as trouble:  # of a provider, which says when to come again
+            return Snoozed(trouble.retry_after_seconds or _PULLING_SECONDS)
         except (ModelNotReady, ShuttingDown) as trouble:
             return Snoozed(0 if isinstance(trouble, ShuttingDown) else _PULLING_SECONDS)
         return self._done(lease, body, [] if log is None else log.rest())
@@ -152,9 +155,25 @@ class ResponseWork:
 
         return Done(write, event=body["status"])
 
+    def _check_time(self, job: Job) -> None:
+        if self._clock.now() > job.created_at + self._settings.responses.background_seconds_max:
+            raise RequestCancelled("The model had no room for this response in time.", code="response_expired")
+
+    async def _by_any(self, lease: Lease, call: Call, log: "EventLog | None") -> dict[str, Any]:
+        """Run by the model that was asked for or, before anything is written down, by those that stand in for it."""
+        while True:
+            try:
+                return await self._admitted(lease, _behind(call), log)
+            except (ServerError, Overloaded) as error:
+                begun = log is not None and log.begun
+                other = None if begun or call.otherwise is None else call.otherwise(error)
+                if other is None:
+                    raise
+                self._metrics.fallbacks.labels(call.request.model, other.request.model).inc()
+                call = other
+
     async def _admitted(self, lease: Lease, call: Call, log: "EventLog | None") -> dict[str, Any]:
         """Wait for a place, within the time that a response has, and run."""
-        too_late_at = lease.job.created_at + self._settings.responses.background_seconds_max
         while True:
             admitted = False
             try:
@@ -165,9 +184,8 @@ class ResponseWork:
                 if admitted:
                     raise  # that of an upstream
                 pause = self._clock.jitter(error.retry_after_seconds or 1.0)
-            if self._clock.now() + pause > too_late_at:
-                raise RequestCancelled("The model had no room for this response in time.", code="response_expired")
             await self._clock.sleep(pause)
+            self._check_time(lease.job)
 
     async def _run(self, permit: Permit, call: Call, log: "EventLog | None") -> dict[str, Any]:
         assert isinstance(call.shape, ResponseShape)
@@ -232,6 +250,11 @@ class EventLog:
         if self._writing is not None:
             await self._writing
 
+    @property
+    def begun(self) -> bool:
+        """Whether events of this attempt may have been told."""
+        return self._writing is not None
+
     def add(self, events: Sequence[Event]) -> None:
         """Take in events. Raises LeaseLost if another attempt has the job, InvalidRequest if there are too many."""
         if self._lost is not None:
@@ -277,6 +300,13 @@ class EventLog:
             self._lost = lost
             self._ending.set()
         self._frozen = None
+
+
+def _behind(call: Call) -> Call:
+    """The call behind those at the door, where nobody waits for it."""
+    if call.request.priority is Priority.HIGH:
+        return call
+    return replace(call, request=replace(call.request, priority=Priority.LOW))
 
 
 def _batch(events: Sequence[Event], first: int, attempt: int) -> EventBatch:

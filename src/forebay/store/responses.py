@@ -201,7 +201,8 @@ class ResponseStore:
 
     def _chain(self, project_id: str, response_id: str) -> sa.Select[Any]:
         """A response and those before it, newest first."""
-        columns = (responses.c.id, responses.c.previous_id, responses.c.status, responses.c.bytes)
+        size = (sa.func.length(responses.c.input) + sa.func.length(responses.c.body)).label("size")
+        columns = (responses.c.id, responses.c.previous_id, responses.c.status, size)
         visible = (_of(project_id), self._is_visible())
         first = sa.select(*columns, sa.literal(1).label("place")).where(responses.c.id == response_id, *visible)
         chain = first.cte("chain", recursive=True)
@@ -225,7 +226,7 @@ class ResponseStore:
             )
         if chain[-1].previous_id is not None:
             raise NotFound("A response earlier in this conversation is no longer kept. Send the items as `input`.")
-        if sum(row.bytes for row in chain) > self._settings.conversation_bytes_max:
+        if sum(row.size for row in chain) > self._settings.conversation_bytes_max:
             raise InvalidRequest(
                 f"The conversation is larger than {self._settings.conversation_bytes_max} bytes. "
                 "Send what matters as `input`.",
@@ -324,9 +325,11 @@ class ResponseStore:
             placed.c.place > self._settings.per_project_max, placed.c.size > self._settings.project_bytes_max
         )
         query = sa.select(placed.c.id).where(beyond, placed.c.status.not_in(UNFINISHED))
-        async with self.database.begin() as transaction:
-            ids = (await transaction.scalars(query.order_by(placed.c.place.desc()).limit(_TRIM_ROWS))).all()
-            await transaction.execute(sa.delete(responses).where(responses.c.id.in_(sorted(ids))))
+        async with self.database.read() as connection:  # it may take a while, in which others can write
+            ids = (await connection.scalars(query.order_by(placed.c.place.desc()).limit(_TRIM_ROWS))).all()
+        if ids:
+            async with self.database.begin() as transaction:
+                await transaction.execute(sa.delete(responses).where(responses.c.id.in_(sorted(ids))))
         return len(ids)
 
     def _is_visible(self) -> sa.ColumnElement[bool]:

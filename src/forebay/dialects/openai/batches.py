@@ -130,6 +130,9 @@ def prefix_of(line: InputLine) -> bytes:
 
     A long system prompt is one by itself; otherwise the first kilobyte of all that is said.
     """
+    instructions = line.body.get("instructions")
+    if isinstance(instructions, str) and len(instructions) >= PREFIX_CHARS_MIN:
+        return _long_enough(instructions)
     messages = line.body.get("messages")
     if not isinstance(messages, list):
         prompt = line.body.get("prompt")
