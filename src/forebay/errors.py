@@ -15,8 +15,10 @@ ForebayError
 ├── ServerError                 our fault, or an engine's
 │   ├── EngineCrashed           502  the engine process died under this request
 │   ├── EngineGarbled           502  the engine answered with something that is not an answer
+│   ├── UpstreamError           502  the provider behind a model failed, or refuses this server
 │   ├── Unreachable             502  an address that a user supplied does not answer
 │   ├── EngineUnavailable       503  no engine for the model is up, and none could be started
+│   │   └── CircuitOpen         503  the provider behind a model failed too often, and is left alone for a while
 │   ├── ModelNotReady           503  the model is still being pulled
 │   ├── Preempted               503  batch work gave its place to an online request; inside, it is run again
 │   ├── ShuttingDown            503  the server is stopping
@@ -151,6 +153,13 @@ class EngineGarbled(ServerError):
     code = "engine_garbled"
 
 
+class UpstreamError(ServerError):
+    """The provider behind this model failed on this request."""
+
+    status = 502
+    code = "upstream_error"
+
+
 class Unreachable(ServerError):
     """The address cannot be reached."""
 
@@ -163,6 +172,10 @@ class EngineUnavailable(ServerError):
 
     status = 503
     code = "engine_unavailable"
+
+
+class CircuitOpen(EngineUnavailable):
+    """The provider behind this model has failed several times in a row and is left alone for a while."""
 
 
 class ModelNotReady(ServerError):

@@ -3,7 +3,7 @@
 This room holds values only. It refuses to know HTTP frameworks, engines and stores.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 
@@ -30,7 +30,7 @@ class Request:
     """One piece of work for a model, checked and ready for an engine.
 
     `body` is the engine's JSON (UTF-8), built from allow-listed fields alone; for a generation it always asks for a stream.
-    `places` is how many of the replica's slots it fills at once (choices times prompts); `tools` that it needs a chat
+    `caller_key` is the caller's own key for an upstream, and shows nowhere. `places` is how many of the replica's slots it fills at once (choices times prompts); `tools` that it needs a chat
     template with tools.
     """
 
@@ -44,6 +44,7 @@ class Request:
     places: int = 1
     tools: bool = False
     traceparent: str | None = None
+    caller_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

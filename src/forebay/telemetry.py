@@ -35,6 +35,8 @@ EVENTS = {
     "model.state": "A model changed its state.",
     "model.pulling": "A model's file is being fetched.",
     "model.pull_failed": "A model's file could not be fetched.",
+    "upstream.circuit_opened": "A provider failed several times in a row and is left alone for a while.",
+    "upstream.circuit_closed": "A provider answers again.",
     "input.quarantined": "An input was in flight at two engine deaths and is refused for a while.",
     "supervisor.bug": "A step of the supervisor ended in an exception that nobody foresaw. This is a bug.",
     "key.created": "A first API key was made.",
@@ -76,6 +78,12 @@ class Metrics:
         self.engine_deaths = self._counter("engine_deaths", "Engine processes that ended unasked.", "model", "kind")
         self.quarantined = self._counter("quarantined_inputs", "Inputs put into quarantine.", "model")
         self.batch_lines = self._counter("batch_lines", "Lines of batches, by outcome.", "model", "outcome")
+        self.upstream_circuit = self._gauge(
+            "upstream_circuit", "Circuit of a provider: 0 closed, 1 one request tries, 2 open.", "model"
+        )
+        self.upstream_failures = self._counter("upstream_failures", "Failures of a provider.", "model", "reason")
+        self.upstream_retries = self._counter("upstream_retries", "Requests sent to a provider once more.", "model")
+        self.fallbacks = self._counter("fallbacks", "Requests that went to another model.", "model", "to")
         self.embedding_items = self._counter(
             "embedding_items", "Inputs and documents: known, computed for another, computed.", "model", "outcome"
         )

@@ -13,6 +13,7 @@ from forebay.gateway.online import Door, OnlineAnswer
 from forebay.gateway.rates import Rates
 from forebay.inference import Request
 from forebay.model_config import FakeModel
+from forebay.replicas.catalog import Catalog
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.scheduler import Limits, Scheduler
 from forebay.store.key_format import Role
@@ -43,8 +44,9 @@ async def test_a_bug_of_ours_costs_the_caller_no_tokens_and_is_counted() -> None
     caller = Principal("key_1", "default", Role.MEMBER, tokens_per_minute=100)
     headers = door.rates.check(caller, 60)
     call = Call(request(1), "chat", stream=True, include_usage=False, tier="default", shape=GENERATION)
+    catalog = Catalog(Settings(default_models=False, models={MODEL: FakeModel(engine="fake")}))
     with pytest.raises(RuntimeError, match="req_1"):
-        await OnlineAnswer(door, call, caller, FakeModel(engine="fake"), 60, headers)({}, _never, _nowhere)
+        await OnlineAnswer(door, call, caller, catalog, 60, headers)({}, _never, _nowhere)
     assert door.empty
     assert door.rates.headers(caller)["x-ratelimit-remaining-tokens"] == "100"
     labels = {"model": MODEL, "capability": "chat", "code": "internal_error"}

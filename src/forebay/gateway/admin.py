@@ -29,6 +29,7 @@ def describe(record: ModelRecord, supervisor: Supervisor, scheduler: Scheduler) 
         "state": supervisor.state(record.name).value,
         "reason": record.reason,
         "retry_at": record.retry_at,
+        "circuit": supervisor.circuit(record.name),
         "wanted": record.wanted,
         "preload": record.settings.preload,
         "slots": record.slots,

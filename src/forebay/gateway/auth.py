@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from forebay.clock import Clock, random_bytes
 from forebay.config import AuthSettings
-from forebay.errors import PermissionDenied, RateLimited, SetupError, StoreUnavailable, Unauthorized
+from forebay.errors import InvalidRequest, PermissionDenied, RateLimited, SetupError, StoreUnavailable, Unauthorized
 from forebay.gateway.bucket import Bucket
 from forebay.inference import Capability
 from forebay.store.key_format import Role, hash_key, lookup_prefix, same_hash
@@ -201,6 +201,25 @@ def _credential(headers: Mapping[str, str]) -> str | None:
     else:
         plain = headers.get("x-api-key", "").strip()
     return plain if 0 < len(plain) <= _CREDENTIAL_CHARS_MAX else None
+
+
+def upstream_key(request: Request) -> str | None:
+    """The caller's own key for a provider, if there is one. Raises InvalidRequest for what can be none."""
+    value = request.headers.get("x-upstream-authorization")
+    if value is None:
+        return None
+    key = (value[7:] if value[:7].lower() == "bearer " else value).strip()
+    if not 0 < len(key) <= _CREDENTIAL_CHARS_MAX or not key.isascii() or not key.isprintable() or " " in key:
+        raise InvalidRequest(
+            "The header X-Upstream-Authorization has to hold a key of the provider: `Bearer <key>`.",
+            code="upstream_key_required",
+        )
+    if key == _credential(request.headers):
+        raise InvalidRequest(
+            "X-Upstream-Authorization holds the API key of this server, which no provider is to see. Send the provider's.",
+            code="upstream_key_required",
+        )
+    return key
 
 
 def _principal(record: KeyRecord) -> Principal:

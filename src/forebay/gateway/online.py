@@ -32,7 +32,7 @@ from forebay.gateway.answers import error_answer
 from forebay.gateway.auth import Principal
 from forebay.gateway.rates import Rates
 from forebay.gateway.streams import EVENT_STREAM
-from forebay.model_config import ModelSettings
+from forebay.replicas.catalog import Catalog
 from forebay.replicas.connection import EngineStream
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.permit import Permit
@@ -44,7 +44,7 @@ _PIECE_BYTES = 2**18  # of a body, so that a reader who takes it slowly is seen 
 _BYTES_PER_TOKEN = 4
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
-Keep = Callable[[], Awaitable[None]]  # writes the answer down before its end is sent; raises ForebayError
+Keep = Callable[[Call], Awaitable[None]]  # writes the answer to a call down before its end is sent; raises ForebayError
 
 
 class Waiting(StrEnum):
@@ -179,6 +179,10 @@ class Door:
         self._metrics.requests.labels(request.model, request.capability.value, error.code).inc()
         self._metrics.rejections.labels(request.model, error.code).inc()
 
+    def note_fallback(self, call: Call, other: Call) -> None:
+        """Write down that `other` takes the place of `call`."""
+        self._metrics.fallbacks.labels(call.request.model, other.request.model).inc()
+
     def _sweep(self, visit: Visit, now: float) -> None:
         stuck = now - visit.since
         if visit.waiting is Waiting.ENGINE and stuck > self._engine_stall_seconds:
@@ -195,7 +199,7 @@ class OnlineAnswer(Response):
         door: Door,
         call: Call,
         principal: Principal,
-        model: ModelSettings,
+        catalog: Catalog,
         tokens_estimate: int,
         rate_headers: Mapping[str, str],
         keep: Keep | None = None,
@@ -205,7 +209,7 @@ class OnlineAnswer(Response):
         self._door = door
         self._call = call
         self._principal = principal
-        self._model = model
+        self._catalog = catalog
         self._rate_headers = rate_headers
         self._arrived_at = door.clock.monotonic()
         self._started = False
@@ -220,7 +224,7 @@ class OnlineAnswer(Response):
         error: ForebayError | None = ServerError(code="internal_error")  # what a bug of ours is written down as
         with self._door.visiting(visit):
             try:
-                await self._serve(visit, send)
+                await self._serve_by_any(visit, send)
                 error = None
             except ForebayError as failure:
                 error = failure
@@ -234,6 +238,21 @@ class OnlineAnswer(Response):
         if error is not None and visit.interrupted_by not in {"client_gone", "client_stalled"}:
             await self._send_error(error, scope, receive, send)
 
+    async def _serve_by_any(self, visit: Visit, send: Send) -> None:
+        """Serve by the model that was asked for or, before anything is sent, by those that stand in for it."""
+        while True:
+            try:
+                await self._serve(visit, send)
+            except ForebayError as error:
+                other = None if self._started or self._call.otherwise is None else self._call.otherwise(error)
+                if other is None:
+                    raise
+                self._door.note_fallback(self._call, other)
+                self._call = visit.call = other
+                visit.progress, visit.first_content_at = Progress(), 0.0
+            else:
+                return
+
     async def _serve(self, visit: Visit, send: Send) -> None:
         call = self._call
         if call.items is None:
@@ -242,7 +261,7 @@ class OnlineAnswer(Response):
             made = await self._door.assembler.answer(call, lambda part: self._run(visit, part, send))
             body, visit.progress = made.body, Progress(made.usage)
         if self._keep is not None:
-            await self._keep()
+            await self._keep(call)
         if call.stream:
             await self._send_events(visit, send, self._held)
             await self._send(visit, send, {"type": "http.response.body", "body": b""})
@@ -256,14 +275,14 @@ class OnlineAnswer(Response):
 
     async def _run(self, visit: Visit, call: Call, send: Send) -> bytes:
         """Admit and run `call`, which is that of the visit or a part of it; the body, if it is not a stream."""
-        door, body = self._door, b""
+        door, body, model = self._door, b"", self._catalog.get(call.request.model)
         visit.waiting = Waiting.LINE
         async with door.scheduler.admit(call.request) as permit:
             visit.admitted_at = visit.admitted_at or door.clock.monotonic()
             visit.waiting = Waiting.FIRST_BYTES
             self._note_place(permit)
             try:
-                async with door.clock.timeout(self._model.request_timeout_seconds), permit.run() as stream:
+                async with door.clock.timeout(model.request_timeout_seconds), permit.run() as stream:
                     if call.stream:
                         await self._relay(visit, permit, stream, send)
                     else:
@@ -324,7 +343,7 @@ class OnlineAnswer(Response):
         self._place = {"x-queue-position": str(permit.position), "x-queue-wait-ms": waited}
 
     def _head_fields(self) -> list[tuple[bytes, bytes]]:
-        fields = {**self._place, **self._rate_headers}
+        fields = {**self._place, "x-served-by": self._call.request.model, **self._rate_headers}
         return [(name.encode(), value.encode()) for name, value in fields.items()]
 
     @staticmethod
@@ -354,5 +373,4 @@ def visit(request: Request, caller: Principal, call: Call, keep: Keep | None = N
     except RateLimited as error:
         door.refuse(call, error)
         return error_answer(error, door.rates.headers(caller), call.shape)
-    model = request.app.state.catalog.get(call.request.model)
-    return OnlineAnswer(door, call, caller, model, estimate, headers, keep)
+    return OnlineAnswer(door, call, caller, request.app.state.catalog, estimate, headers, keep)

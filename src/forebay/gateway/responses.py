@@ -21,7 +21,7 @@ from forebay.dialects.openai.responses_events import ResponseShape, rendered
 from forebay.dialects.openai.responses_items import items_of, listed
 from forebay.errors import Conflict, ForebayError, InvalidRequest, NotFound, Overloaded, RateLimited
 from forebay.gateway.answers import error_answer, json_answer, read_body
-from forebay.gateway.auth import Principal, may_create, principal, role_at_least
+from forebay.gateway.auth import Principal, may_create, principal, role_at_least, upstream_key
 from forebay.gateway.idempotency import create
 from forebay.gateway.jobs import Watchers, page_of
 from forebay.gateway.online import Door, tokens_estimate, trace_of, visit
@@ -71,6 +71,7 @@ async def create_response(request: Request, caller: CanChat) -> Response:
         project=caller.project_id,
         traceparent=trace_of(request),
         thread=thread,
+        caller_key=None if body.background else upstream_key(request),
     )
     new = NewResponse(
         thread.id,
@@ -87,8 +88,8 @@ async def create_response(request: Request, caller: CanChat) -> Response:
     if not body.kept:
         return visit(request, caller, call)
 
-    async def keep() -> None:
-        result = _shape(call).result
+    async def keep(served: Call) -> None:
+        result = _shape(served).result
         assert result is not None, "a response that is sent has ended"
         await responses.keep(_as_kept(new, result))
 

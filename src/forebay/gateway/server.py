@@ -16,7 +16,7 @@ from forebay.dialects.openai.errors import sanitise
 from forebay.errors import ForebayError, InvalidRequest, NotFound
 from forebay.gateway import admin, batches, dead_letters, files, health, jobs, responses, uploads, webhooks
 from forebay.gateway.answers import error_answer, json_answer, read_body, shape_at
-from forebay.gateway.auth import Principal, may_create, principal, role_at_least
+from forebay.gateway.auth import Principal, may_create, principal, role_at_least, upstream_key
 from forebay.gateway.online import Door, trace_of, visit
 from forebay.inference import Capability
 from forebay.replicas.calls import (
@@ -170,6 +170,7 @@ def _model(request: Request, name: str) -> dict[str, Any]:
         "owned_by": "forebay",
         "state": supervisor.state(name).value,
         "reason": sanitise(reason) if reason else None,  # paths are for operators
+        "circuit": supervisor.circuit(name),
     }
 
 
@@ -180,6 +181,7 @@ async def _answer(request: Request, caller: Principal, path: str) -> Response:
         request_id=request.scope["request_id"],
         project=caller.project_id,
         traceparent=trace_of(request),
+        caller_key=upstream_key(request),
     )
     return visit(request, caller, call)
 

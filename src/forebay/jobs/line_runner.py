@@ -15,6 +15,7 @@ from forebay.dialects.openai.batches import InputLine, answer_line, failure_line
 from forebay.dialects.openai.call import Call
 from forebay.errors import (
     CallerError,
+    CircuitOpen,
     EngineCrashed,
     EngineUnavailable,
     ForebayError,
@@ -27,6 +28,7 @@ from forebay.errors import (
 )
 from forebay.inference import Priority
 from forebay.jobs.lines import Place
+from forebay.jobs.pauses import Pauses
 from forebay.jobs.retry import doubling
 from forebay.jobs.segments import Result
 from forebay.model_config import Model
@@ -82,6 +84,7 @@ class LineRunner:
         self._metrics = metrics
         limits = settings.batches
         self._backoff = doubling(limits.line_backoff_seconds, _BACKOFF_SECONDS_MAX, limits.line_attempts_max)
+        self._pauses = Pauses(clock)
         self._suspects: dict[str, asyncio.Lock] = {}
 
     async def run(self, batch: Batch, place: Place, raw: bytes, on_read: OnRead) -> Result:
@@ -99,14 +102,21 @@ class LineRunner:
 
     async def _until_answered(self, line: _Line, on_read: OnRead) -> Result:
         """Attempts until one brings an answer or there have been enough."""
-        call: Call | None = None
+        asked: Call | None = None
+        other: Call | None = None
         while True:
             try:
-                call = call or await self._prepare(line)
-                gathered = await self._attempt(line, call, on_read)
+                asked = asked or await self._prepare(line)
+                gathered = await self._attempt(line, other or asked, on_read)
             except (CallerError, ShuttingDown):
                 raise
             except (ServerError, Overloaded) as error:
+                other = self._stand_in(other or asked, error)
+                if other is not None:
+                    continue
+                if isinstance(error, CircuitOpen) and asked is not None:  # all lines wait for it, and none is to blame
+                    self._pauses.hold(asked.request.model, error.retry_after_seconds)
+                    continue
                 self._note(line, error)
                 pause = self._backoff(len(line.failures))
                 if pause is None and isinstance(error, EngineUnavailable | ModelNotReady | StoreUnavailable):
@@ -118,6 +128,15 @@ class LineRunner:
                 await self._clock.sleep(self._clock.jitter(pause))
             else:
                 return self._answered(line, gathered)
+
+    def _stand_in(self, call: Call | None, error: ForebayError) -> Call | None:
+        """The call for another model; none for a full line, which batch work waits for."""
+        if call is None or call.otherwise is None or isinstance(error, Overloaded):
+            return None
+        other = call.otherwise(error)
+        if other is not None:
+            self._metrics.fallbacks.labels(call.request.model, other.request.model).inc()
+        return other
 
     async def _prepare(self, line: _Line) -> Call:
         return await self._calls.prepare(
@@ -147,13 +166,17 @@ class LineRunner:
 
     async def _admitted(self, call: Call, on_read: OnRead) -> Gathered:
         """Wait for a place as long as it takes, and run; again whenever the place was taken back."""
-        model: Model = self._catalog.get(call.request.model)
+        name = call.request.model
+        model: Model = self._catalog.get(name)
         while True:
+            await self._pauses.wait(name)
             admitted = False
             try:
                 async with self._scheduler.admit_when_room(call.request) as permit:
+                    if self._pauses.held(name):
+                        continue
                     admitted = True
-                    return await gather(
+                    gathered = await gather(
                         permit,
                         call,
                         timeout_seconds=model.request_timeout_seconds,
@@ -161,12 +184,15 @@ class LineRunner:
                         clock=self._clock,
                         on_first=on_read,
                     )
+                    self._pauses.succeeded(name)
+                    return gathered
             except Preempted:
                 continue
             except Overloaded as error:
-                if admitted:
-                    raise  # that of an upstream
-                await self._clock.sleep(self._clock.jitter(error.retry_after_seconds or 1.0))
+                if admitted:  # a provider's: all lines of the model wait, and no attempt is used up
+                    self._pauses.hold(name, error.retry_after_seconds)
+                else:
+                    await self._clock.sleep(self._clock.jitter(error.retry_after_seconds or 1.0))
 
     def _answered(self, line: _Line, gathered: Gathered) -> Result:
         if gathered.usage is not None:

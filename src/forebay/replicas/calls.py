@@ -4,8 +4,9 @@ It refuses a model that is not in the catalogue, one that does not serve the end
 it runs nothing. Images are looked at here, so that no door can forget it.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from forebay.dialects import rerank, tokens
@@ -13,16 +14,17 @@ from forebay.dialects.anthropic import messages
 from forebay.dialects.images import ImageRef
 from forebay.dialects.items import ItemRules
 from forebay.dialects.openai import embeddings
-from forebay.dialects.openai.call import Call, Context, Thread, Wire, parse
+from forebay.dialects.openai.call import Call, Context, Otherwise, Thread, Wire, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call, images_of
 from forebay.dialects.openai.completions import CompletionBody, completion_call
 from forebay.dialects.openai.responses import ResponseBody, response_call, response_images
-from forebay.errors import InvalidRequest
+from forebay.errors import ForebayError, InvalidRequest
 from forebay.inference import Capability, Priority
 from forebay.media.images import Images
-from forebay.model_config import Model
+from forebay.model_config import Model, Trouble, UpstreamModel
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import Traits, capabilities_of, traits_of
+from forebay.replicas.fallbacks import trouble_of
 
 BodyT = TypeVar("BodyT", bound=Wire)
 
@@ -70,6 +72,22 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     DETOKENIZE: Endpoint(Capability.COMPLETION, tokens.DetokenizeBody, tokens.detokenize_call),
 }
 
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A parsed body, who sent it, and its pictures once they are checked."""
+
+    endpoint: Endpoint[Any]
+    body: Any
+    request_id: str
+    project: str
+    traceparent: str | None
+    priority: Priority | None
+    thread: Thread | None
+    caller_key: str | None = field(repr=False)
+    images: tuple[str, ...] = ()
+
+
 _OF_ITEMS = frozenset({Capability.EMBEDDING, Capability.RERANK})
 _NO_RULES = ItemRules()
 
@@ -91,43 +109,89 @@ class Calls:
         traceparent: str | None = None,
         priority: Priority | None = None,
         thread: Thread | None = None,
+        caller_key: str | None = None,
     ) -> Call:
         """The call that `raw` asks for at `path`, which is one of ENDPOINTS. `priority` overrides that of the tier.
 
+        `caller_key` is the caller's own key for an upstream, if there is one.
         Raises InvalidRequest and ModelNotFound; where the body has images also what `Images.inline` raises.
         """
         endpoint = ENDPOINTS[path]
         body = parse(endpoint.body, raw)
         del raw  # with images it is large, and its turn to be looked at may be long in coming
+        asked = _Asked(endpoint, body, request_id, project, traceparent, priority, thread, caller_key)
+        self._check(asked, body.model)
+        images = await self._images.inline(endpoint.images(body), project, patient=priority is Priority.BATCH)
+        asked = replace(asked, images=images)
+        call = self._make(asked, body.model)
         model = self._catalog.get(body.model)
-        needed = endpoint.capability if endpoint.needs is None else endpoint.needs(body)
-        _check_capability(body.model, model, needed)
-        traits = traits_of(model)
-        refs = endpoint.images(body)
-        if refs and not traits.sees_images:
+        others = self._catalog.fallbacks(body.model)
+        return replace(call, otherwise=self._otherwise(asked, others, model.fallback_on)) if others else call
+
+    def _otherwise(self, asked: "_Asked", names: tuple[str, ...], on: tuple[Trouble, ...]) -> Otherwise:
+        """What gives the call for the first of `names` that can take it, where the trouble is one of `on`."""
+
+        def otherwise(error: ForebayError) -> Call | None:
+            if trouble_of(error) not in on:
+                return None
+            for place, name in enumerate(names, 1):
+                try:
+                    self._check(asked, name)
+                    call = self._make(asked, name)
+                except InvalidRequest:
+                    continue
+                return replace(call, otherwise=self._otherwise(asked, names[place:], on))
+            return None
+
+        return otherwise
+
+    def _check(self, asked: "_Asked", name: str) -> None:
+        """Refuse what the model by this name cannot do at all."""
+        model, endpoint = self._catalog.get(name), asked.endpoint
+        needed = endpoint.capability if endpoint.needs is None else endpoint.needs(asked.body)
+        _check_capability(name, model, needed)
+        refs = endpoint.images(asked.body)
+        if refs and not traits_of(model).sees_images:
             raise InvalidRequest(
-                f"The model {body.model} does not take images.", param=refs[0].param, code="capability_not_supported"
+                f"The model {name} does not take images.", param=refs[0].param, code="capability_not_supported"
             )
-        images = await self._images.inline(refs, project, patient=priority is Priority.BATCH)
+        if _wants_key(model) and asked.caller_key is None:
+            raise InvalidRequest(
+                f"The model {name} takes your own key of its provider, in the header X-Upstream-Authorization. Lines of "
+                "batches and responses in the background cannot bring one.",
+                param="model",
+                code="upstream_key_required",
+            )
+
+    def _make(self, asked: "_Asked", name: str) -> Call:
+        """The call for the model by this name, which may be another than that of the body."""
+        model = self._catalog.get(name)
+        traits = traits_of(model)
+        body = asked.body if name == asked.body.model else asked.body.model_copy(update={"model": name})
+        key = asked.caller_key if _wants_key(model) else None
+        items = asked.endpoint.capability in _OF_ITEMS
         context = Context(
-            request_id=request_id,
-            project=project,
-            traceparent=traceparent,
+            request_id=asked.request_id,
+            project=asked.project,
+            traceparent=asked.traceparent,
             max_tokens=model.max_tokens,
             slots=model.slots,
             remote_model=traits.remote_model,
             enforces_tool_choice=traits.enforces_tool_choice,
             extensions=traits.extensions,
-            items=self._rules(body.model, model, traits) if endpoint.capability in _OF_ITEMS else _NO_RULES,
-            images=images,
-            thread=thread,
+            items=self._rules(name, model, traits, key) if items else _NO_RULES,
+            images=asked.images,
+            thread=asked.thread,
         )
-        call = endpoint.build(body, context)
-        return call if priority is None else replace(call, request=replace(call.request, priority=priority))
+        call = asked.endpoint.build(body, context)
+        priority = call.request.priority if asked.priority is None else asked.priority
+        return replace(call, request=replace(call.request, priority=priority, caller_key=key))
 
-    def _rules(self, name: str, model: Model, traits: Traits) -> ItemRules:
+    def _rules(self, name: str, model: Model, traits: Traits, key: str | None) -> ItemRules:
+        # What somebody's own key has paid for is for that key alone.
+        own = "" if key is None else hashlib.sha256(key.encode()).hexdigest()
         return ItemRules(
-            fingerprint=self._catalog.fingerprint(name),
+            fingerprint=self._catalog.fingerprint(name) + own,
             counted=traits.counts_items,
             truncation=traits.truncation,
             logits=traits.logits,
@@ -136,6 +200,11 @@ class Calls:
             documents_max=model.documents_max,
             input_types=traits.input_types,
         )
+
+
+def _wants_key(model: Model) -> bool:
+    """Whether its provider is asked with the caller's own key."""
+    return isinstance(model, UpstreamModel) and model.options.caller_key
 
 
 def _check_capability(name: str, model: Model, needed: Capability) -> None:

@@ -23,6 +23,7 @@ from forebay.model_config import (
     VllmModel,
 )
 from forebay.replicas import gguf, sources
+from forebay.replicas.fallbacks import chains
 from forebay.replicas.sources import FileSource, HubSource, Source
 
 _SHOWN_MAX = 128
@@ -133,6 +134,7 @@ class Catalog:
         """Read the register. Raises SetupError when a model's source is not right."""
         self.folder = settings.models_folder
         self._models = {**(DEFAULT_MODELS if settings.default_models else {}), **settings.models}
+        self._chains = chains(self._models)
         self._sources = {name: _source(name, model) for name, model in self._models.items()}
         self._further = {name: _further(name, model) for name, model in self._models.items()}
         self._said = {name: _digest(model) for name, model in self._models.items()}
@@ -147,6 +149,11 @@ class Catalog:
         if name not in self._models:
             raise ModelNotFound(f"There is no model `{_shown(name)}`. GET /v1/models lists the ones there are.")
         return self._models[name]
+
+    def fallbacks(self, name: str) -> tuple[str, ...]:
+        """Those that stand in for it, the first first."""
+        self.get(name)
+        return self._chains[name]
 
     def source(self, name: str) -> Source | None:
         """Where its file comes from; None when it has no source."""

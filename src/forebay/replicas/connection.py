@@ -56,12 +56,19 @@ class EngineStream:
         self.connection: Connection | None = None
         self.finished = False
         self._response: aiohttp.ClientResponse | None = None
+        self._begin(session, url, headers, body)
+
+    def _begin(self, session: aiohttp.ClientSession, url: str, headers: Mapping[str, str], body: bytes) -> None:
         self._request = asyncio.create_task(self._send(session, url, headers, body))
 
     async def open(self) -> int:
         """Wait for the engine's answer to begin; its HTTP status. Raises aiohttp.ClientError."""
         self._response = response = await asyncio.shield(self._request)
         return response.status
+
+    def header(self, name: str) -> str | None:
+        """A header of the answer, once it has begun."""
+        return None if self._response is None else self._response.headers.get(name)
 
     async def read(self) -> bytes:
         """The next bytes, as many as there are; b"" at the end. Raises aiohttp.ClientError on a cut."""

@@ -22,6 +22,7 @@ from forebay.replicas.launcher import EngineProcess, Launcher
 from forebay.replicas.postmortem import Cause, Death, Quarantine, classify, kernel_oom_kills
 from forebay.replicas.replica import Replica, ReplicaState
 from forebay.replicas.state import ModelState
+from forebay.replicas.upstream import Circuit, Upstream
 from forebay.telemetry import Log, Metrics
 
 _PROBE_SECONDS = 0.05
@@ -44,6 +45,7 @@ class Workshop:
     environment: Mapping[str, str]
     session: Callable[[str, Traits, Model], aiohttp.ClientSession]
     on_change: Callable[[str], None]
+    circuits: Mapping[str, Circuit]
 
 
 class Keeper:
@@ -175,16 +177,7 @@ class Keeper:
 
     async def _live_once(self) -> None:
         """(1) launch, (2) wait until it answers, (3) serve, (4) drain, (5) stop, (6) bury."""
-        shop = self._shop
-        traits = traits_of(self._model)
-        replica = Replica(
-            new_id("replica"),
-            self._name,
-            self._slots(),
-            traits,
-            shop.session(self._name, traits, self._model),
-            shop.quarantine,
-        )
+        replica = self._new_replica()
         oom_before = kernel_oom_kills()
         process = await self._launch(replica)
         self.replica = replica
@@ -199,10 +192,28 @@ class Keeper:
             exit_code = await self._stop(process, kill=cause is not None or self._condemned is not None)
             self._bury(replica, process, cause, exit_code, kernel_oom_kills() - oom_before)
 
+    def _new_replica(self) -> Replica:
+        shop, model, traits = self._shop, self._model, traits_of(self._model)
+        session, identity = shop.session(self._name, traits, model), new_id("replica")
+        if not isinstance(model, UpstreamModel):
+            return Replica(identity, self._name, self._slots(), traits, session, shop.quarantine)
+        return Upstream(
+            identity,
+            self._slots(),
+            traits,
+            session,
+            shop.quarantine,
+            model.options,
+            shop.circuits[self._name],
+            shop.limits.stall_seconds,
+            shop.clock,
+            shop.metrics,
+        )
+
     async def _launch(self, replica: Replica) -> EngineProcess | None:
         shop, model = self._shop, self._model
         if isinstance(model, UpstreamModel):
-            replica.address = model.options.base_url.removesuffix("/").removesuffix("/v1")
+            replica.address = model.options.base_url.removesuffix("/")
             key = upstream_key(model.options, shop.environment)
             replica.headers = {**model.options.headers, **({"Authorization": f"Bearer {key}"} if key else {})}
             return None

@@ -87,14 +87,14 @@ class Replica:
         number = self._sequence
         self.in_flight[number] = request
         self.idle.clear()
-        stream = EngineStream(self._session, self.address + request.path, self._headers_for(request), request.body)
+        stream = self._stream_for(request)
         try:
-            await self._open(stream)
+            await self._open(stream, request)
             yield stream
         except (aiohttp.ClientError, OSError) as error:
             raise await self._explain(request, error) from None
         except ForebayError as error:
-            error.args = (self._strike_out(str(error)),)
+            error.args = (self._strike_out(str(error), request),)
             raise
         finally:
             if stream.finished:
@@ -115,15 +115,18 @@ class Replica:
             return EngineUnavailable()
         return EngineGarbled()
 
-    async def _open(self, stream: EngineStream) -> None:
+    def _stream_for(self, request: Request) -> EngineStream:
+        return EngineStream(self._session, self.address + request.path, self._headers_for(request), request.body)
+
+    async def _open(self, stream: EngineStream, request: Request) -> None:
         status = await stream.open()
         if status != 200:
             said = (await stream.read_error()).decode("utf-8", "replace")
-            raise from_engine(status, self._strike_out(said).encode())
+            raise from_engine(status, self._strike_out(said, request).encode())
 
-    def _strike_out(self, said: str) -> str:
+    def _strike_out(self, said: str, request: Request) -> str:
         """What an engine said without what it was told in confidence: upstreams quote keys in their errors."""
-        for value in self.headers.values():
+        for value in (*self.headers.values(), request.caller_key or ""):
             secret = value.removeprefix("Bearer ")
             if len(secret) >= _SECRET_CHARS_MIN:
                 said = said.replace(secret, "***")

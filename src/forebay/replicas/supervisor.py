@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import aiohttp
 
@@ -27,6 +28,7 @@ from forebay.replicas.postmortem import Cause, Quarantine
 from forebay.replicas.pull import Puller
 from forebay.replicas.replica import Replica
 from forebay.replicas.state import ModelState
+from forebay.replicas.upstream import Circuit
 from forebay.telemetry import Log, Metrics
 
 _PROBE_SECONDS = 0.05
@@ -89,6 +91,11 @@ class Supervisor:
         self._catalog = catalog
         self._puller = puller
         self._auto_pull = settings.pull.auto
+        self._circuits = {
+            name: Circuit(name, model.options, clock, metrics, partial(self._changed, name))
+            for name in catalog.names()
+            if isinstance(model := catalog.get(name), UpstreamModel)
+        }
         self._shop = Workshop(
             self._limits,
             launcher,
@@ -99,7 +106,8 @@ class Supervisor:
             self._log,
             environment,
             self._session,
-            lambda name: self.on_change(name),
+            self._changed,
+            self._circuits,
         )
         self._models = {name: ModelRecord(name, catalog.get(name)) for name in catalog.names()}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
@@ -134,6 +142,11 @@ class Supervisor:
             return ModelState.FAILED
         return ModelState.STOPPED if self._present(record) else ModelState.ABSENT
 
+    def circuit(self, model: str) -> str | None:
+        """The state of the circuit of an upstream; None for what runs here."""
+        circuit = self._circuits.get(model)
+        return None if circuit is None else circuit.state.value
+
     def pull_progress(self, model: str) -> dict[str, int | None] | None:
         """Bytes done and in all while `model` is pulled."""
         if not self._puller.pulling(model):
@@ -157,6 +170,9 @@ class Supervisor:
     def trouble(self, model: str) -> ForebayError | None:
         """Why nobody should wait for `model`, if so."""
         record = self._models[model]
+        refusal = self._circuits[model].refusal() if model in self._circuits else None
+        if refusal is not None:
+            return refusal
         if not record.wanted and record.failure is None:
             return EngineUnavailable(f"The model {model} was unloaded. Try again to load it.", retry_after_seconds=1.0)
         keepers = [keeper for keeper in record.keepers if not keeper.ended]
@@ -227,6 +243,9 @@ class Supervisor:
                 if keeper.failure is not None:
                     raise SetupError(f"The model {model} cannot be loaded: {keeper.failure}")
             await self._clock.sleep(_PROBE_SECONDS)
+
+    def _changed(self, model: str) -> None:
+        self.on_change(model)
 
     def _reconcile(self, record: ModelRecord) -> None:
         """(1) not wanted: stop; (2) no file: pull; (3) cool-down over: restart when idle; (4) too few keepers: start."""

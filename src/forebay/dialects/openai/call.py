@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from forebay.dialects.answer import Shape
 from forebay.dialects.items import ItemRules, Items
-from forebay.errors import InvalidRequest
+from forebay.errors import ForebayError, InvalidRequest
 from forebay.inference import Priority, Request
 
 CHOICES_MAX = 8
@@ -92,7 +92,8 @@ class Call:
     """A parsed request and how its answer is to be written.
 
     `shape` writes the answer; `kind` is what the engine writes; `legacy_logprobs` is that of /v1/completions. With `forced_tool` the engine was
-    made to write one tool call as plain JSON, which becomes a tool call on the way out. `image_chars` is how much of the
+    made to write one tool call as plain JSON, which becomes a tool call on the way out. `otherwise` gives the same call for
+    another model, where the error that it is told is one for which another model stands in. `image_chars` is how much of the
     request's body are images, which are no tokens.
     """
 
@@ -106,6 +107,11 @@ class Call:
     forced_tool: bool = False
     items: Items | None = None
     image_chars: int = 0
+    otherwise: "Otherwise | None" = None
+
+
+# The call for another model, where `error` is one for which another model stands in.
+Otherwise = Callable[[ForebayError], Call | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,21 +4,27 @@ It refuses to pass on paths or addresses that an engine put into its message.
 """
 
 import re
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from pydantic_core import from_json
 
 from forebay.errors import (
     EngineGarbled,
+    EngineTimeout,
     EngineUnavailable,
     ForebayError,
     InvalidRequest,
+    ModelNotFound,
     Overloaded,
     PayloadTooLarge,
     ServerError,
+    Unauthorized,
+    UpstreamError,
 )
 
 _MESSAGE_CHARS_MAX = 500
+_RETRY_AFTER_SECONDS_MAX = 86_400.0
 _PATHS = re.compile(r"(?:[A-Za-z]:)?(?:[/\\][\w.@+~-]+){2,}[/\\]?")
 _ADDRESSES = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b|0x[0-9a-fA-F]{6,}|\[[0-9a-fA-F:]+\](?::\d+)?")
 _TOO_LONG_SAID = ("maximum context length", "is too large to process")  # the latter of llama.cpp, about embeddings
@@ -54,6 +60,49 @@ def from_engine(status: int, body: bytes) -> ForebayError:
     if status >= 500:
         return ServerError(message or "The engine failed on this request.", code="engine_error")
     return EngineGarbled()
+
+
+def from_upstream(
+    status: int, body: bytes, *, retry_after_seconds: float | None = None, callers_key: bool = False
+) -> ForebayError:
+    """What the HTTP error of a provider means for the caller, whose own key it was asked with if `callers_key`."""
+    words = f"{(detail := _detail(body)).get('type')} {detail.get('code')}"
+    if status in {401, 403} and callers_key:
+        return Unauthorized("The provider behind this model refuses your key for it.", code="upstream_key_refused")
+    if status in {401, 402, 403} or "insufficient_quota" in words:
+        return UpstreamError(
+            "The provider behind this model refuses this server's account. Ask its operator.", code="upstream_refused"
+        )
+    if status == 404:
+        return ModelNotFound("The provider behind this model does not know it. Ask the operator of this server.")
+    if status == 408:
+        return EngineTimeout("The provider behind this model took too long.")
+    if status == 429:
+        return Overloaded(
+            "The provider behind this model asks for fewer requests. Try again later.",
+            code="upstream_rate_limited",
+            retry_after_seconds=retry_after_seconds,
+        )
+    if status == 503:
+        return EngineUnavailable(
+            "The provider behind this model is not available. Try again later.", retry_after_seconds=retry_after_seconds
+        )
+    if status == 504:
+        return EngineTimeout("The provider behind this model took too long.")
+    if status < 400:
+        return UpstreamError("The provider behind this model answered with something else than an answer.")
+    error = from_engine(status, body)
+    return UpstreamError(str(error) if detail.get("message") else "") if type(error) is ServerError else error
+
+
+def retry_after(value: str | None, now: float) -> float | None:
+    """The seconds that a `Retry-After` asks for, as a number or as a date; None if it says nothing that makes sense."""
+    text = (value or "").strip()
+    try:
+        seconds = float(text) if text.replace(".", "", 1).isdigit() else parsedate_to_datetime(text).timestamp() - now
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(_RETRY_AFTER_SECONDS_MAX, max(0.0, seconds))
 
 
 def sanitise(message: str) -> str:
