@@ -30,8 +30,8 @@ class Request:
     """One piece of work for a model, checked and ready for an engine.
 
     `body` is the engine's JSON (UTF-8), built from allow-listed fields alone; for a generation it always asks for a stream.
-    `caller_key` is the caller's own key for an upstream, and shows nowhere. `places` is how many of the replica's slots it fills at once (choices times prompts); `tools` that it needs a chat
-    template with tools.
+    `places` is how many of the replica's slots it fills at once (choices times prompts); `tools` that it needs a chat
+    template with tools; `caller_key` is the caller's own key for an upstream, and shows nowhere.
     """
 
     id: str

@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.support.answers import ask, read
+from tests.support.answers import ask, first_bytes, read
 from tests.support.server import ADMIN_KEY, Server, chat_body, eventually, serving
 from tests.support.upstream import Plan, Provider, providing
 
@@ -105,9 +105,11 @@ async def test_its_errors_are_not_taken_for_ours(plan: Plan, status: int, code: 
 async def test_a_stream_that_is_cut_ends_with_an_error_and_is_not_begun_again() -> None:
     async with providing() as provider, serving(far(provider)) as server:
         provider.plans.append(Plan(cut=True))
-        answer = await ask(server, "Hello.", model="far")
-        assert (answer.status, answer.tokens, answer.done) == (200, 1, False)
-        assert answer.code == "upstream_error"
+        async with await server.chat("Hello.", model="far", stream=True) as response:
+            assert b"far " in await first_bytes(response)
+            provider.cut.set()
+            answer = await read(response)
+        assert (answer.status, answer.done, answer.code) == (200, False, "upstream_error")
         assert len(provider.asked) == 1
 
 

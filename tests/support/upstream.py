@@ -15,7 +15,7 @@ CHUNK = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "m
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One answer. `cut`: the connection breaks after the first words; `hang`: nothing comes, not even a status."""
+    """One answer. `cut`: the connection breaks after the first word, once the provider is told; `hang`: nothing comes, not even a status."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -49,6 +49,7 @@ class Provider:
         self.key: str | None = None
         self.asked: list[Asked] = []
         self.hanging = 0
+        self.cut = asyncio.Event()
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -71,10 +72,10 @@ class Provider:
             return web.json_response(_embeddings(body))
         if request.path.endswith("/rerank"):
             return web.json_response(_ranking(body))
-        return await _stream(request, plan)
+        return await _stream(self, request, plan)
 
 
-async def _stream(request: web.Request, plan: Plan) -> web.StreamResponse:
+async def _stream(provider: Provider, request: web.Request, plan: Plan) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     for place, word in enumerate(plan.words):
@@ -82,8 +83,9 @@ async def _stream(request: web.Request, plan: Plan) -> web.StreamResponse:
         choice = {"index": 0, "delta": delta, "finish_reason": None}
         await response.write(_event({**CHUNK, "choices": [choice]}))
         if plan.cut:
+            await provider.cut.wait()
             assert request.transport is not None
-            request.transport.close()  # an abort might take the words back
+            request.transport.close()
             return response
     await response.write(_event({**CHUNK, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
     usage = {"prompt_tokens": 5, "completion_tokens": len(plan.words), "total_tokens": 5 + len(plan.words)}

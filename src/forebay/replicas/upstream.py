@@ -21,7 +21,7 @@ from forebay.errors import (
     ServerError,
     UpstreamError,
 )
-from forebay.inference import Request
+from forebay.inference import Priority, Request
 from forebay.model_config import UpstreamOptions
 from forebay.replicas.breaker import Breaker, CircuitState
 from forebay.replicas.commands import Traits
@@ -208,7 +208,9 @@ class Upstream(Replica):
             try:
                 await self._try(stream, request)
             except (Overloaded, EngineUnavailable) as error:
-                pause = self._pause(error, attempt, reached=stream.connection is not None)
+                patient = request.priority is Priority.BATCH and isinstance(error, Overloaded)
+                # All lines of a batch wait together, and none of them in a place.
+                pause = None if patient else self._pause(error, attempt, reached=stream.connection is not None)
                 if pause is None:
                     raise
             else:
