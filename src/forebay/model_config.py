@@ -181,8 +181,6 @@ class UpstreamOptions(Section):
         own = self.key_env or self.key_file or "authorization" in {name.lower() for name in self.headers}
         if self.caller_key and own:
             raise ValueError("with `caller_key` it gets no key of this server; leave the other keys out")
-        if self.key_env and self.key_file:
-            raise ValueError("`key_env` and `key_file` exclude each other")
         return self
 
 

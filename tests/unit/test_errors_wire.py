@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay import errors
-from forebay.dialects.openai.errors import body_of, from_engine, sanitise
+from forebay.dialects.openai.errors import body_of, from_engine, from_upstream, retry_after, sanitise
 
 NAMES = st.text(string.ascii_letters + string.digits + "_.-+@~", min_size=1, max_size=12).filter(
     lambda name: name.strip(".")
@@ -114,3 +114,49 @@ def test_a_token_that_is_none_is_the_caller_s_mistake() -> None:
     error = from_engine(500, said)
     assert (error.status, error.param) == (400, "tokens")
     assert "vector" not in str(error)
+
+
+@given(
+    st.integers(100, 599).filter(lambda status: status != 200),
+    st.binary(max_size=60),
+    st.none() | st.floats(0, 1e5),
+    st.booleans(),
+)
+def test_whatever_a_provider_says_is_no_fault_of_the_callers_key(
+    status: int, body: bytes, seconds: float | None, callers_key: bool
+) -> None:
+    error = from_upstream(status, body, retry_after_seconds=seconds, callers_key=callers_key)
+    assert 400 <= error.status < 600
+    assert str(error)
+    assert error.status != 401 or (callers_key and status in {401, 403})
+    if status in {429, 503}:
+        assert error.retry_after_seconds == seconds
+
+
+NOW = 1_800_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("", None),
+        ("7", 7.0),
+        (" 0.5 ", 0.5),
+        ("-3", None),
+        ("soon", None),
+        ("٣", None),
+        ("9" * 400, 86_400.0),
+        ("Fri, 15 Jan 2027 08:01:00 GMT", 60.0),
+        ("Fri, 15 Jan 2026 08:01:00 GMT", 0.0),
+        ("Fri, 99 Jan 2027 08:01:00 GMT", None),
+    ],
+)
+def test_when_a_provider_wants_to_be_asked_again(value: str | None, seconds: float | None) -> None:
+    assert retry_after(value, NOW) == seconds
+
+
+@given(st.text(max_size=40))
+def test_whatever_is_written_there_is_a_bounded_wait_or_none(value: str) -> None:
+    seconds = retry_after(value, NOW)
+    assert seconds is None or 0 <= seconds <= 86_400

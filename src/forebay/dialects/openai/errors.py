@@ -99,7 +99,8 @@ def retry_after(value: str | None, now: float) -> float | None:
     """The seconds that a `Retry-After` asks for, as a number or as a date; None if it says nothing that makes sense."""
     text = (value or "").strip()
     try:
-        seconds = float(text) if text.replace(".", "", 1).isdigit() else parsedate_to_datetime(text).timestamp() - now
+        number = text.isascii() and text.replace(".", "", 1).isdigit()
+        seconds = float(text) if number else parsedate_to_datetime(text).timestamp() - now
     except (ValueError, TypeError, OverflowError):
         return None
     return min(_RETRY_AFTER_SECONDS_MAX, max(0.0, seconds))
