@@ -125,7 +125,7 @@ async def test_nobody_waits_for_less_urgent_work() -> None:
 
 
 @pytest.mark.parametrize("how", ["cancelled", "failed"])
-async def test_who_waited_for_one_that_did_not_make_it_computes_for_himself(how: str) -> None:
+async def test_who_waited_for_one_that_did_not_make_it_has_it_all_the_same(how: str) -> None:
     room, engine = assembler(), Engine()
     engine.gate.clear()
     engine.error = EngineCrashed() if how == "failed" else None
@@ -142,6 +142,19 @@ async def test_who_waited_for_one_that_did_not_make_it_computes_for_himself(how:
     with pytest.raises(asyncio.CancelledError if how == "cancelled" else EngineCrashed):
         await first
     assert await asyncio.gather(*others) == [[2]] * 3
+    assert len(engine.asked) == 2, "one of those who waited computes for all of them"
+
+
+async def test_nobody_waits_in_vain_more_often_than_twice() -> None:
+    room, engine = assembler(0), Engine()
+    engine.gate.clear()
+    engine.error = EngineCrashed()
+    callers = [asyncio.create_task(room.answer(call("a"), engine.compute)) for _ in range(6)]
+    await until_asked(engine, 1)
+    engine.gate.set()
+    outcomes = await asyncio.gather(*callers, return_exceptions=True)
+    assert all(isinstance(each, EngineCrashed) for each in outcomes)
+    assert len(engine.asked) == 6
 
 
 async def test_one_who_waits_and_leaves_harms_nobody() -> None:

@@ -1,7 +1,7 @@
 """Puts answers together from items: what is known is not computed again, and what two want at once is computed once.
 
 Both doors bring their own way to compute. It refuses to make anybody wait for work that is less urgent than his own, and to
-let one who fails or leaves take others along: they compute for themselves.
+let one who fails or leaves take others along: another one computes, and in the end each for himself.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from forebay.scheduler.gather import Gathered
 from forebay.scheduler.item_cache import ItemCache
 from forebay.telemetry import Metrics
 
+_SHARED_ROUNDS = 2  # whoever waited in vain so often computes for himself
 T = TypeVar("T")
 Compute = Callable[[Call], Awaitable[bytes]]
 
@@ -79,15 +80,12 @@ class Assembler:
         for place, digest in enumerate(digests):
             places.setdefault(digest, place)
         work = _Work(call, items, compute, places)
-        flights = self._look_up(work)
-        self._count(work, len(digests), len(flights))
-        await self._compute(work, [digest for digest in work.missing if digest not in flights], len(digests))
-        for digest, flight in flights.items():
-            if not flight.done.done():
-                await asyncio.wait([flight.done])
-            item = flight.done.result()
-            if item is not None:
-                work.found[digest] = item
+        for turn in range(_SHARED_ROUNDS):
+            flights = self._look_up(work)
+            if turn == 0:
+                self._count(work, len(digests), len(flights))
+            await self._compute(work, [digest for digest in work.missing if digest not in flights], len(digests))
+            await self._receive(work, flights)
         await self._compute(work, work.missing, len(digests))
         usage = work.usage(digests)
         body = b"".join(await self._paced(items.render([work.found[digest] for digest in digests], usage)))
@@ -96,7 +94,7 @@ class Assembler:
     def _look_up(self, work: _Work) -> dict[bytes, _Flight]:
         """Take what is known, and find out who computes what is not."""
         flights = {}
-        for digest in work.places:
+        for digest in work.missing:
             item = self._cache.get(digest)
             if item is not None:
                 work.found[digest] = item
@@ -105,6 +103,15 @@ class Assembler:
             if flight is not None and flight.priority <= work.call.request.priority:
                 flights[digest] = flight
         return flights
+
+    async def _receive(self, work: _Work, flights: dict[bytes, _Flight]) -> None:
+        """Wait for what others compute. Of those who waited in vain, one computes for all in the next round."""
+        for digest, flight in flights.items():
+            if not flight.done.done():
+                await asyncio.wait([flight.done])
+            item = flight.done.result()
+            if item is not None:
+                work.found[digest] = item
 
     def _count(self, work: _Work, wanted: int, shared: int) -> None:
         known, model = len(work.found), work.call.request.model
