@@ -6,15 +6,13 @@ It refuses to count a line before its batch has ended, and to start one clock be
 import asyncio
 import re
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 from pydantic_core import to_json
 
+from forebay.bench.caller import ENDED, Caller, calling
 from forebay.bench.report import Measure, Report
 from forebay.bench.stage import Stage, cpu_seconds, staged
 from forebay.bench.wire import now
@@ -30,11 +28,6 @@ _TRIVIAL = "[[fake tokens=1]]"
 _ENDPOINT = "/v1/chat/completions"
 _FILE_BYTES_MAX = 200 * 2**20
 _LINE_BYTES = 4194  # as long as 50,000 lines of one file may be
-_PIECE_BYTES = 2**20
-_LOOK_SECONDS = 0.05
-_WAIT_SECONDS = 900.0
-_BOUNDARY = "forebay-bench"
-_ENDED = frozenset({"completed", "failed", "cancelled", "expired"})
 _MEMORY = re.compile(r"^(VmHWM|VmRSS):\s+(\d+) kB$", re.MULTILINE)
 
 
@@ -70,7 +63,10 @@ async def run(database_url: str | None, seeds: int, size: Size, say: Callable[[s
         large = Path(folder) / "large.jsonl"
         await asyncio.to_thread(_write_lines, large, _large(size.lines_handed_in))
         for seed in range(1, seeds + 1):
-            async with staged(_MODEL, model, None, _settings(database_url)) as stage, _caller(stage) as caller:
+            async with (
+                staged(_MODEL, model, None, _settings(database_url)) as stage,
+                calling(stage, _ENDPOINT) as caller,
+            ):
                 say(f"seed {seed}: hand in {size.lines_handed_in} lines, {_bytes(large) / 1e6:.0f} MB")
                 await _hand_in(stage, caller, large, report)
                 say(f"seed {seed}: run {size.lines_run} lines")
@@ -101,17 +97,17 @@ slots = {_SLOTS}
 # Handing in.
 
 
-async def _hand_in(stage: Stage, caller: "_Caller", path: Path, report: Report) -> None:
+async def _hand_in(stage: Stage, caller: Caller, path: Path, report: Report) -> None:
     before = _memory(stage.server_pid)["VmRSS"]
     began = now()
     file_id = await caller.upload(path)
     batch_id = await caller.create(file_id)
     accepted = now()
-    batch = await caller.until(batch_id, _ENDED | {"in_progress"})
+    batch = await caller.until(batch_id, ENDED | {"in_progress"})
     checked = now()
     most = _memory(stage.server_pid)["VmHWM"]
     await caller.cancel(batch_id)
-    await caller.until(batch_id, _ENDED)
+    await caller.until(batch_id, ENDED)
     report.count(["" if batch["status"] == "in_progress" else f"a large batch was {batch['status']}"])
     report.add("accepted: upload and create", accepted - began)
     report.add("from created to in progress: checked and cut into chunks", checked - accepted)
@@ -137,7 +133,7 @@ def _large(count: int) -> Iterator[bytes]:
 # Running.
 
 
-async def _run_both(stage: Stage, caller: "_Caller", folder: Path, size: Size, seed: int, report: Report) -> None:
+async def _run_both(stage: Stage, caller: Caller, folder: Path, size: Size, seed: int, report: Report) -> None:
     chance = seeded(seed)
     texts = [
         f"{seed} {number} [[fake tokens={chance.randint(*_TOKENS)} rate={_TOKENS_PER_SECOND}]]"
@@ -152,7 +148,7 @@ async def _run_both(stage: Stage, caller: "_Caller", folder: Path, size: Size, s
     report.add("lines per second straight to the engine", len(texts) / direct)
 
 
-async def _run_trivial(stage: Stage, caller: "_Caller", folder: Path, size: Size, report: Report) -> None:
+async def _run_trivial(stage: Stage, caller: Caller, folder: Path, size: Size, report: Report) -> None:
     cpu = cpu_seconds(stage.server_pid)
     texts = [f"{number} {_TRIVIAL}" for number in range(size.lines_run)]
     seconds = await _run_batch(caller, folder, texts, report)
@@ -175,13 +171,13 @@ async def _run_direct(stage: Stage, texts: list[str], report: Report) -> float:
     return now() - began
 
 
-async def _run_batch(caller: "_Caller", folder: Path, texts: list[str], report: Report) -> float:
+async def _run_batch(caller: Caller, folder: Path, texts: list[str], report: Report) -> float:
     """Seconds that a batch takes from its creation to its end."""
     path = folder / "lines.jsonl"
     await asyncio.to_thread(_write_lines, path, (_line(number, text) for number, text in enumerate(texts)))
     file_id = await caller.upload(path)
     began = now()
-    batch = await caller.until(await caller.create(file_id), _ENDED)
+    batch = await caller.until(await caller.create(file_id), ENDED)
     seconds = now() - began
     done: int = batch["request_counts"]["completed"]
     report.count([""] * done + [f"a line of a batch that was {batch['status']}"] * (len(texts) - done))
@@ -202,71 +198,3 @@ def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
 
 def _bytes(path: Path) -> int:
     return path.stat().st_size
-
-
-# Asking.
-
-
-class _Caller:
-    """What a user of batches sends."""
-
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
-
-    async def upload(self, path: Path) -> str:
-        """The id of the file."""
-        head = (
-            f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
-            f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="lines.jsonl"\r\n\r\n'
-        ).encode()
-        tail = f"\r\n--{_BOUNDARY}--\r\n".encode()
-        headers = {
-            "Content-Type": f"multipart/form-data; boundary={_BOUNDARY}",
-            "Content-Length": str(len(head) + _bytes(path) + len(tail)),
-        }
-        answer = await self._ask("POST", "/v1/files", data=_form(head, path, tail), headers=headers)
-        return str(answer["id"])
-
-    async def create(self, file_id: str) -> str:
-        """The id of the batch."""
-        body = {"input_file_id": file_id, "endpoint": _ENDPOINT, "completion_window": "24h"}
-        return str((await self._ask("POST", "/v1/batches", json=body))["id"])
-
-    async def cancel(self, batch_id: str) -> None:
-        """Stop a batch."""
-        await self._ask("POST", f"/v1/batches/{batch_id}/cancel")
-
-    async def until(self, batch_id: str, wanted: frozenset[str]) -> dict[str, Any]:
-        """The batch as soon as its status is one of those wanted."""
-        try:
-            async with asyncio.timeout(_WAIT_SECONDS):
-                while True:
-                    batch = await self._ask("GET", f"/v1/batches/{batch_id}")
-                    if batch["status"] in wanted:
-                        return batch
-                    await asyncio.sleep(_LOOK_SECONDS)
-        except TimeoutError:
-            raise SetupError(f"The batch was not done after {_WAIT_SECONDS:g} s. Measure with fewer lines.") from None
-
-    async def _ask(self, method: str, path: str, **fields: Any) -> dict[str, Any]:
-        async with self._session.request(method, path, **fields) as response:
-            answer: dict[str, Any] = await response.json()
-            if response.status != 200:
-                raise SetupError(f"The server answered {response.status}: {answer['error']['message']}")
-            return answer
-
-
-async def _form(head: bytes, path: Path, tail: bytes) -> AsyncIterator[bytes]:
-    yield head
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            yield piece
-    yield tail
-
-
-@asynccontextmanager
-async def _caller(stage: Stage) -> AsyncIterator[_Caller]:
-    headers = {"Authorization": f"Bearer {stage.key}"}
-    timeout = aiohttp.ClientTimeout(total=_WAIT_SECONDS)
-    async with aiohttp.ClientSession(stage.url, headers=headers, timeout=timeout) as session:
-        yield _Caller(session)

@@ -37,6 +37,8 @@ class Measure:
     @property
     def verdict(self) -> str:
         """Which of its bounds it keeps."""
+        if not self.by_seed:
+            return "not measured"
         if self.floor is None and self.goal is None:
             return ""
         if self.goal is not None and self._keeps(self.goal):
@@ -91,7 +93,7 @@ class Report:
                     "id": measure.id,
                     "name": measure.name,
                     "unit": measure.unit,
-                    "value": _rounded(measure.value),
+                    "value": _rounded(measure.value) if measure.by_seed else None,
                     "by_seed": [_rounded(value) for value in measure.by_seed],
                     "floor": measure.floor,
                     "goal": measure.goal,
@@ -124,8 +126,7 @@ class Report:
         for measure in said["measures"].values():
             seeds = ", ".join(f"{value:g}" for value in measure["by_seed"])
             floor, goal = ("" if bound is None else f"{bound:g}" for bound in (measure["floor"], measure["goal"]))
-            value = f"{measure['value']:g} {measure['unit']}".strip()
-            cells = (measure["id"], measure["name"], value, seeds, floor, goal, measure["verdict"])
+            cells = (measure["id"], measure["name"], figure(measure), seeds, floor, goal, measure["verdict"])
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines).rstrip() + "\n"
@@ -137,6 +138,11 @@ class Report:
         as_json.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
         as_markdown.write_text(self.as_markdown(), encoding="utf-8")
         return as_json, as_markdown
+
+
+def figure(measure: dict[str, Any]) -> str:
+    """The value of a measure with its unit, as people read it; "" where there is none."""
+    return "" if measure["value"] is None else f"{measure['value']:g} {measure['unit']}".strip()
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -38,6 +38,16 @@ ToBody = Callable[[str, int, bool], bytes]
 
 
 @dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What is asked of both sides: where, which field of the usage counts, and the body of a prompt on each."""
+
+    path: str
+    counted: str
+    for_server: Callable[[str], ToBody]
+    for_engine: Callable[[str, Model], ToBody]
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """Both sides, ready."""
 
@@ -47,23 +57,35 @@ class Stage:
     key: str
     server_pid: int
     engine_pids: tuple[int, ...]
+    engine_url: str  # of the engine that is driven directly
+    engine_key: str
 
 
 @asynccontextmanager
-async def staged(name: str, model: Model, path: Path | None, settings: str) -> AsyncIterator[Stage]:
-    """Start a server with `settings` (TOML) and, beside it, an engine as the server would; stop both at the end."""
+async def staged(
+    name: str, model: Model, path: Path | None, settings: str, endpoint: Endpoint | None = None
+) -> AsyncIterator[Stage]:
+    """Start a server with `settings` (TOML) and, beside it, an engine as the server would; stop both at the end.
+
+    Both are asked for chat unless `endpoint` says otherwise.
+    """
+    asked = endpoint or CHAT
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="forebay-bench-")))
         (folder / "forebay.toml").write_text(settings, encoding="utf-8")
         engine_url, engine_key, engine_pid = await stack.enter_async_context(_engine(name, model, path))
         server_url, server_key, server_pid = await stack.enter_async_context(_server(folder))
-        server = Target("through", server_url, server_key, _for_server(name))
+        server = Target(
+            "through", server_url, server_key, asked.for_server(name), path=asked.path, counted=asked.counted
+        )
         alive = traits_of(model).reuses_connections
-        engine = Target("direct", engine_url, engine_key, _for_engine(name, model), keeps_alive=alive)
+        to_engine = asked.for_engine(name, model)
+        said = "direct", engine_url, engine_key, to_engine
+        engine = Target(*said, keeps_alive=alive, path=asked.path, counted=asked.counted)
         stack.callback(server.close)
         stack.callback(engine.close)
         pids = (engine_pid, _child_of(_child_of(server_pid)))
-        yield Stage(server, engine, server_url, server_key, server_pid, pids)
+        yield Stage(server, engine, server_url, server_key, server_pid, pids, engine_url, engine_key)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -186,3 +208,6 @@ def _for_engine(name: str, model: Model) -> ToBody:
         return chat_call(asked, context).request.body
 
     return body
+
+
+CHAT = Endpoint("/v1/chat/completions", "completion_tokens", _for_server, _for_engine)

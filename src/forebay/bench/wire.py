@@ -16,7 +16,6 @@ _TAIL_BYTES = 4096
 _HEAD_BYTES_MAX = 65_536
 _CONTENT = re.compile(rb'"content": ?"[^"]')
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-_TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
 _WAIT_SECONDS = 120.0
 _IDLE_SECONDS = 5.0  # a server closes what is idle for longer, perhaps just as a request is sent
 
@@ -50,10 +49,11 @@ class Reply:
 
 
 class Wire(asyncio.Protocol):
-    """One connection, one request at a time."""
+    """One connection, one request at a time. `counted` finds the tokens that an answer counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: re.Pattern[bytes]) -> None:
         self.closed = False
+        self._counted = counted
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._head = b""
@@ -123,7 +123,7 @@ class Wire(asyncio.Protocol):
             return
         reply = self._reply
         reply.ended = now()
-        counted = _TOKENS.search(self._tail)
+        counted = self._counted.search(self._tail)
         reply.tokens = int(counted[1]) if counted else 0
         reply.trouble = reply.trouble or trouble or ("" if reply.tokens else "no tokens were counted")
         whole.set_result(None)
@@ -132,11 +132,19 @@ class Wire(asyncio.Protocol):
 class Target:
     """Somewhere to send requests: an address, a key, and how a prompt becomes a body there.
 
-    Without `keeps_alive` each request has a connection of its own, for an engine that closes it after an answer.
+    `counted` is the field of the usage that counts. Without `keeps_alive` each request has a connection of its own, for an engine that closes it after an answer.
     """
 
     def __init__(
-        self, name: str, url: str, key: str, body: Callable[[str, int, bool], bytes], *, keeps_alive: bool = True
+        self,
+        name: str,
+        url: str,
+        key: str,
+        body: Callable[[str, int, bool], bytes],
+        *,
+        keeps_alive: bool = True,
+        path: str = "/v1/chat/completions",
+        counted: str = "completion_tokens",
     ) -> None:
         self.name = name
         self._keeps_alive = keeps_alive
@@ -144,15 +152,19 @@ class Target:
         assert parts.hostname is not None
         self._address = (parts.hostname, parts.port or 80)
         self._head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {key}\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {key}\r\n"
             "Content-Type: application/json\r\nContent-Length: "
         ).encode()
         self._body = body
+        self._counted = re.compile(rf'"{counted}": ?(\d+)'.encode())
         self._idle: list[tuple[Wire, float]] = []
 
     def request(self, prompt: str, tokens: int, *, stream: bool) -> bytes:
-        """The bytes of one chat request."""
-        body = self._body(prompt, tokens, stream)
+        """The bytes of the request for one prompt."""
+        return self.post(self._body(prompt, tokens, stream))
+
+    def post(self, body: bytes) -> bytes:
+        """The bytes of a request with this body."""
         return b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
 
     async def ask(self, request: bytes, sent: float | None = None) -> Reply:
@@ -185,5 +197,5 @@ class Target:
             if not wire.closed and now() - since < _IDLE_SECONDS:
                 return wire
             wire.close()
-        _, wire = await asyncio.get_running_loop().create_connection(Wire, *self._address)
+        _, wire = await asyncio.get_running_loop().create_connection(lambda: Wire(self._counted), *self._address)
         return wire
