@@ -308,6 +308,14 @@ class MediaSettings(Section):
     images_max: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Images of one request.")
     image_bytes_max: Bytes = Field(20 * 2**20, description="Size of one image file; a larger one gets 413.")
     request_bytes_max: Bytes = Field(50 * 2**20, description="Size of all image files of one request.")
+    inlined_bytes_max: Bytes = Field(
+        32 * 2**20,
+        description="Size of all images of one request as an engine is given them, in base64; more gets 413.",
+    )
+    held_bytes_max: Bytes = Field(
+        512 * 2**20,
+        description="The same of all requests at the front door, running and waiting; a further one gets 429.",
+    )
     pixels_max: Annotated[int, Field(ge=1, le=2**30)] = Field(
         40_000_000, description="Pixels of one image, by its header; more gets 413."
     )

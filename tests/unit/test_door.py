@@ -1,15 +1,17 @@
-"""The door's books: a request that ends in a bug of ours is settled like any other."""
+"""The door's books: a request that ends in a bug of ours is settled like any other, and images have so much room."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from starlette.types import Message
 
-from forebay.config import SchedulerSettings, Settings
+from forebay.config import MediaSettings, SchedulerSettings, Settings
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.events import GENERATION
+from forebay.errors import Overloaded
 from forebay.gateway.auth import Principal
-from forebay.gateway.online import Door, OnlineAnswer
+from forebay.gateway.online import Door, OnlineAnswer, Visit
 from forebay.gateway.rates import Rates
 from forebay.inference import Request
 from forebay.model_config import FakeModel
@@ -51,3 +53,28 @@ async def test_a_bug_of_ours_costs_the_caller_no_tokens_and_is_counted() -> None
     assert door.rates.headers(caller)["x-ratelimit-remaining-tokens"] == "100"
     labels = {"model": MODEL, "capability": "chat", "code": "internal_error"}
     assert metrics.registry.get_sample_value("forebay_requests_total", labels) == 1
+
+
+async def test_images_that_are_held_have_a_bound_and_texts_pass() -> None:
+    clock, metrics = FakeClock(), Metrics()
+    scheduler = Scheduler(Room(clock), {MODEL: Limits(1, 2, 60.0)}, SchedulerSettings(), 1.0, clock, metrics)
+    settings = Settings(media=MediaSettings(held_bytes_max=1_000))
+    door = Door(scheduler, Assembler(0, clock, metrics), Rates(clock), settings, clock, metrics)
+    caller = Principal("key_1", "default", Role.MEMBER)
+    text = Call(request(1), "chat", stream=True, include_usage=False, tier="default", shape=GENERATION)
+
+    def shows(image_chars: int) -> Visit:
+        return Visit(replace(text, image_chars=image_chars), caller, 0, 0.0)
+
+    large, small = shows(5_000), shows(400)
+    with door.visiting(large):
+        door.check_room(large)
+        with door.visiting(small), pytest.raises(Overloaded):
+            door.check_room(small)
+        door.check_room(shows(0))
+    with door.visiting(small), door.visiting(other := shows(600)):
+        door.check_room(other)
+        with pytest.raises(Overloaded) as refused:
+            door.check_room(shows(1))
+    assert refused.value.retry_after_seconds == 1
+    door.check_room(shows(1_000))

@@ -3,14 +3,17 @@
 import asyncio
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from forebay.clock import SystemClock
 from forebay.config import MediaSettings, OutboundSettings
 from forebay.dialects.images import ImageRef
-from forebay.errors import InvalidRequest, NotFound, Overloaded, Unreachable
+from forebay.errors import InvalidRequest, NotFound, Overloaded, PayloadTooLarge, Unreachable
 from forebay.media.images import Images
 from forebay.outbound import Outbound
+from tests.support.images import data_url, encoded
 
 FILE = (ImageRef("messages[0]", file_id="file-1"),)
 
@@ -56,6 +59,21 @@ async def test_the_front_door_has_a_bounded_line_and_batches_wait_as_long_as_it_
     ended = await asyncio.gather(*online, *lines, return_exceptions=True)
     assert {type(each) for each in ended} == {NotFound}
     assert {getattr(each, "param", None) for each in ended} == {"messages[0]"}
+
+
+async def test_images_that_grow_in_our_hands_have_a_bound_for_each_request() -> None:
+    tile = np.random.default_rng(1).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    file = encoded(Image.fromarray(np.tile(tile, (8, 8, 1))), "WEBP", lossless=True)
+    assert len(file) < 100_000
+    refs = [ImageRef(f"messages[{number}]", url=data_url(file, "webp")) for number in range(3)]
+    room = images(Slow(), inlined_bytes_max=4_000_000)
+    try:
+        assert sum(map(len, await room.inline(refs[:2], "p", patient=False))) > 2_000_000
+        with pytest.raises(PayloadTooLarge) as refused:
+            await room.inline(refs, "p", patient=False)
+        assert (refused.value.code, refused.value.param) == ("media_too_large", "messages[2]")
+    finally:
+        await room.close()
 
 
 async def test_a_request_without_images_waits_for_nothing() -> None:

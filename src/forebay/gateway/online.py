@@ -23,6 +23,7 @@ from forebay.errors import (
     EngineTimeout,
     ForebayError,
     NotFound,
+    Overloaded,
     RateLimited,
     RequestCancelled,
     ServerError,
@@ -107,6 +108,7 @@ class Door:
         self._metrics = metrics
         self._engine_stall_seconds = settings.supervisor.stall_seconds
         self._client_stall_seconds = settings.http.write_stall_seconds
+        self._images_held_max = settings.media.held_bytes_max
         self._visits: set[Visit] = set()
         metrics.tasks.set_function(lambda: len(asyncio.all_tasks()))
 
@@ -150,6 +152,13 @@ class Door:
             yield
         finally:
             self._visits.discard(visit)
+
+    def check_room(self, visit: Visit) -> None:
+        """Raise Overloaded where the images of the others leave no room for those of `visit`."""
+        wanted = visit.call.image_chars
+        held = sum(other.call.image_chars for other in self._visits if other is not visit) if wanted else 0
+        if held and held + wanted > self._images_held_max:
+            raise Overloaded("Too many images are waiting for their models. Try again later.", retry_after_seconds=1)
 
     def settle(self, visit: Visit, error: ForebayError | None) -> None:
         """Write down how `visit` ended and what it used."""
@@ -224,6 +233,7 @@ class OnlineAnswer(Response):
         error: ForebayError | None = ServerError(code="internal_error")  # what a bug of ours is written down as
         with self._door.visiting(visit):
             try:
+                self._door.check_room(visit)
                 await self._serve_by_any(visit, send)
                 error = None
             except ForebayError as failure:

@@ -90,7 +90,8 @@ class Images:
             self._waiting -= 1
 
     async def _pictures(self, refs: Sequence[ImageRef], project: str, *, patient: bool) -> tuple[str, ...]:
-        pictures, left = [], self._settings.request_bytes_max
+        pictures: list[str] = []
+        left, room = self._settings.request_bytes_max, self._settings.inlined_bytes_max
         for ref in refs:
             try:
                 declared, data, in_base64 = await self._source(ref, project)
@@ -98,9 +99,13 @@ class Images:
                 if left < 0:
                     raise _too_large(f"All images of a request have at most {self._settings.request_bytes_max} bytes.")
                 async with self._patient_checks if patient else nullcontext():
-                    pictures.append(
-                        await self._checker.check(data, declared=declared, in_base64=in_base64, low=ref.low)
+                    picture = await self._checker.check(data, declared=declared, in_base64=in_base64, low=ref.low)
+                room -= len(picture)
+                if room < 0:  # a small file may be a large picture
+                    raise _too_large(
+                        f"As an engine is given them, all images of a request have at most {self._settings.inlined_bytes_max} bytes."
                     )
+                pictures.append(picture)
             except ForebayError as error:
                 error.param = ref.param
                 raise
