@@ -1,7 +1,9 @@
 """Responses on a running server, over SQLite and PostgreSQL: kept, continued, in the background, streamed again."""
 
 import asyncio
+import base64
 import copy
+import io
 import json
 import os
 import random
@@ -12,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
+from PIL import Image
 from pydantic import SecretStr
 
 from forebay.clock import SystemClock
@@ -29,7 +32,7 @@ CONFIG = (
     FAKE
     + """
 slots = 4
-options = { tools = true }
+options = { tools = true, vision = true }
 [responses]
 per_project_max = 40
 turns_max = 5
@@ -148,6 +151,32 @@ async def test_a_tool_is_called_and_answers(client: openai.AsyncOpenAI) -> None:
     output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sun"}  # type: ignore[union-attr]
     second = await client.responses.create(model="fake", input=[output], tools=[TOOL], previous_response_id=first.id)
     assert second.status == "completed"
+
+
+async def test_images_are_looked_at_and_stay_in_the_conversation(client: openai.AsyncOpenAI) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "PNG")
+
+    def asking(url: str) -> Any:
+        text = {"type": "input_text", "text": "What is it? [[fake tokens=2]]"}
+        return [{"role": "user", "content": [text, {"type": "input_image", "image_url": url}]}]
+
+    good = asking("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+    first = await client.responses.create(model="fake", input=good)
+    second = await client.responses.create(model="fake", input="And?", previous_response_id=first.id)
+    assert first.usage
+    assert second.usage
+    assert second.usage.input_tokens > first.usage.input_tokens > 60  # the fake engine counts an image as 64
+    later = await client.responses.create(model="fake", input=good, background=True)
+    assert (await until_ended(client, later.id)).status == "completed"
+    for url, code in (
+        ("http://127.0.0.1:1/x.png", "url_not_allowed"),
+        ("data:image/svg+xml;base64,AA", "media_invalid"),
+    ):
+        for background in (False, True):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.responses.create(model="fake", input=asking(url), background=background)
+            assert (caught.value.code, caught.value.param) == (code, "input")
 
 
 async def test_nobody_else_sees_a_response(server: Server, client: openai.AsyncOpenAI, keys: dict[str, str]) -> None:
@@ -314,7 +343,7 @@ async def test_an_engine_that_dies_begins_the_stream_anew(client: openai.AsyncOp
     async for event in stream:
         events.append(event)
         if len(events) == 5:
-            os.kill(server.engine_pids()[0], signal.SIGKILL)
+            os.kill(server.engine_pids("forebay.engines.fake")[0], signal.SIGKILL)
     numbers = [event.sequence_number for event in events]
     assert numbers == sorted(set(numbers))
     begun = [place for place, event in enumerate(events) if event.type == "response.created"]
