@@ -104,7 +104,7 @@ class Compute:
         finally:
             request.gone = True
             self._batcher.drop(number)
-            if request.left:
+            if request.left and request.error is None:
                 self.figures.cancelled += 1
             await self._out_of_steps(request)
             del self._requests[number]
@@ -160,7 +160,7 @@ class Compute:
             self._shrink(batch)
             return
         except StepFailed:
-            self._fail(batch, Refused(500, "The engine failed on this input.", "engine_error", "server_error"))
+            await self._search(batch)
             return
         self.figures.step_seconds += time.monotonic() - begun
         for item, result in zip(batch, results, strict=True):
@@ -198,6 +198,23 @@ class Compute:
             self._requests[item.request].changed.set()
         self._batcher.put_back(item for item in batch if not self._requests[item.request].gone)
         self._arrived.set()
+
+    async def _search(self, batch: list[Item]) -> None:
+        """Compute a batch that was refused in halves, until the item is alone that is to blame: it fails its request."""
+        if len(batch) == 1:
+            self._fail(batch, Refused(500, "The engine failed on this input.", "engine_error", "server_error"))
+            return
+        for item in batch:
+            self._requests[item.request].in_steps -= 1
+            self._requests[item.request].changed.set()
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            wanted = [item for item in half if self._waits(item)]
+            if wanted:
+                await self._compute(wanted)
+
+    def _waits(self, item: Item) -> bool:
+        request = self._requests.get(item.request)
+        return request is not None and not request.gone and request.error is None
 
     def _fail(self, batch: list[Item], error: Refused) -> None:
         for item in batch:

@@ -1,0 +1,100 @@
+"""Batches in threads: what each request gets, whatever becomes of those that it shares its batches with."""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from forebay.engines.batcher import Item
+from forebay.engines.compute import Compute, StepFailed
+from forebay.engines.connection import Refused
+from forebay.engines.serving import OutOfMemory
+
+BAD = 13
+
+
+class Library:
+    """Doubles the first token of each item, and remembers what it was given. It refuses batches with a bad one."""
+
+    def __init__(self, tokens_max: int = 10_000) -> None:
+        self.begun: list[list[int]] = []
+        self.ended: set[int] = set()
+        self.late: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self._tokens_max = tokens_max
+
+    def step(self, batch: Sequence[Item]) -> list[Any]:
+        self.begun.append([item.tokens[0] for item in batch])
+        self.late += [item.tokens[0] for item in batch if item.tokens[0] in self.ended]
+        self.gate.wait(10)
+        if len(batch) * max(item.length for item in batch) > self._tokens_max:
+            raise OutOfMemory
+        if any(item.tokens[0] == BAD for item in batch):
+            raise StepFailed
+        time.sleep(0.0002)
+        return [2 * item.tokens[0] for item in batch]
+
+
+def items(*values: int, length: int = 4) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [((value,) + (0,) * (length - 1), ()) for value in values]
+
+
+def nothing() -> None:
+    return
+
+
+async def test_an_item_that_the_library_refuses_fails_its_own_request_alone() -> None:
+    library = Library()
+    compute = Compute(library.step, 1000, 1, 0, 60)
+    library.gate.clear()
+    blocker = asyncio.create_task(compute.run(items(1), nothing))
+    while not library.begun:
+        await asyncio.sleep(0.001)
+    tasks = [asyncio.create_task(compute.run(items(value, value + 100), nothing)) for value in range(10, 17)]
+    while compute.waiting < 14:
+        await asyncio.sleep(0.001)
+    library.gate.set()
+    await blocker
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert len(library.begun[1]) == 14, "all in one batch"
+    failed = outcomes.pop(BAD - 10)
+    assert isinstance(failed, Refused)
+    assert outcomes == [[2 * value, 2 * value + 200] for value in (10, 11, 12, 14, 15, 16)]
+    assert (compute.running, compute.waiting, compute.figures.cancelled) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_whatever_happens_everybody_gets_his_own_or_an_end(seed: int) -> None:
+    """Requests of many sizes, some given up, some refused, short of memory: nothing is lost, late or anybody else's."""
+    chance = random.Random(seed)
+    library = Library(tokens_max=chance.choice([40, 150, 10_000]))
+    compute = Compute(library.step, 256, 2, 32, 0.01)
+    number = 100
+
+    async def one() -> None:
+        nonlocal number
+        first = number
+        number += 50
+        values = list(range(first, first + chance.randint(1, 50)))
+        if chance.random() < 0.1:
+            values[-1] = BAD
+        await asyncio.sleep(chance.random() * 0.05)
+        wanted = [item for value in values for item in items(value, length=chance.randint(1, 40))]
+        try:
+            async with asyncio.timeout(chance.choice([None, None, chance.random() * 0.05])):
+                found = await compute.run(wanted, nothing)
+            assert found == [2 * value for value in values]
+        except TimeoutError:
+            assert compute.figures.cancelled
+        except Refused:
+            assert BAD in values
+        library.ended |= {value for value in values if value != BAD}
+
+    await asyncio.gather(*(one() for _ in range(80)))
+    assert (compute.running, compute.waiting) == (0, 0)
+    assert library.late == [], "what nobody waits for any more is not computed"
