@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.support.models import MODELS_FOLDER, smollm2_path
+from tests.support.models import MODELS_FOLDER, minilm_path, smollm2_path
 
 
-def bench(folder: Path, kind: str) -> "subprocess.CompletedProcess[str]":
+def bench(folder: Path, kind: str, *options: str) -> "subprocess.CompletedProcess[str]":
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
     return subprocess.run(
-        [sys.executable, "-m", "forebay.cli", "bench", kind, "--quick", "--out", "results"],
+        [sys.executable, "-m", "forebay.cli", "bench", kind, "--quick", "--out", "results", *options],
         cwd=folder, env={**kept, "FOREBAY_MODELS_DIR": str(MODELS_FOLDER)},
         capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
@@ -38,3 +38,26 @@ def test_a_short_run(tmp_path: Path, kind: str, ids: set[str]) -> None:
     table = (tmp_path / "results" / f"{name}.md").read_text("utf-8")
     assert all(name in table for name in report["measures"])
     assert "0 errors" in table
+
+
+def test_a_short_run_of_embeddings(tmp_path: Path) -> None:
+    minilm_path()
+    ran = bench(tmp_path, "embed")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "results" / "embed-sqlite.json").read_text("utf-8"))
+    assert report["errors"] == 0
+    measured = {name: len(each["by_seed"]) for name, each in report["measures"].items()}
+    compared = {"tokens per second, through / sentence-transformers", "tokens per second by sentence-transformers"}
+    assert {name for name, seeds in measured.items() if not seeds} == compared, "there is no reference Python here"
+    assert all(seeds == 1 for name, seeds in measured.items() if name not in compared)
+    table = (tmp_path / "results" / "embed-sqlite.md").read_text("utf-8")
+    assert table.count("not measured") == len(compared)
+    assert "no `--reference-python` has it" in table
+
+
+def test_a_reference_python_without_the_library_is_said_so(tmp_path: Path) -> None:
+    minilm_path()
+    ran = bench(tmp_path, "embed", "--reference-python", sys.executable)
+    assert ran.returncode == 1
+    assert "Install `sentence-transformers` and `torch` there." in ran.stderr
+    assert "Traceback" not in ran.stderr.partition("It said last")[0]

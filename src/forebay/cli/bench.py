@@ -13,9 +13,10 @@ from rich.table import Table
 
 from forebay.bench import batch as batch_bench
 from forebay.bench import chat as chat_bench
+from forebay.bench import embed as embed_bench
 from forebay.bench import jobs as jobs_bench
 from forebay.bench import overhead as overhead_bench
-from forebay.bench.report import Report
+from forebay.bench.report import Report, figure
 from forebay.cli.options import EXIT_FAILED, PIPED_WIDTH, ConfigFile, DataFolder, load_settings, loop_factory, sentences
 
 app = typer.Typer(help="Measure this server on this machine.", no_args_is_help=True)
@@ -81,6 +82,26 @@ def batch(
         _show(runner.run(batch_bench.run(database_url, 1 if quick else seeds, size, _say)), out)
 
 
+@app.command()
+def embed(
+    reference_python: Annotated[
+        Path | None, typer.Option(help="A Python that has sentence-transformers and torch, to be compared with.")
+    ] = None,
+    database_url: DatabaseUrl = None,
+    seeds: Seeds = 3,
+    quick: Quick = False,
+    out: Out = _RESULTS,
+    config_file: ConfigFile = None,
+    data_dir: DataFolder = None,
+) -> None:
+    """Embeddings beside sentence-transformers, beside a large request, and as lines of a batch (P11)."""
+    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        settings = load_settings(config_file, data_dir=data_dir)
+        size = embed_bench.QUICK if quick else embed_bench.FULL
+        measuring = embed_bench.run(settings, reference_python, database_url, 1 if quick else seeds, size, _say)
+        _show(runner.run(measuring), out)
+
+
 def _say(what: str) -> None:
     typer.echo(what, err=True)
 
@@ -93,8 +114,7 @@ def _show(report: Report, out: Path) -> None:
     for measure in report.as_dict()["measures"].values():
         bounds = ("" if bound is None else f"{bound:g}" for bound in (measure["floor"], measure["goal"]))
         seeds = ", ".join(f"{value:g}" for value in measure["by_seed"])
-        value = f"{measure['value']:g} {measure['unit']}".strip()
-        table.add_row(measure["id"], measure["name"], value, seeds, *bounds, measure["verdict"])
+        table.add_row(measure["id"], measure["name"], figure(measure), seeds, *bounds, measure["verdict"])
     console.print(table)
     errors = sum(report.errors.values())
     console.print(f"{report.requests} requests, {errors} errors. Written to {files[0]} and {files[1]}.")
