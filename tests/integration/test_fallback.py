@@ -154,16 +154,27 @@ async def test_a_provider_that_keeps_asking_for_patience_uses_up_no_attempt() ->
         assert len(provider.asked) == 13
 
 
+QUICK = OPTIONS.replace("cooldown_seconds = 1", "cooldown_seconds = 0.2")
+
+
 async def test_a_batch_outlasts_a_provider_that_is_away() -> None:
-    async with providing() as provider, serving(chain(provider, "slots = 2")) as server:
+    async with providing() as provider, serving(chain(provider, "slots = 2", QUICK)) as server:
         provider.usual = Plan(500)
-        for _ in range(2):
-            assert (await ask(server, "Hello.", model="far")).status == 502
         batch = await submit(server, [line(f"line-{number}", "Hello.", model="far") for number in range(6)])
-        await eventually(lambda: len(provider.asked) > 2, what="a probe by the batch")
+        await eventually(lambda: len(provider.asked) > 15, within_seconds=30, what="many probes by the batch")
         provider.usual = Plan()
         output, errors = await results(server, await finished(server, batch["id"]))
         assert (len(output), errors) == (6, [])
+
+
+async def test_a_line_that_no_provider_can_bear_is_given_up_in_the_end() -> None:
+    async with providing() as provider, serving(chain(provider, "slots = 1", QUICK)) as server:
+        provider.usual = Plan(500)
+        batch = await submit(server, [line("one", "Hello.", model="far")])
+        output, errors = await results(server, await finished(server, batch["id"]))
+        assert not output
+        assert errors[0]["error"]["code"] == "engine_unavailable"
+        assert 20 < len(provider.asked) < 30
 
 
 async def test_lines_for_a_model_that_takes_the_callers_key_are_refused_with_the_reason() -> None:

@@ -113,6 +113,16 @@ async def test_a_stream_that_is_cut_ends_with_an_error_and_is_not_begun_again() 
         assert len(provider.asked) == 1
 
 
+async def test_a_silence_in_the_middle_does_not_last_for_ever() -> None:
+    async with providing() as provider, serving(far(provider) + "[supervisor]\nstall_seconds = 0.5\n") as server:
+        provider.plans.append(Plan(cut=True))  # it waits to be told
+        async with await server.chat("Hello.", model="far", stream=True) as response:
+            assert b"far " in await first_bytes(response)
+            answer = await read(response)
+        assert (answer.done, answer.code) == (False, "request_timeout")
+        assert await server.metric("forebay_upstream_failures_total", model="far", reason="timeout") == 1
+
+
 async def test_after_failures_in_a_row_it_is_left_alone_until_one_request_comes_through() -> None:
     async with providing() as provider, serving(far(provider, SHORT)) as server:
         provider.usual = Plan(500)

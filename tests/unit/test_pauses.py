@@ -22,7 +22,7 @@ async def test_all_who_wait_for_a_model_go_on_together_and_others_are_not_kept()
     clock.advance(1)
     await settle()
     assert not any(task.done() for task in waiting)
-    clock.advance(1)
+    clock.advance(1.2)
     await asyncio.gather(*waiting)
     assert not pauses.held("far")
 

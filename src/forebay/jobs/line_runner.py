@@ -42,6 +42,8 @@ from forebay.store.dead_letters import LostLine
 from forebay.telemetry import Metrics
 
 _BACKOFF_SECONDS_MAX = 30.0
+_PROBES_MAX = 20  # times that a line may open the circuit of a provider before it is to blame after all
+_AWAY = (EngineUnavailable, ModelNotReady, StoreUnavailable)
 
 OnRead = Callable[[], None]
 
@@ -56,6 +58,7 @@ class _Line:
     request_id: str
     failures: list[dict[str, Any]] = field(default_factory=list)
     suspect: bool = False
+    probes: int = 0
 
     @property
     def id(self) -> str:
@@ -116,10 +119,11 @@ class LineRunner:
                     continue
                 if isinstance(error, CircuitOpen) and asked is not None:  # all lines wait for it, and none is to blame
                     self._pauses.hold(asked.request.model, error.retry_after_seconds)
-                    continue
+                    if line.probes < _PROBES_MAX:
+                        continue
                 self._note(line, error)
                 pause = self._backoff(len(line.failures))
-                if pause is None and isinstance(error, EngineUnavailable | ModelNotReady | StoreUnavailable):
+                if pause is None and isinstance(error, _AWAY) and not isinstance(error, CircuitOpen):
                     raise  # the model, or the store, is away for all: the chunk waits
                 if pause is None:
                     message = failure_line(line.id, line.input.custom_id, error.code, str(error))
@@ -151,20 +155,20 @@ class LineRunner:
         line.request_id = new_id("req")
         named = replace(call, request=replace(call.request, id=line.request_id))
         if not line.suspect:
-            return await self._answer(named, on_read)
+            return await self._answer(line, named, on_read)
         async with self._suspects.setdefault(line.input.model, asyncio.Lock()):
-            return await self._answer(named, on_read)
+            return await self._answer(line, named, on_read)
 
-    async def _answer(self, call: Call, on_read: OnRead) -> Gathered:
+    async def _answer(self, line: _Line, call: Call, on_read: OnRead) -> Gathered:
         if call.items is None:
-            return await self._admitted(call, on_read)
+            return await self._admitted(line, call, on_read)
 
         async def compute(part: Call) -> bytes:
-            return (await self._admitted(part, on_read)).body
+            return (await self._admitted(line, part, on_read)).body
 
         return await self._assembler.answer(call, compute)
 
-    async def _admitted(self, call: Call, on_read: OnRead) -> Gathered:
+    async def _admitted(self, line: _Line, call: Call, on_read: OnRead) -> Gathered:
         """Wait for a place as long as it takes, and run; again whenever the place was taken back."""
         name = call.request.model
         model: Model = self._catalog.get(name)
@@ -188,6 +192,9 @@ class LineRunner:
                     return gathered
             except Preempted:
                 continue
+            except CircuitOpen:
+                line.probes += admitted
+                raise
             except Overloaded as error:
                 if admitted:  # a provider's: all lines of the model wait, and no attempt is used up
                     self._pauses.hold(name, error.retry_after_seconds)

@@ -8,6 +8,7 @@ from forebay.clock import Clock
 _SECONDS_MIN = 1.0
 _SECONDS_MAX = 60.0  # where the provider does not say how long
 _LONGEST_SECONDS = 3600.0
+_MOMENT_SECONDS = 0.2
 
 
 class Pauses:
@@ -37,6 +38,6 @@ class Pauses:
         self._in_a_row.pop(model, None)
 
     async def wait(self, model: str) -> None:
-        """Return once `model` is no longer left alone."""
+        """Return once `model` is no longer left alone, each a moment apart: it is not always the same who goes first."""
         while (seconds := self._until.get(model, 0.0) - self._clock.monotonic()) > 0:
-            await self._clock.sleep(seconds)
+            await self._clock.sleep(seconds + self._clock.jitter(_MOMENT_SECONDS))

@@ -169,23 +169,33 @@ class Upstream(Replica):
         on_refusal: Callable[[Replica], None],
         on_stopped: Callable[[], None],
     ) -> AsyncIterator[EngineStream]:
-        """As for any replica. Raises CircuitOpen without a word to the upstream while it is left alone."""
+        """As for any replica. Raises CircuitOpen without a word to the upstream while it is left alone.
+
+        Batch work is told so, too, when its own failure has opened the circuit: it is to wait, and not to blame.
+        """
         try:
             round_number = self._circuit.enter()
         except CircuitOpen:
             on_stopped()
             raise
-        reason, left = None, True
+        left = True
         try:
             async with super().run(request, grace_seconds, on_refusal, on_stopped) as stream:
                 self._circuit.answered(round_number)
                 yield stream
             left = not stream.finished
         except ForebayError as error:
-            reason, left = _failure(error), False
+            reason = _failure(error)
+            self._circuit.settle(round_number, reason=reason, left=False)
+            refusal = self._circuit.refusal() if reason and request.priority is Priority.BATCH else None
+            if refusal is not None:
+                raise refusal from None
             raise
-        finally:
-            self._circuit.settle(round_number, reason=reason, left=left)
+        except BaseException:
+            self._circuit.settle(round_number, reason=None, left=True)
+            raise
+        else:
+            self._circuit.settle(round_number, reason=None, left=left)
 
     def _stream_for(self, request: Request) -> EngineStream:
         base = self.address
