@@ -13,7 +13,7 @@ from forebay.dialects.images import ImageRef
 from forebay.errors import InvalidRequest, NotFound, Overloaded, PayloadTooLarge, Unreachable
 from forebay.media.images import Images
 from forebay.outbound import Outbound
-from tests.support.images import data_url, encoded
+from tests.support.images import data_url, encoded, picture
 
 FILE = (ImageRef("messages[0]", file_id="file-1"),)
 
@@ -59,6 +59,34 @@ async def test_the_front_door_has_a_bounded_line_and_batches_wait_as_long_as_it_
     ended = await asyncio.gather(*online, *lines, return_exceptions=True)
     assert {type(each) for each in ended} == {NotFound}
     assert {getattr(each, "param", None) for each in ended} == {"messages[0]"}
+
+
+async def test_a_slow_host_holds_up_no_image_that_is_already_here() -> None:
+    asked = asyncio.Queue[str]()
+
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        asked.put_nowait(host)
+        return await asyncio.get_running_loop().create_future()
+
+    clock = SystemClock()
+    settings = MediaSettings(fetch_hosts=["*"], fetches_at_once=3, checks_at_once=1)
+    room = Images(settings, Outbound(OutboundSettings(), clock, resolve), Slow(), clock)
+    there = (ImageRef("messages[0]", url="http://slow.example/a.png"),)
+    slow = [asyncio.create_task(room.inline(there, "p", patient=False)) for _ in range(32)]
+    for _ in range(3):
+        await asyncio.wait_for(asked.get(), 10)
+    await begun(*slow)
+    try:
+        with pytest.raises(Overloaded):
+            await room.inline(there, "p", patient=False)
+        async with asyncio.timeout(8):  # less than a fetch may take
+            assert await room.inline((ImageRef("messages[0]", url=data_url(picture())),), "p", patient=False)
+        assert asked.empty()
+    finally:
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        await room.close()
 
 
 async def test_images_that_grow_in_our_hands_have_a_bound_for_each_request() -> None:

@@ -25,6 +25,7 @@ from forebay.media.checker import Checker
 from forebay.outbound import Outbound
 
 _WAITING_MAX = 64  # requests at the front door whose images are being looked at, each with its body in memory
+_FETCHING_MAX = 32  # of these with images that have to be fetched: a slow host is not to turn the others away
 _DATA = re.compile(r"data:image/([a-z0-9.+-]{1,32});base64,", re.IGNORECASE)
 _NAMES = {"jpg": "jpeg", "pjpeg": "jpeg", "x-png": "png"}
 _BODY_CUT = "The image did not arrive whole."
@@ -52,6 +53,7 @@ class Images:
         self._patient = asyncio.Semaphore(max(1, settings.fetches_at_once // 2))
         self._patient_checks = asyncio.Semaphore(max(1, settings.checks_at_once - 1))
         self._waiting = 0
+        self._fetching = 0
 
     async def close(self) -> None:
         """End what looks at images."""
@@ -71,23 +73,26 @@ class Images:
                 param=refs[self._settings.images_max].param,
                 code="invalid_value",
             )
-        async with self._turn(patient=patient):
+        async with self._turn(patient=patient, fetches=any(_is_address(ref) for ref in refs)):
             return await self._pictures(refs, project, patient=patient)
 
     @asynccontextmanager
-    async def _turn(self, *, patient: bool) -> AsyncIterator[None]:
-        if patient:
-            async with self._patient:
-                yield
-            return
-        if self._waiting >= _WAITING_MAX:
+    async def _turn(self, *, patient: bool, fetches: bool) -> AsyncIterator[None]:
+        if not patient and (self._waiting >= _WAITING_MAX or (fetches and self._fetching >= _FETCHING_MAX)):
             raise Overloaded("Too many images are being looked at. Try again later.", retry_after_seconds=1)
-        self._waiting += 1
+        self._waiting += not patient
+        self._fetching += fetches and not patient
         try:
-            async with self._places:
+            # Who fetches waits for that first: a slow host must not hold the places of images that are already here.
+            async with (
+                self._patient if patient else nullcontext(),
+                self._fetches if fetches else nullcontext(),
+                nullcontext() if patient else self._places,
+            ):
                 yield
         finally:
-            self._waiting -= 1
+            self._waiting -= not patient
+            self._fetching -= fetches and not patient
 
     async def _pictures(self, refs: Sequence[ImageRef], project: str, *, patient: bool) -> tuple[str, ...]:
         pictures: list[str] = []
@@ -117,7 +122,7 @@ class Images:
         if ref.file_id is not None:
             return None, await self._stored.read(project, ref.file_id, most), False
         url = ref.url or ""
-        if url[:5].lower() != "data:":
+        if _is_address(ref):
             return None, await self._fetch(url), False
         match = _DATA.match(url)
         if match is None:
@@ -138,13 +143,12 @@ class Images:
                 "This server fetches no images. Send the image itself as a `data:` URL, or upload it as a file.",
                 code="url_not_allowed",
             )
-        async with self._fetches:
-            answer = await self._outbound.get(
-                url,
-                hosts=settings.fetch_hosts,
-                timeout_seconds=settings.fetch_timeout_seconds,
-                bytes_max=settings.image_bytes_max,
-            )
+        answer = await self._outbound.get(
+            url,
+            hosts=settings.fetch_hosts,
+            timeout_seconds=settings.fetch_timeout_seconds,
+            bytes_max=settings.image_bytes_max,
+        )
         if answer.status == 429 or answer.status >= 500:
             raise Unreachable(f"The address of the image answers with status {answer.status}.")
         if answer.status != 200:
@@ -156,6 +160,10 @@ class Images:
                 raise _too_large(f"An image has at most {settings.image_bytes_max} bytes.")
             raise Unreachable(_BODY_CUT)
         return answer.body
+
+
+def _is_address(ref: ImageRef) -> bool:
+    return ref.file_id is None and (ref.url or "")[:5].lower() != "data:"
 
 
 def _decoded_bytes(data: bytes) -> int:
