@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from tokenizers import Tokenizer
 
@@ -305,6 +306,33 @@ def test_a_cross_encoder_gives_raw_scores_in_order(tmp_path: Path, tokenizer: To
             {"query": "a", "documents": [1]},
         ):
             assert tiny.ask("POST", "/v1/rerank", wrong)[0] == 400
+
+
+def test_a_query_of_megabytes_takes_little_memory_and_time(tmp_path: Path) -> None:
+    documents = [f"document {number}" for number in range(20)]
+    huge = "river a " * 100_000
+    with _engine(tiny_onnx.cross_encoder(tmp_path / "model.onnx"), capability="rerank") as tiny:
+        before = psutil.Process(tiny.pid).memory_info().rss
+        status, answer = tiny.ask("POST", "/v1/rerank", {"query": huge, "documents": documents})
+        assert (status, answer["error"]["code"], answer["error"]["index"]) == (400, "context_length_exceeded", 0)
+        cut = tiny.ask("POST", "/v1/rerank", {"query": huge, "documents": documents, "truncate": True})
+        assert cut == tiny.ask("POST", "/v1/rerank", {"query": huge[:8000], "documents": documents, "truncate": True})
+        assert cut[1]["tokens"] == [512] * 20
+        mixed = {"query": "river", "documents": ["a", huge, huge + "!"], "truncate": True}
+        assert tiny.ask("POST", "/v1/rerank", mixed)[1]["tokens"][1:] == [512, 512]
+        status, answer = tiny.ask("POST", "/v1/rerank", {"query": "x" * 1_000_000, "documents": documents})
+        assert (status, answer["error"]["code"]) == (400, None)
+        grown = psutil.Process(tiny.pid).memory_info().rss - before
+        assert grown < 200 * 2**20
+
+
+def test_an_input_of_megabytes_is_looked_at_by_its_beginning(engine: Engine) -> None:
+    before = psutil.Process(engine.pid).memory_info().rss
+    huge = "river a " * 500_000
+    status, answer = engine.ask("POST", EMBEDDINGS, {"input": ["short", huge]})
+    assert (status, answer["error"]["code"], answer["error"]["index"]) == (400, "context_length_exceeded", 1)
+    np.testing.assert_array_equal(_embed(engine, huge, truncate=True), _embed(engine, huge[:5000], truncate=True))
+    assert psutil.Process(engine.pid).memory_info().rss - before < 100 * 2**20
 
 
 def _fails_to_start(**spec: Any) -> tuple[str, int]:

@@ -119,7 +119,8 @@ class Engine:
             raise Refused(400, "`documents` has to be a list of texts that is not empty.")
         if len(documents) > _INPUTS_MAX:
             raise Refused(400, f"`documents` has more than {_INPUTS_MAX} texts.")
-        pairs = await self._tokens.of_pairs(query, documents, truncate=_flag(body, "truncate"))
+        tokens_max = self._spec.input_tokens_max
+        pairs = await self._tokens.of_pairs(query, documents, tokens_max, truncate=_flag(body, "truncate"))
         found = await self._run(visit, pairs)
         return _json(
             scores=[float(score) for score in found], model=self._spec.name, **_usage([each for each, _ in pairs])

@@ -16,6 +16,7 @@ from forebay.engines.serving import refuse_to_start
 
 _INLINE_CHARS = 4096
 _PIECE_CHARS = 65_536
+_CHARS_PER_TOKEN = 16  # a text with more of them than that for all tokens of the model is looked at by its beginning
 _PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>", "</s>")
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -60,7 +61,11 @@ class Tokens:
         self, inputs: Sequence[str | list[int]], prefix: str, *, truncate: bool
     ) -> list[tuple[int, ...]]:
         """The tokens of each input. Raises Refused."""
-        texts = [prefix + each for each in inputs if isinstance(each, str)]
+        texts = [
+            await self._beginning(prefix + each, index, "Input", truncate=truncate)
+            for index, each in enumerate(inputs)
+            if isinstance(each, str)
+        ]
         encoded = iter(await self._encode(texts, truncate=truncate))
         found = []
         for index, each in enumerate(inputs):
@@ -69,9 +74,18 @@ class Tokens:
             found.append(tuple(tokens))
         return found
 
-    async def of_pairs(self, query: str, documents: Sequence[str], *, truncate: bool) -> list[Pair]:
-        """The tokens of the query with each document, and which of the two each token is of. Raises Refused."""
-        pairs = [(query, each) for each in documents]
+    async def of_pairs(self, query: str, documents: Sequence[str], tokens_max: int, *, truncate: bool) -> list[Pair]:
+        """The tokens of the query with each document, and which of the two each token is of. Raises Refused.
+
+        Nothing is encoded where the query, once for each document, is more than `tokens_max` could be.
+        """
+        query = await self._beginning(query, 0, "Document", truncate=truncate)
+        if len(query) * len(documents) > tokens_max * _CHARS_PER_TOKEN:
+            raise Refused(400, f"`query` is too long for {len(documents)} documents. Send several requests.")
+        pairs = [
+            (query, await self._beginning(each, index, "Document", truncate=truncate))
+            for index, each in enumerate(documents)
+        ]
         found = []
         for index, encoding in enumerate(await self._encode(pairs, truncate=truncate)):
             self._check_length(len(encoding.ids), index, "Document")
@@ -87,6 +101,21 @@ class Tokens:
         for piece in _pieces(texts):
             found += await asyncio.to_thread(tokenizer.encode_batch, piece)
         return found
+
+    async def _beginning(self, text: str, index: int, noun: str, *, truncate: bool) -> str:
+        """As much of a text as the model could take, and more: the tokens of all of it would be a hundred times its size.
+
+        Raises Refused where that much shows that the text is too long and it may not be cut.
+        """
+        chars = self._max * _CHARS_PER_TOKEN
+        while chars < len(text):
+            start = text[:chars]
+            if len(await asyncio.to_thread(self.of_text, start)) > 2 * self._max:
+                if truncate:
+                    return start
+                raise self._too_long(index, noun, None)
+            chars *= 2
+        return text
 
     def _framed(self, tokens: list[int], index: int, *, truncate: bool) -> tuple[int, ...]:
         """Token ids with the special tokens of a text, unless they have them."""
@@ -109,15 +138,18 @@ class Tokens:
 
     def _check_length(self, length: int, index: int, noun: str) -> None:
         if length > self._max:
-            raise Refused(
-                400,
-                f"{noun} {index} has {length} tokens, and this model takes {self._max} at most. Shorten it, or send "
-                "`truncate` as true.",
-                "context_length_exceeded",
-                index=index,
-                n_prompt_tokens=length,
-                n_ctx=self._max,
-            )
+            raise self._too_long(index, noun, length)
+
+    def _too_long(self, index: int, noun: str, length: int | None) -> Refused:
+        return Refused(
+            400,
+            f"{noun} {index} has {length or 'far too many'} tokens, and this model takes {self._max} at most. Shorten "
+            "it, or send `truncate` as true.",
+            "context_length_exceeded",
+            index=index,
+            n_prompt_tokens=length,
+            n_ctx=self._max,
+        )
 
 
 def _load(path: str) -> Tokenizer:
