@@ -534,12 +534,16 @@ def read_secret(path: Path) -> str:
 def upstream_key(options: UpstreamOptions, environment: Mapping[str, str]) -> str | None:
     """The key for an upstream, from its file or its variable. Raises SetupError if either holds none."""
     if options.key_file is not None:
-        return read_secret(options.key_file)
-    if options.key_env is None:
+        key, where = read_secret(options.key_file), f"secret file {options.key_file}"
+    elif options.key_env is not None:
+        key, where = environment.get(options.key_env, "").strip(), f"environment variable {options.key_env}"
+        if not key:
+            raise SetupError(f"The {where} that holds an upstream's key is not set.")
+    else:
         return None
-    if not environment.get(options.key_env):
-        raise SetupError(f"The environment variable {options.key_env} that holds an upstream's key is not set.")
-    return environment[options.key_env]
+    if not (key.isascii() and key.isprintable()):
+        raise SetupError(f"The {where} holds no key that could travel in a header: it has to be one line of ASCII.")
+    return key
 
 
 def secrets_of(settings: Settings, environment: Mapping[str, str]) -> list[str]:

@@ -175,7 +175,7 @@ class EngineUnavailable(ServerError):
 
 
 class CircuitOpen(EngineUnavailable):
-    """The provider behind this model has failed several times in a row and is left alone for a while."""
+    """The provider behind this model has failed several times in a row and is left alone. Try again later."""
 
 
 class ModelNotReady(ServerError):

@@ -17,6 +17,8 @@ Seconds = Annotated[float, Field(gt=0, le=604_800)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Bytes = Annotated[int, Field(ge=1, le=2**50)]
 Capabilities = Annotated[tuple[Capability, ...], Field(min_length=1)]
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+HeaderValue = Annotated[str, Field(pattern=r"^[ -~]{0,4096}$")]
 Trouble = Literal["unavailable", "circuit_open", "not_ready", "queue_full", "failed"]
 _TEXT = (Capability.CHAT, Capability.COMPLETION)
 _SERVED = "What it serves: `chat`, `completion`, `embedding`, `rerank`."
@@ -145,14 +147,16 @@ class VllmOptions(Section):
 class UpstreamOptions(Section):
     """Options of the `upstream` engine: a server that somebody else runs."""
 
-    base_url: str = Field(pattern=r"^https?://", description="Base URL up to and including `/v1`.")
+    base_url: str = Field(
+        pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$", description="Base URL up to and including `/v1`."
+    )
     key_env: str | None = Field(None, description="Environment variable that holds the key.")
     key_file: Path | None = Field(None, description="File that holds the key.")
     caller_key: bool = Field(
         False,
         description="Requests bring the caller's own key for it, in the header `X-Upstream-Authorization`; batches cannot.",
     )
-    headers: dict[str, str] = Field({}, description="Further request headers.")
+    headers: dict[HeaderName, HeaderValue] = Field({}, description="Further request headers.")
     connect_timeout_seconds: Seconds = Field(10, description="Time to reach it.")
     first_byte_timeout_seconds: Seconds = Field(
         120, description="Time for the first byte of an answer, connecting included; then 504."

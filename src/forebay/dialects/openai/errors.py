@@ -74,7 +74,9 @@ def from_upstream(
             "The provider behind this model refuses this server's account. Ask its operator.", code="upstream_refused"
         )
     if status == 404:
-        return ModelNotFound("The provider behind this model does not know it. Ask the operator of this server.")
+        return ModelNotFound(
+            "The provider behind this model does not know it, or does not serve this. Ask the operator of this server."
+        )
     if status == 408:
         return EngineTimeout("The provider behind this model took too long.")
     if status == 429:
