@@ -167,6 +167,22 @@ async def test_a_batch_outlasts_a_provider_that_is_away() -> None:
         assert (len(output), errors) == (6, [])
 
 
+async def test_a_batch_outlasts_a_provider_that_cannot_be_reached() -> None:
+    async with providing() as before:
+        config = chain(before, "slots = 2", QUICK)
+    async with serving(config) as server:
+        batch = await submit(server, [line(f"line-{number}", "Hello.", model="far") for number in range(6)])
+
+        async def failures() -> bool:
+            return await server.metric("forebay_upstream_failures_total", model="far", reason="unavailable") > 8
+
+        await eventually(failures, within_seconds=30, what="many failures")
+        async with providing(before.port) as provider:
+            output, errors = await results(server, await finished(server, batch["id"]))
+            assert (len(output), errors) == (6, [])
+            assert len(provider.asked) == 6
+
+
 async def test_a_line_that_no_provider_can_bear_is_given_up_in_the_end() -> None:
     async with providing() as provider, serving(chain(provider, "slots = 1", QUICK)) as server:
         provider.usual = Plan(500)

@@ -231,6 +231,18 @@ async def test_the_callers_own_key_goes_to_the_provider_and_nowhere_else() -> No
             assert not [text for text in shown if OWN_KEY in text]
 
 
+async def test_what_one_key_has_paid_for_is_for_that_key_alone() -> None:
+    served = 'caller_key = true\ncapabilities = ["embedding"]'
+    async with providing() as provider, serving(far(provider, served)) as server:
+        for key in ("key-of-one", "key-of-one", "key-of-another"):
+            client = server.client(default_headers={"X-Upstream-Authorization": f"Bearer {key}"})
+            await client.embeddings.create(model="far", input="one text", encoding_format="float")
+        assert [asked.headers["Authorization"] for asked in provider.asked] == [
+            "Bearer key-of-one",
+            "Bearer key-of-another",
+        ]
+
+
 async def test_a_key_that_nobody_asked_for_is_not_passed_on() -> None:
     async with providing() as provider, serving(far(provider)) as server:
         headers = {"X-Upstream-Authorization": OWN_KEY}

@@ -44,6 +44,7 @@ class Provider:
 
     def __init__(self) -> None:
         self.url = ""
+        self.port = 0
         self.plans: deque[Plan] = deque()
         self.usual = WELL
         self.key: str | None = None
@@ -111,16 +112,17 @@ def _ranking(body: dict[str, Any]) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def providing() -> AsyncIterator[Provider]:
+async def providing(port: int = 0) -> AsyncIterator[Provider]:
     """A provider that answers well until it is told otherwise."""
     provider = Provider()
     app = web.Application()
     app.router.add_post("/{path:.*}", provider.answer)
     runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
     await site.start()
-    provider.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    provider.port = runner.addresses[0][1]
+    provider.url = f"http://127.0.0.1:{provider.port}"
     try:
         yield provider
     finally:

@@ -121,6 +121,35 @@ def test_the_passwords_inside_addresses_and_upstream_keys_count_as_secrets(tmp_p
         config.secrets_of(settings, {})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        'base_url = "ftp://far.example/v1"',
+        'base_url = "https://user:word@far.example/v1"',
+        'base_url = "https://far.example/v1?key=word"',
+        'base_url = "https://"',
+        'base_url = "https://far.example/v1", headers = { "X-A" = "one\\r\\nX-B: word" }',
+        'base_url = "https://far.example/v1", headers = { "X A" = "word" }',
+        'base_url = "https://far.example/v1", caller_key = true, key_env = "FAR"',
+        'base_url = "https://far.example/v1", caller_key = true, headers = { authorization = "word" }',
+    ],
+)
+def test_an_upstream_that_cannot_be_is_refused_without_showing_what_was_given(options: str, tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"models\.far\.upstream\.options") as refused:
+        load(f'[models.far]\nengine = "upstream"\noptions = {{ {options} }}', tmp_path)
+    assert "word" not in str(refused.value)
+
+
+def test_an_upstream_key_that_cannot_travel_in_a_header_is_refused(tmp_path: Path) -> None:
+    text = '[models.far]\nengine = "upstream"\noptions = { base_url = "https://far.example/v1", key_env = "FAR" }'
+    settings = load(text, tmp_path)
+    assert config.secrets_of(settings, {"FAR": " the-key\n"}) == ["the-key"]
+    for value in ("two\nlines", "schlüssel"):
+        with pytest.raises(SetupError, match="one line of ASCII") as refused:
+            config.secrets_of(settings, {"FAR": value})
+        assert value not in str(refused.value)
+
+
 def test_the_tree_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.Settings().port = 1  # type: ignore[misc]
