@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import uvloop
 from PIL import Image
 
 from forebay.clock import SystemClock
@@ -92,18 +93,25 @@ async def test_an_image_that_needs_too_much_time_is_too_large(made: Any) -> None
     assert (await check(checker, picture())).startswith("data:image/png;base64,")
 
 
-async def test_a_program_that_dies_is_replaced(made: Any) -> None:
+async def test_a_program_that_dies_is_replaced_once_for_each_image(made: Any) -> None:
     checker = made()
     await check(checker, picture())
-    (program,) = programs()
-    program.send_signal(signal.SIGSTOP)
+    (first,) = programs()
+    first.send_signal(signal.SIGSTOP)
     waiting = asyncio.create_task(check(checker, picture()))
     await asyncio.sleep(0)  # it has begun
-    program.kill()
+    first.kill()
+    assert await waiting
+    (second,) = checker._idle
+    second._process.send_signal(signal.SIGSTOP)
+    waiting = asyncio.create_task(check(checker, picture()))
+    await asyncio.sleep(0)
+    second.kill()
+    third = await eventually(lambda: [each for each in checker._busy if each is not second], what="another program")
+    third[0].kill()
     with pytest.raises(ServerError):
         await waiting
     assert await check(checker, picture())
-    assert [each.pid for each in programs() if each.status() != psutil.STATUS_ZOMBIE] != [program.pid]
 
 
 async def test_a_program_that_died_while_it_had_nothing_to_do_is_not_noticed(made: Any) -> None:
@@ -113,6 +121,25 @@ async def test_a_program_that_died_while_it_had_nothing_to_do_is_not_noticed(mad
     program.kill()
     await eventually(partial(_gone, program), what="the end of the program")
     assert await check(checker, picture())
+
+
+def test_a_program_whose_end_is_not_told_yet_is_not_asked() -> None:
+    async def ask() -> None:
+        checker = Checker(MediaSettings(), SystemClock())
+        try:
+            await check(checker, picture())
+            (program,) = checker._idle
+            assert program._process.stdin is not None
+            program._process.stdin.close()
+            await asyncio.sleep(0.01)
+            with pytest.raises(OSError):
+                await program.ask(b"{}", b"")
+            assert not program.lives
+            assert await check(checker, picture())
+        finally:
+            await checker.close()
+
+    uvloop.run(ask())  # the loop of the server, where a write to a closed pipe is a RuntimeError
 
 
 async def test_whoever_gives_up_leaves_no_answer_for_the_next(made: Any) -> None:

@@ -62,28 +62,35 @@ class Checker:
         edge = settings.low_edge_pixels_max if low else settings.edge_pixels_max
         head = json.dumps({"declared": declared, "base64": in_base64, "edge": min(edge, settings.edge_pixels_max)})
         async with self._places:
-            program = self._take() or await _start(settings)
-            self._busy.add(program)
-            whole = False
-            try:
-                async with self._clock.timeout(2 * settings.check_seconds_max + _GRACE_SECONDS):
-                    verdict, picture = await program.ask(head.encode(), data)
-                whole = True
-            except TimeoutError:
-                raise _refusal(_Verdict.TOO_COSTLY, settings) from None
-            except (OSError, asyncio.IncompleteReadError):
-                raise ServerError(_FAILED) from None
-            finally:
-                self._busy.discard(program)
-                if whole:
-                    self._idle.append(program)
-                else:
-                    program.kill()
+            for program in (self._take(), None):  # one that was killed by somebody else is nobody's mistake, once
+                with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                    verdict, picture = await self._ask(program or await _start(settings), head.encode(), data)
+                    break
+            else:
+                raise ServerError(_FAILED)
         if verdict != _Verdict.OK:
             raise _refusal(verdict, settings)
         if not _is_picture(picture):
             raise ServerError(_FAILED)
         return picture.decode("ascii")
+
+    async def _ask(self, program: "_Program", head: bytes, data: bytes) -> tuple[int, bytes]:
+        """Its verdict and picture; one that has not answered is ended. Raises OSError or IncompleteReadError if it died."""
+        self._busy.add(program)
+        whole = False
+        try:
+            async with self._clock.timeout(2 * self._settings.check_seconds_max + _GRACE_SECONDS):
+                answer = await program.ask(head, data)
+            whole = True
+        except TimeoutError:
+            raise _refusal(_Verdict.TOO_COSTLY, self._settings) from None
+        finally:
+            self._busy.discard(program)
+            if whole:
+                self._idle.append(program)
+            else:
+                program.kill()
+        return answer
 
     def _take(self) -> "_Program | None":
         """One that is idle, and has not died of something else meanwhile."""
@@ -102,14 +109,17 @@ class _Program:
 
     @property
     def lives(self) -> bool:
-        """Whether it has not ended, as far as is known."""
-        return self._process.returncode is None
+        """Whether it has not ended, as far as is known: its pipe may be closed before its end is told."""
+        assert self._process.stdin is not None
+        return self._process.returncode is None and not self._process.stdin.is_closing()
 
     async def ask(self, head: bytes, data: bytes) -> tuple[int, bytes]:
         """Verdict and picture. Raises OSError or IncompleteReadError if it has ended."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
+        if stdin.is_closing():  # what is written then is lost, or a RuntimeError, by the loop
+            raise BrokenPipeError
         stdin.writelines((struct.pack(">II", len(head), len(data)), head, data))
         await stdin.drain()
         verdict, size = struct.unpack(">BI", await stdout.readexactly(5))
