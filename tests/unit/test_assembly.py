@@ -124,6 +124,21 @@ async def test_nobody_waits_for_less_urgent_work() -> None:
     assert [await batch, await online, await later] == [[1], [1], [1]]
 
 
+async def test_nobody_waits_for_much_larger_work() -> None:
+    room, engine = assembler(), Engine()
+    engine.gate.clear()
+    large = asyncio.create_task(vectors(room.answer(call("a", *map(str, range(8))), engine.compute)))
+    await until_asked(engine, 1)
+    small = asyncio.create_task(vectors(room.answer(call("a"), engine.compute)))
+    await until_asked(engine, 2)
+    others = [asyncio.create_task(vectors(room.answer(each, engine.compute))) for each in (call("a"), call("a", "bb"))]
+    await until_asked(engine, 3)
+    assert engine.asked[1:] == [["a"], ["bb"]], "who comes later waits for the small one"
+    engine.gate.set()
+    assert [await small, *[await each for each in others]] == [[1], [1], [1, 2]]
+    assert await large == [1] * 9
+
+
 @pytest.mark.parametrize("how", ["cancelled", "failed"])
 async def test_who_waited_for_one_that_did_not_make_it_has_it_all_the_same(how: str) -> None:
     room, engine = assembler(), Engine()

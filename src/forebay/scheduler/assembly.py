@@ -1,7 +1,7 @@
 """Puts answers together from items: what is known is not computed again, and what two want at once is computed once.
 
-Both doors bring their own way to compute. It refuses to make anybody wait for work that is less urgent than his own, and to
-let one who fails or leaves take others along: another one computes, and in the end each for himself.
+Both doors bring their own way to compute. It refuses to make anybody wait for work that is less urgent or much larger than
+his own, and to let one who fails or leaves take others along: another one computes, and in the end each for himself.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from forebay.scheduler.gather import Gathered
 from forebay.scheduler.item_cache import ItemCache
 from forebay.telemetry import Metrics
 
+_TIMES_LARGER_MAX = 8  # nobody waits for a request of more than so many times his own items
 _SHARED_ROUNDS = 2  # whoever waited in vain so often computes for himself
 T = TypeVar("T")
 Compute = Callable[[Call], Awaitable[bytes]]
@@ -26,10 +27,15 @@ Compute = Callable[[Call], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """An item that is being computed; None in the end if nothing came of it that others can use."""
+    """An item that is being computed, with `together - 1` others; None in the end if nothing came of it for others."""
 
     priority: Priority
+    together: int
     done: "asyncio.Future[Item | None]"
+
+    def suits(self, priority: Priority, wanted: int) -> bool:
+        """Whether one who wants so many items waits for it."""
+        return self.priority <= priority and self.together <= wanted * _TIMES_LARGER_MAX
 
 
 @dataclass(slots=True)
@@ -100,7 +106,7 @@ class Assembler:
                 work.found[digest] = item
                 continue
             flight = self._flights.get(digest)
-            if flight is not None and flight.priority <= work.call.request.priority:
+            if flight is not None and flight.suits(work.call.request.priority, len(work.places)):
                 flights[digest] = flight
         return flights
 
@@ -159,11 +165,11 @@ class Assembler:
         """Let others know what is being computed, where they could use it: without its tokens nobody can be charged."""
         if not work.items.counted and len(digests) > 1:
             return {}
-        loop, flights = asyncio.get_running_loop(), {}
+        loop, flights, priority = asyncio.get_running_loop(), {}, work.call.request.priority
         for digest in digests:
             before = self._flights.get(digest)
-            if before is None or before.priority > work.call.request.priority:
-                flights[digest] = self._flights[digest] = _Flight(work.call.request.priority, loop.create_future())
+            if before is None or not before.suits(priority, len(work.places)):
+                flights[digest] = self._flights[digest] = _Flight(priority, len(digests), loop.create_future())
         return flights
 
     def _land(self, digest: bytes, flight: _Flight, item: Item | None) -> None:
