@@ -1,6 +1,6 @@
-"""The outermost layer of every request: its id, its log line, and the last net under it.
+"""The outermost layer of every request: its id, its log line, and the trace of what nobody foresaw.
 
-Pure ASGI, so that streamed bytes pass without an object each. It refuses to show a caller what went wrong inside.
+Pure ASGI, so that streamed bytes pass without an object each. It refuses to answer: that is the application's, bugs included.
 """
 
 import re
@@ -9,12 +9,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forebay.clock import Clock, new_id
-from forebay.errors import ServerError
-from forebay.gateway.answers import error_answer, shape_at, speaks_messages
+from forebay.gateway.answers import speaks_messages
 from forebay.telemetry import Log, request_id
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-_BUG = "The server met a bug of its own. Report it with this request's id."
 
 
 class Envelope:
@@ -48,12 +46,8 @@ class Envelope:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:  # noqa: BLE001  # the gateway's outermost: a bug becomes a 500 and a log line with its trace
+        except Exception:  # noqa: BLE001  # the gateway's outermost: a bug was answered, and leaves a log line with its trace
             self._log.error("request.bug", exc_info=True, path=scope["path"])
-            if status == 0:
-                bug = ServerError(_BUG, code="internal_error")
-                shape = shape_at(scope["path"], identity)
-                await error_answer(bug, shape=shape)(scope, receive, send_with_id)
         if self._access_log:
             milliseconds = round((self._clock.monotonic() - began) * 1000, 1)
             # A client that left before the answer began has no status; 499 is what proxies call it.

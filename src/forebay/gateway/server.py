@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from forebay.config import Settings
 from forebay.dialects.openai.errors import sanitise
-from forebay.errors import ForebayError, InvalidRequest, NotFound
+from forebay.errors import ForebayError, InvalidRequest, NotFound, ServerError
 from forebay.gateway import admin, batches, dead_letters, files, health, jobs, responses, uploads, webhooks
 from forebay.gateway.answers import error_answer, json_answer, read_body, shape_at
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least, upstream_key
@@ -33,6 +33,8 @@ from forebay.replicas.calls import (
 )
 from forebay.replicas.catalog import Catalog
 from forebay.store.key_format import Role
+
+_BUG = "The server met a bug of its own. Report it with this request's id."
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(principal)])
 unversioned = APIRouter(dependencies=[Depends(principal)])
@@ -74,6 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ForebayError, _forebay_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(Exception, _bug)  # which goes on to the envelope
     return app
 
 
@@ -206,6 +209,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     return _refusal(request, InvalidRequest("A path or query parameter of this request is not valid."))
+
+
+async def _bug(request: Request, _error: Exception) -> Response:
+    return _refusal(request, ServerError(_BUG, code="internal_error"))
 
 
 def _refusal(request: Request, error: ForebayError, headers: Mapping[str, str] | None = None) -> Response:
