@@ -131,7 +131,6 @@ def test_a_program_whose_end_is_not_told_yet_is_not_asked() -> None:
             (program,) = checker._idle
             assert program._process.stdin is not None
             program._process.stdin.close()
-            await asyncio.sleep(0.01)
             with pytest.raises(OSError):
                 await program.ask(b"{}", b"")
             assert not program.lives
