@@ -1,12 +1,16 @@
 """Embeddings of the default model through the whole server: the front door and the engine agree on limits and errors."""
 
+import asyncio
+import random
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+from tokenizers import Tokenizer
 
 from tests.support.items import EMBEDDINGS, cosine, embed, outcomes, rerank, send, vectors
-from tests.support.models import minilm_path
+from tests.support.models import minilm_path, minilm_weights
+from tests.support.reference import Reference, unit
 from tests.support.server import Server, serving
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -18,6 +22,7 @@ engine = "onnx"
 source = "file:{path}"
 preload = true
 slots = 16
+queue_places = 100
 input_tokens_max = 1000
 [models.prefixed]
 engine = "onnx"
@@ -25,6 +30,18 @@ source = "file:{path}"
 preload = true
 options = {{ query_prefix = "query: ", document_prefix = "passage: " }}
 """
+ODD_TEXTS = (
+    "a",
+    " ",
+    "\x00",
+    "!?;:" * 30,
+    "-" * 200,
+    "x" * 300,
+    "東京は日本の首都です。",
+    "🙂🙃",
+    "สวัสดีชาวโลก",
+    "def f(x):\n    return x",
+)
 TEXTS = ["A cat sits on the mat.", "A kitten sits on a rug.", "Stock prices fell sharply on Monday."]
 
 
@@ -46,6 +63,31 @@ async def test_vectors_say_what_is_alike_and_are_kept(server: Server) -> None:
     ranked = await rerank(server, TEXTS[0], TEXTS[1:], model="embedder", mode="bi-encoder")
     assert [each["index"] for each in ranked["results"]] == [0, 1]
     assert (await outcomes(server))[2] == 3, "a ranking by embeddings knows the texts already"
+
+
+async def test_two_hundred_varied_texts_of_many_clients_are_as_the_authors_weights_have_them(server: Server) -> None:
+    """Every text is another, so a vector in the wrong place is none of its own."""
+    chance = random.Random(5)
+    texts = [*ODD_TEXTS, *(_text(chance, number) for number in range(200 - len(ODD_TEXTS)))]
+    tokenizer = Tokenizer.from_file(str(minilm_path().with_name("tokenizer.json")))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    requests = [[*texts[client::64], *texts[client : client + client % 5]] for client in range(64)]
+    answers = await asyncio.gather(*[embed(server, each, encoding_format="float") for each in requests])
+    packed = await asyncio.gather(*[embed(server, each, encoding_format="base64") for each in requests])
+    assert list(map(vectors, answers)) == list(map(vectors, packed))
+    reference = Reference(minilm_weights())
+    wanted = {text: unit(reference.hidden(tokenizer.encode(text).ids).mean(0)) for text in texts}
+    for asked, answer in zip(requests, answers, strict=True):
+        for text, vector in zip(asked, vectors(answer), strict=True):
+            assert cosine(vector, wanted[text].tolist()) >= 0.98, text
+
+
+def _text(chance: random.Random, number: int) -> str:
+    words = (
+        " ".join(TEXTS).lower() + " 12 % « » straße κόσμος мир 世界 مرحبا 🙂 x=1; https://example.org/?q=1 [MASK]"
+    ).split()
+    return f"{number} " + " ".join(chance.choices(words, k=chance.choice([1, 2, 4, 8, 16])))
 
 
 async def test_limits_of_the_model_are_the_callers_business(server: Server) -> None:
