@@ -1,5 +1,6 @@
 """Images in chat, through a real server to an engine that tells what reached it."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -189,6 +190,20 @@ async def test_images_are_fetched_where_the_settings_say_so() -> None:
         ):
             host.then = answer
             assert await _refused(server, f"{host.url}/a.png") == expected, answer
+
+
+async def test_nothing_is_fetched_for_a_caller_who_has_left() -> None:
+    config = REMOTE.replace("fetch_timeout_seconds = 2", "fetch_timeout_seconds = 25")
+    assert config != REMOTE
+    async with serving(config) as server, receiving("127.0.0.2") as host:
+        host.then = Answer(never=True)
+        asking = asyncio.create_task(ask(server, part(f"{host.url}/a.png")))
+        await host.until(1)
+        asking.cancel()
+        await asyncio.wait_for(host.left.wait(), 10)
+        host.then = Answer(200, body=picture(31, 32))
+        assert (await seen(server, part(f"{host.url}/a.png")))[0][1] == "31x32"
+        assert "request.bug" not in server.log
 
 
 async def _refused(server: Server, url: str) -> tuple[int, str]:

@@ -6,9 +6,10 @@ that goes away, stalls or cancels interrupts the visit, and leaving the permit's
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -45,6 +46,7 @@ _PIECE_BYTES = 2**18  # of a body, so that a reader who takes it slowly is seen 
 _BYTES_PER_TOKEN = 4
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
+ResultT = TypeVar("ResultT")
 Keep = Callable[[Call], Awaitable[None]]  # writes the answer to a call down before its end is sent; raises ForebayError
 
 
@@ -83,8 +85,7 @@ class Visit:
 
     async def watch(self, receive: Receive) -> None:
         """Interrupt the visit when its caller goes away."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await _left(receive)
         self.interrupt(RequestCancelled("The client closed the connection."), "client_gone")
 
 
@@ -361,6 +362,26 @@ class OnlineAnswer(Response):
         task = asyncio.current_task()
         while task is not None and task.cancelling():
             task.uncancel()
+
+
+async def _left(receive: Receive) -> None:
+    """Wait until the caller has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_here(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The result of `work`, which is given up when its caller goes away. Raises RequestCancelled."""
+    task, watcher = asyncio.create_task(work), asyncio.create_task(_left(request.receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise RequestCancelled("The client closed the connection.")
+        return task.result()
+    finally:
+        watcher.cancel()
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def trace_of(request: Request) -> str | None:

@@ -4,6 +4,7 @@ It refuses whatever has no key: authentication is a dependency of every router b
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -17,7 +18,7 @@ from forebay.errors import ForebayError, InvalidRequest, NotFound, ServerError
 from forebay.gateway import admin, batches, dead_letters, files, health, jobs, responses, uploads, webhooks
 from forebay.gateway.answers import error_answer, json_answer, read_body, shape_at
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least, upstream_key
-from forebay.gateway.online import Door, trace_of, visit
+from forebay.gateway.online import Door, trace_of, visit, while_here
 from forebay.inference import Capability
 from forebay.replicas.calls import (
     CHAT_COMPLETIONS,
@@ -185,6 +186,7 @@ async def _answer(request: Request, caller: Principal, path: str) -> Response:
         project=caller.project_id,
         traceparent=trace_of(request),
         caller_key=upstream_key(request),
+        watch=partial(while_here, request),
     )
     return visit(request, caller, call)
 

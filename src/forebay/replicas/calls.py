@@ -5,7 +5,7 @@ it runs nothing. Images are looked at here, so that no door can forget it.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -88,6 +88,9 @@ class _Asked:
     images: tuple[str, ...] = ()
 
 
+# Waits for pictures as long as somebody is there to have them.
+Watch = Callable[[Coroutine[Any, Any, tuple[str, ...]]], Awaitable[tuple[str, ...]]]
+
 _OF_ITEMS = frozenset({Capability.EMBEDDING, Capability.RERANK})
 _NO_RULES = ItemRules()
 
@@ -110,10 +113,11 @@ class Calls:
         priority: Priority | None = None,
         thread: Thread | None = None,
         caller_key: str | None = None,
+        watch: Watch | None = None,
     ) -> Call:
         """The call that `raw` asks for at `path`, which is one of ENDPOINTS. `priority` overrides that of the tier.
 
-        `caller_key` is the caller's own key for an upstream, if there is one.
+        `caller_key` is the caller's own key for an upstream, if there is one; `watch` may end the wait for images.
         Raises InvalidRequest and ModelNotFound; where the body has images also what `Images.inline` raises.
         """
         endpoint = ENDPOINTS[path]
@@ -121,8 +125,9 @@ class Calls:
         del raw  # with images it is large, and its turn to be looked at may be long in coming
         asked = _Asked(endpoint, body, request_id, project, traceparent, priority, thread, caller_key)
         self._check(asked, body.model)
-        images = await self._images.inline(endpoint.images(body), project, patient=priority is Priority.BATCH)
-        asked = replace(asked, images=images)
+        if refs := endpoint.images(body):
+            pictures = self._images.inline(refs, project, patient=priority is Priority.BATCH)
+            asked = replace(asked, images=await (pictures if watch is None else watch(pictures)))
         call = self._make(asked, body.model)
         model = self._catalog.get(body.model)
         others = self._catalog.fallbacks(body.model)
