@@ -140,6 +140,12 @@ def test_no_answer_of_an_engine_breaks_the_reader(raw: bytes) -> None:
             continue
 
 
+@pytest.mark.parametrize("vectors", [[[1.0, 2.0], [1.0]], [packed([1.0]), packed([1.0, 2.0])], [[0.0] * 65_537] * 2])
+def test_vectors_of_one_answer_have_one_length_that_vectors_have(vectors: list[Any]) -> None:
+    with pytest.raises(EngineGarbled):
+        list(items_of(embedding(input=["a", "b"])).read(answer(vectors), 2).items)
+
+
 def test_vectors_of_another_length_than_asked_for_are_refused() -> None:
     items = items_of(embedding(input="a", dimensions=2))
     with pytest.raises(InvalidRequest) as refused:

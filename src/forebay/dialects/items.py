@@ -19,6 +19,7 @@ from forebay.errors import EngineGarbled, InvalidRequest
 from forebay.inference import Usage
 
 PART_ITEMS_MAX = 2048
+DIMENSIONS_MAX = 65_536
 CHARS_PER_TOKEN_MAX = 16  # what is longer than all tokens could be is refused before an engine counts
 _DIGEST_BYTES = 24
 _FLOAT_BYTES = 4
@@ -199,7 +200,18 @@ def read_vectors(raw: bytes, places: int) -> Part:
         if not isinstance(place, int) or not 0 <= place < places or by_place[place] is not None:
             raise EngineGarbled
         by_place[place] = entry.get("embedding")
-    return Part((Item(_vector(wire), each) for wire, each in zip(by_place, tokens, strict=True)), usage)
+    return Part(_vectors(by_place, tokens), usage)
+
+
+def _vectors(wires: Sequence[Any], tokens: Sequence[int | None]) -> Iterator[Item]:
+    """Vectors of one length. Raises EngineGarbled."""
+    size = 0
+    for wire, each in zip(wires, tokens, strict=True):
+        value = _vector(wire)
+        size = size or len(value)
+        if len(value) != size:
+            raise EngineGarbled
+        yield Item(value, each)
 
 
 def _vector(wire: Any) -> bytes:
@@ -211,7 +223,8 @@ def _vector(wire: Any) -> bytes:
             value = array("f", wire).tobytes()
     except (ValueError, TypeError, OverflowError):
         raise EngineGarbled from None
-    if not value or len(value) % _FLOAT_BYTES or not math.isfinite(sum(floats_of(value))):
+    size, rest = divmod(len(value), _FLOAT_BYTES)
+    if not 0 < size <= DIMENSIONS_MAX or rest or not math.isfinite(sum(floats_of(value))):
         raise EngineGarbled
     return value
 

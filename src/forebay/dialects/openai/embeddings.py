@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 from pydantic_core import to_json
 
-from forebay.dialects.items import PART_ITEMS_MAX, Content, Contents, Item, Part, floats_of, read_vectors
+from forebay.dialects.items import (
+    DIMENSIONS_MAX,
+    PART_ITEMS_MAX,
+    Content,
+    Contents,
+    Item,
+    Part,
+    floats_of,
+    read_vectors,
+)
 from forebay.dialects.openai.call import Call, Context, Wire
 from forebay.dialects.whole import WHOLE
 from forebay.errors import InvalidRequest
@@ -20,7 +29,6 @@ from forebay.inference import Capability, Request, Usage
 
 PATH = "/v1/embeddings"
 INPUT_TOKENS_MAX = 1_048_576
-DIMENSIONS_MAX = 65_536
 _FLOAT_BYTES = 4
 
 InputType = Literal["query", "document"]
