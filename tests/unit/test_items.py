@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from array import array
 from base64 import b64encode
 from typing import Any
@@ -138,6 +139,26 @@ def test_no_answer_of_an_engine_breaks_the_reader(raw: bytes) -> None:
             list(items_of(call).read(raw, 1).items)
         except ForebayError:
             continue
+
+
+def test_lists_of_numbers_are_read_one_by_one() -> None:
+    """By the thread's own time: an answer of 2 million numbers is looked at at once, and each list by itself."""
+    raw = answer([[number / 7 for number in range(1024)]] * 2048, usage={"prompt_tokens": 5})
+    items = items_of(embedding(input=["a"] * 2048))
+    before = time.thread_time()
+    json.loads(raw)
+    parsed = time.thread_time()
+    part = items.read(raw, 2048)
+    read = time.thread_time()
+    assert len(list(part.items)) == 2048
+    print(
+        f"{len(raw)} bytes: {1000 * (read - parsed):.1f} ms at once; {1000 * (parsed - before):.0f} ms by the library"
+    )
+    assert read - parsed < (parsed - before) / 5
+    spaced = json.dumps({"data": [{"embedding": [1.5, 2], "index": 1}, {"index": 0, "embedding": [3, 4.5]}]}, indent=3)
+    assert [item.value for item in items.read(spaced.encode(), 2).items] == [
+        array("f", numbers).tobytes() for numbers in ([3, 4.5], [1.5, 2])
+    ]
 
 
 @pytest.mark.parametrize("vectors", [[[1.0, 2.0], [1.0]], [packed([1.0]), packed([1.0, 2.0])], [[0.0] * 65_537] * 2])

@@ -5,9 +5,10 @@ It refuses to know who computes an item, and who keeps it.
 
 import hashlib
 import math
+import re
 from array import array
 from base64 import b64decode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ DIMENSIONS_MAX = 65_536
 CHARS_PER_TOKEN_MAX = 16  # what is longer than all tokens could be is refused before an engine counts
 _DIGEST_BYTES = 24
 _FLOAT_BYTES = 4
+_LIST = re.compile(rb'"embedding"[ \t\r\n]*:[ \t\r\n]*\[')
 
 Content = str | tuple[int, ...]
 
@@ -188,7 +190,8 @@ def tokens_of(answer: Mapping[str, Any], places: int, usage: Usage | None) -> li
 
 def read_vectors(raw: bytes, places: int) -> Part:
     """The vectors of an answer in the shape of OpenAI, base64 or lists of numbers."""
-    answer = answer_of(raw)
+    lists = _lists(raw, places)
+    answer = answer_of(_without(raw, lists))
     data = answer.get("data")
     if not isinstance(data, list) or len(data) != places:
         raise EngineGarbled
@@ -200,10 +203,32 @@ def read_vectors(raw: bytes, places: int) -> Part:
         if not isinstance(place, int) or not 0 <= place < places or by_place[place] is not None:
             raise EngineGarbled
         by_place[place] = entry.get("embedding")
-    return Part(_vectors(by_place, tokens), usage)
+    wires = (raw[lists[wire]] if type(wire) is int and 0 <= wire < len(lists) else wire for wire in by_place)
+    return Part(_vectors(wires, tokens), usage)
 
 
-def _vectors(wires: Sequence[Any], tokens: Sequence[int | None]) -> Iterator[Item]:
+def _lists(raw: bytes, places: int) -> list[slice]:
+    """Where lists of numbers are. All at once they would hold up the event loop for most of a second, so each waits."""
+    found: list[slice] = []
+    while len(found) < places:
+        begin = _LIST.search(raw, found[-1].stop if found else 0)
+        end = raw.find(b"]", begin.end()) if begin is not None else -1
+        if begin is None or end < 0:
+            break
+        found.append(slice(begin.end() - 1, end + 1))
+    return found
+
+
+def _without(raw: bytes, lists: Sequence[slice]) -> bytes:
+    """An answer with the number of each list in its place."""
+    bits, done = [], 0
+    for number, each in enumerate(lists):
+        bits += [raw[done : each.start], b"%d" % number]
+        done = each.stop
+    return b"".join([*bits, raw[done:]])
+
+
+def _vectors(wires: Iterable[Any], tokens: Sequence[int | None]) -> Iterator[Item]:
     """Vectors of one length. Raises EngineGarbled."""
     size = 0
     for wire, each in zip(wires, tokens, strict=True):
@@ -220,7 +245,7 @@ def _vector(wire: Any) -> bytes:
         if isinstance(wire, str):
             value = b64decode(wire, validate=True)
         else:
-            value = array("f", wire).tobytes()
+            value = array("f", from_json(wire) if isinstance(wire, bytes) else wire).tobytes()
     except (ValueError, TypeError, OverflowError):
         raise EngineGarbled from None
     size, rest = divmod(len(value), _FLOAT_BYTES)
