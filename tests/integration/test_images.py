@@ -206,6 +206,21 @@ async def test_nothing_is_fetched_for_a_caller_who_has_left() -> None:
         assert "request.bug" not in server.log
 
 
+async def test_nothing_is_fetched_for_a_key_that_has_used_up_its_rate() -> None:
+    async with serving(REMOTE) as server, receiving("127.0.0.2") as host:
+        host.then = Answer(200, body=picture())
+        key = await server.create_key("slow", "member", "--requests-per-minute", "1")
+        assert (await ask(server, part(f"{host.url}/a.png"), key=key))[0] == 200
+        body = {"model": "fake", "messages": [message([part(f"{host.url}/b.png")])]}
+        headers = {"Authorization": f"Bearer {key}"}
+        async with server.session.post(f"{server.url}/v1/chat/completions", json=body, headers=headers) as refused:
+            assert refused.status == 429
+            assert (await refused.json())["error"]["code"] == "rate_limit_exceeded"
+            assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        assert len(host.received) == 1
+        assert "never awaited" not in server.log
+
+
 async def _refused(server: Server, url: str) -> tuple[int, str]:
     status, code, _ = await refusal(server, part(url))
     return status, code

@@ -129,12 +129,12 @@ class Server:
         """Every process that it has started, directly or not."""
         return psutil.Process(self.pid).children(recursive=True)
 
-    async def create_key(self, project: str, role: str = "member") -> str:
-        """A new key of `project`, made by the command line beside the running server."""
+    async def create_key(self, project: str, role: str = "member", *options: str) -> str:
+        """A new key of `project`, made by the command line with further options beside the running server."""
         command = (sys.executable, "-m", "forebay.cli", "keys", "create", "--project", project, "--role", role)
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("FOREBAY_")}
         process = await asyncio.create_subprocess_exec(
-            *command, "--data-dir", str(self.folder / "data"),
+            *command, *options, "--data-dir", str(self.folder / "data"),
             env=inherited, cwd=self.folder, stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
         plain, _ = await process.communicate()

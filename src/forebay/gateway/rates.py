@@ -50,6 +50,12 @@ class Rates:
         self._buckets[principal.key_id] = taken
         return _headers(taken)
 
+    def require(self, principal: Principal) -> None:
+        """Raise RateLimited if nothing is left, and take nothing: for work that comes before `check`."""
+        buckets = self._now(principal)
+        _refuse_if_short(buckets.requests, 1, "requests")
+        _refuse_if_short(buckets.tokens, 1, "tokens")
+
     def settle(self, principal: Principal, tokens_used: int, prompt_estimate: int) -> None:
         """Correct the estimate that `check` took to the tokens really used."""
         buckets = self._now(principal)

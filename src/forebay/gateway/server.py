@@ -3,7 +3,7 @@
 It refuses whatever has no key: authentication is a dependency of every router but the one for liveness and readiness.
 """
 
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,11 +14,11 @@ from starlette.responses import Response
 
 from forebay.config import Settings
 from forebay.dialects.openai.errors import sanitise
-from forebay.errors import ForebayError, InvalidRequest, NotFound, ServerError
+from forebay.errors import ForebayError, InvalidRequest, NotFound, RateLimited, ServerError
 from forebay.gateway import admin, batches, dead_letters, files, health, jobs, responses, uploads, webhooks
 from forebay.gateway.answers import error_answer, json_answer, read_body, shape_at
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least, upstream_key
-from forebay.gateway.online import Door, trace_of, visit, while_here
+from forebay.gateway.online import Door, ResultT, trace_of, visit, while_here
 from forebay.inference import Capability
 from forebay.replicas.calls import (
     CHAT_COMPLETIONS,
@@ -179,16 +179,29 @@ def _model(request: Request, name: str) -> dict[str, Any]:
 
 
 async def _answer(request: Request, caller: Principal, path: str) -> Response:
-    call = await request.app.state.calls.prepare(
-        path,
-        await read_body(request, request.app.state.settings.http.body_bytes_max),
-        request_id=request.scope["request_id"],
-        project=caller.project_id,
-        traceparent=trace_of(request),
-        caller_key=upstream_key(request),
-        watch=partial(while_here, request),
-    )
+    try:
+        call = await request.app.state.calls.prepare(
+            path,
+            await read_body(request, request.app.state.settings.http.body_bytes_max),
+            request_id=request.scope["request_id"],
+            project=caller.project_id,
+            traceparent=trace_of(request),
+            caller_key=upstream_key(request),
+            watch=partial(_look, request, caller),
+        )
+    except RateLimited as error:
+        return _refusal(request, error, request.app.state.door.rates.headers(caller))
     return visit(request, caller, call)
+
+
+async def _look(request: Request, caller: Principal, pictures: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The pictures of a caller who is there and within his rate: whoever has used it up costs nobody a fetch or a check."""
+    try:
+        request.app.state.door.rates.require(caller)
+    except RateLimited:
+        pictures.close()
+        raise
+    return await while_here(request, pictures)
 
 
 async def _forebay_error(request: Request, error: Exception) -> Response:
