@@ -7,6 +7,7 @@ from array import array
 from base64 import b64encode
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from forebay.dialects.items import Item, ItemRules, Items
 from forebay.dialects.openai.call import Call, Context, parse
 from forebay.dialects.openai.embeddings import EmbeddingBody, embedding_call
 from forebay.dialects.rerank import CohereBody, RerankBody, cohere_call, rerank_call
+from forebay.dialects.whole import WHOLE
 from forebay.errors import EngineGarbled, ForebayError, InvalidRequest
 from forebay.inference import Usage
 
@@ -159,6 +161,18 @@ def test_lists_of_numbers_are_read_one_by_one() -> None:
     assert [item.value for item in items.read(spaced.encode(), 2).items] == [
         array("f", numbers).tobytes() for numbers in ([3, 4.5], [1.5, 2])
     ]
+
+
+def test_the_memory_of_a_large_answer_is_given_back() -> None:
+    process, kept = psutil.Process(), []
+    before = process.memory_info().rss
+    gatherer = WHOLE.gatherer(embedding(input="a"))
+    for _ in range(2000):
+        gatherer.feed(b"0123456789abcdef" * 4000)
+        kept.append(bytes(3000))  # others go on in between
+    assert len(gatherer.body()) == 128_000_000
+    del gatherer
+    assert process.memory_info().rss - before < 64_000_000
 
 
 @pytest.mark.parametrize("vectors", [[[1.0, 2.0], [1.0]], [packed([1.0]), packed([1.0, 2.0])], [[0.0] * 65_537] * 2])

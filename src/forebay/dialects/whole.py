@@ -16,19 +16,17 @@ class WholeGatherer:
 
     def __init__(self) -> None:
         self.progress = Progress()
-        self._parts: list[bytes] = []
-        self._bytes = 0
+        self._body = bytearray()  # in one piece: memory for thousands of small ones would never be given back
 
     def feed(self, data: bytes) -> None:
         """Take in `data`. Raises EngineGarbled where it is more than an answer can be."""
-        self._bytes += len(data)
-        if self._bytes > WHOLE_BYTES_MAX:
+        if len(self._body) + len(data) > WHOLE_BYTES_MAX:
             raise EngineGarbled("The engine's answer is larger than this server takes in. Ask for less at once.")
-        self._parts.append(data)
+        self._body += data
 
     def body(self) -> bytes:
         """The whole answer."""
-        return b"".join(self._parts)
+        return bytes(self._body)
 
 
 class Whole(Generation):
