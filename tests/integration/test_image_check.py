@@ -1,6 +1,7 @@
 """The program that looks at images, as the server runs it: what it costs, and what becomes of it when something goes wrong."""
 
 import asyncio
+import base64
 import signal
 import subprocess
 import sys
@@ -160,6 +161,15 @@ async def test_many_at_once_share_few_programs(made: Any) -> None:
     found = await asyncio.gather(*(check(checker, picture(*size)) for size in sizes))
     assert len(set(found)) == len(sizes)
     assert len(programs()) <= 2
+
+
+async def test_base64_that_is_none_is_not_called_a_damaged_image(made: Any) -> None:
+    checker, plain = made(), base64.b64encode(picture())
+    for wrong in (plain[:76] + b"\n" + plain[76:], plain.rstrip(b"="), plain + b"%3D", b" " + plain, plain + b"="):
+        with pytest.raises(CallerError, match="base64 is not valid") as refused:
+            await checker.check(wrong, declared="png", in_base64=True, low=False)
+        assert refused.value.code == "media_invalid"
+    assert await checker.check(plain, declared="png", in_base64=True, low=False)
 
 
 async def test_a_transparent_image_is_on_white_and_16_bits_are_8(made: Any) -> None:

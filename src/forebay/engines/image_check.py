@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from PIL import Image, MpoImagePlugin, WebPImagePlugin
 
-OK, NOT_AN_IMAGE, BROKEN, TOO_MANY_PIXELS, TOO_MANY_FRAMES, TOO_COSTLY, TOO_NARROW = range(7)
+OK, NOT_AN_IMAGE, BROKEN, TOO_MANY_PIXELS, TOO_MANY_FRAMES, TOO_COSTLY, TOO_NARROW, NOT_BASE64 = range(8)
 _LOADED = (MpoImagePlugin, WebPImagePlugin)  # by this import, beside those that `preinit` loads
 _SIDES_RATIO_MAX = 200  # some engines fall over a picture that is nothing but a line
 _PNG_BYTES_MAX = 4 * 2**20  # a photograph is no loss as JPEG, and a quarter of the size
@@ -123,7 +123,7 @@ def _run(task: Task, limits: Limits, libc: Any) -> tuple[int, bytes]:
         return (TOO_COSTLY if by_clock else BROKEN), b""
     code = os.WEXITSTATUS(status)
     if code != OK or not out:
-        return (code if NOT_AN_IMAGE <= code <= TOO_NARROW else BROKEN), b""
+        return (code if NOT_AN_IMAGE <= code <= NOT_BASE64 else BROKEN), b""
     return OK, bytes(out)
 
 
@@ -162,7 +162,7 @@ def _fence(limits: Limits, libc: Any) -> None:
 
 def _picture(task: Task, limits: Limits) -> bytes:
     """The `data:` URL of the picture that an engine may see. Raises Refused, and whatever Pillow raises."""
-    data = base64.b64decode(task.data, validate=True) if task.base64 else task.data
+    data = _decoded(task.data) if task.base64 else task.data
     kind = _kind(data)
     if kind is None or (task.declared is not None and task.declared != kind.lower()):
         raise Refused(NOT_AN_IMAGE)
@@ -180,6 +180,13 @@ def _picture(task: Task, limits: Limits) -> bytes:
     if turn is not None:
         plain = plain.transpose(turn)
     return _encode(_on_white(plain), lossless=kind in {"PNG", "GIF"})
+
+
+def _decoded(text: bytes) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise Refused(NOT_BASE64) from None
 
 
 def _kind(data: bytes) -> str | None:

@@ -31,6 +31,7 @@ class _Verdict(IntEnum):
     TOO_MANY_FRAMES = 4
     TOO_COSTLY = 5
     TOO_NARROW = 6
+    NOT_BASE64 = 7
 
 
 class Checker:
@@ -176,6 +177,10 @@ def _refusal(verdict: int, settings: MediaSettings) -> CallerError:
             return _too_large("It takes too much time or memory to decode. Scale it down.")
         case _Verdict.TOO_NARROW:
             return _invalid("One of its sides is more than 200 times as long as the other.")
+        case _Verdict.NOT_BASE64:
+            return _invalid(
+                "Its base64 is not valid: write it in one line, with its padding and without percent-encoding."
+            )
         case _:
             return _invalid("It is damaged.")
 
