@@ -62,8 +62,9 @@ async def vectors(made: Any) -> list[float]:
 
 
 async def until_asked(engine: Engine, times: int) -> None:
-    while len(engine.asked) < times:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        while len(engine.asked) < times:
+            await asyncio.sleep(0)
 
 
 async def test_only_what_is_unknown_is_asked_for() -> None:
