@@ -3,8 +3,7 @@
 import asyncio
 import random
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -36,7 +35,6 @@ class Library:
             raise OutOfMemory
         if any(item.tokens[0] == BAD for item in batch):
             raise StepFailed
-        time.sleep(0.0002)
         return [2 * item.tokens[0] for item in batch]
 
 
@@ -48,16 +46,20 @@ def nothing() -> None:
     return
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0)
+
+
 async def test_an_item_that_the_library_refuses_fails_its_own_request_alone() -> None:
     library = Library()
     compute = Compute(library.step, 1000, 1, 0, 60)
     library.gate.clear()
     blocker = asyncio.create_task(compute.run(items(1), nothing))
-    while not library.begun:
-        await asyncio.sleep(0.001)
+    await until(lambda: bool(library.begun))
     tasks = [asyncio.create_task(compute.run(items(value, value + 100), nothing)) for value in range(10, 17)]
-    while compute.waiting < 14:
-        await asyncio.sleep(0.001)
+    await until(lambda: compute.waiting == 14)
     library.gate.set()
     await blocker
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -74,7 +76,7 @@ async def test_whatever_happens_everybody_gets_his_own_or_an_end(seed: int) -> N
     chance = random.Random(seed)
     library = Library(tokens_max=chance.choice([40, 150, 10_000]))
     compute = Compute(library.step, 256, 2, 32, 0.01)
-    number = 100
+    number, given_up = 100, list[int]()
 
     async def one() -> None:
         nonlocal number
@@ -83,18 +85,20 @@ async def test_whatever_happens_everybody_gets_his_own_or_an_end(seed: int) -> N
         values = list(range(first, first + chance.randint(1, 50)))
         if chance.random() < 0.1:
             values[-1] = BAD
-        await asyncio.sleep(chance.random() * 0.05)
+        for _ in range(chance.randint(0, 300)):
+            await asyncio.sleep(0)
         wanted = [item for value in values for item in items(value, length=chance.randint(1, 40))]
         try:
-            async with asyncio.timeout(chance.choice([None, None, chance.random() * 0.05])):
+            async with asyncio.timeout(chance.choice([None, None, chance.random() * 0.02])):
                 found = await compute.run(wanted, nothing)
             assert found == [2 * value for value in values]
         except TimeoutError:
-            assert compute.figures.cancelled
+            given_up.append(first)
         except Refused:
             assert BAD in values
         library.ended |= {value for value in values if value != BAD}
 
     await asyncio.gather(*(one() for _ in range(80)))
     assert (compute.running, compute.waiting) == (0, 0)
+    assert given_up
     assert library.late == [], "what nobody waits for any more is not computed"
