@@ -217,6 +217,11 @@ async def test_nothing_is_fetched_for_a_key_that_has_used_up_its_rate() -> None:
             assert refused.status == 429
             assert (await refused.json())["error"]["code"] == "rate_limit_exceeded"
             assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        image = {"type": "input_image", "image_url": f"{host.url}/c.png"}
+        response = {"model": "fake", "input": [{"role": "user", "content": [image]}]}
+        async with server.session.post(f"{server.url}/v1/responses", json=response, headers=headers) as refused:
+            assert refused.status == 429
+            assert refused.headers["x-ratelimit-remaining-requests"] == "0"
         assert len(host.received) == 1
         assert "never awaited" not in server.log
 

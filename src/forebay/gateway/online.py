@@ -370,9 +370,17 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-async def while_here(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """The result of `work`, which is given up when its caller goes away. Raises RequestCancelled."""
-    task, watcher = asyncio.create_task(work), asyncio.create_task(_left(request.receive))
+async def look(request: Request, caller: Principal, pictures: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The pictures of a caller who is there and within his rate; anybody else costs nobody a fetch or a check.
+
+    Raises RateLimited, and RequestCancelled when the caller goes away.
+    """
+    try:
+        request.app.state.door.rates.require(caller)
+    except RateLimited:
+        pictures.close()
+        raise
+    task, watcher = asyncio.create_task(pictures), asyncio.create_task(_left(request.receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():

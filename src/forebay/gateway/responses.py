@@ -6,6 +6,7 @@ It refuses to continue a response of another project, and to stream events of on
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -24,7 +25,7 @@ from forebay.gateway.answers import error_answer, json_answer, read_body
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least, upstream_key
 from forebay.gateway.idempotency import create
 from forebay.gateway.jobs import Watchers, page_of
-from forebay.gateway.online import Door, tokens_estimate, trace_of, visit
+from forebay.gateway.online import Door, look, tokens_estimate, trace_of, visit
 from forebay.gateway.streams import send_while_there
 from forebay.inference import Capability, Priority
 from forebay.jobs.desk import Desk
@@ -64,15 +65,19 @@ async def create_response(request: Request, caller: CanChat) -> Response:
         history = await _history(responses, caller, body.previous_response_id)
     thread = Thread(new_id("resp"), responses.database.now(state.clock), state.clock.now)
     whole = continued(raw, history.items) if history.items else raw
-    call = await state.calls.prepare(
-        RESPONSES,
-        whole,
-        request_id=request.scope["request_id"],
-        project=caller.project_id,
-        traceparent=trace_of(request),
-        thread=thread,
-        caller_key=None if body.background else upstream_key(request),
-    )
+    try:
+        call = await state.calls.prepare(
+            RESPONSES,
+            whole,
+            request_id=request.scope["request_id"],
+            project=caller.project_id,
+            traceparent=trace_of(request),
+            thread=thread,
+            caller_key=None if body.background else upstream_key(request),
+            watch=partial(look, request, caller),
+        )
+    except RateLimited as error:
+        return error_answer(error, state.door.rates.headers(caller))
     new = NewResponse(
         thread.id,
         caller.project_id,

@@ -3,7 +3,7 @@
 It refuses whatever has no key: authentication is a dependency of every router but the one for liveness and readiness.
 """
 
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from forebay.errors import ForebayError, InvalidRequest, NotFound, RateLimited, 
 from forebay.gateway import admin, batches, dead_letters, files, health, jobs, responses, uploads, webhooks
 from forebay.gateway.answers import error_answer, json_answer, read_body, shape_at
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least, upstream_key
-from forebay.gateway.online import Door, ResultT, trace_of, visit, while_here
+from forebay.gateway.online import Door, look, trace_of, visit
 from forebay.inference import Capability
 from forebay.replicas.calls import (
     CHAT_COMPLETIONS,
@@ -187,21 +187,11 @@ async def _answer(request: Request, caller: Principal, path: str) -> Response:
             project=caller.project_id,
             traceparent=trace_of(request),
             caller_key=upstream_key(request),
-            watch=partial(_look, request, caller),
+            watch=partial(look, request, caller),
         )
     except RateLimited as error:
         return _refusal(request, error, request.app.state.door.rates.headers(caller))
     return visit(request, caller, call)
-
-
-async def _look(request: Request, caller: Principal, pictures: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """The pictures of a caller who is there and within his rate: whoever has used it up costs nobody a fetch or a check."""
-    try:
-        request.app.state.door.rates.require(caller)
-    except RateLimited:
-        pictures.close()
-        raise
-    return await while_here(request, pictures)
 
 
 async def _forebay_error(request: Request, error: Exception) -> Response:
