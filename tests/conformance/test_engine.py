@@ -264,7 +264,7 @@ def test_llama_cpp_keeps_its_other_doors_shut(engine: Engine) -> None:
 def test_every_option_reaches_llama_cpp() -> None:
     options = LlamaCppOptions(
         context=512, threads=5, gpu_layers=7, tensor_split=(0.25, 0.75), main_gpu=1, kv_type="q8_0",
-        flash_attention="on", batch=256, cache_ram_bytes=64 * 2**20, embeddings=True,
+        flash_attention="on", batch=1024, cache_ram_bytes=64 * 2**20, embeddings=True,
     )  # fmt: skip
     model = LlamaCppModel(engine="llama.cpp", source="file:/m.gguf", options=options)
     command = command_for("m", model, 3, Path("/m.gguf"), "key", 0)
@@ -275,7 +275,7 @@ def test_every_option_reaches_llama_cpp() -> None:
     )  # fmt: skip
     assert json.loads(said.stdout) == {
         "slots": 3, "context": 1536, "threads": [5, 5], "gpu_layers": 7, "tensor_split": [0.25, 0.75, 0], "main_gpu": 1,
-        "kv": [True, True], "flash": True, "batch": 256, "cache": 64, "template": "T", "embeddings": True,
+        "kv": [True, True], "flash": True, "batch": 1024, "cache": 64, "template": "T", "embeddings": True,
     }  # fmt: skip
 
 
