@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import aiohttp
@@ -109,8 +108,8 @@ async def run(
         staged(_MODEL, model, path, _toml(model, database_url), _ENDPOINT) as stage,
         calling(stage, PATH) as caller,
     ):
-        await _online(stage.engine, _texts(seeded(0), _WARM_UP_TEXTS, _TEXT_WORDS))
-        await _online(stage.server, _texts(seeded(0), _WARM_UP_TEXTS, _TEXT_WORDS))
+        await _online(stage.engine, _texts(0, _WARM_UP_TEXTS, _TEXT_WORDS))
+        await _online(stage.server, _texts(0, _WARM_UP_TEXTS, _TEXT_WORDS))
         for seed in range(1, seeds + 1):
             say(f"seed {seed}: {size.rounds} rounds of {size.texts} texts")
             await _throughput(stage, reference, seed, size, report)
@@ -177,7 +176,7 @@ async def _reference(
         yield None
         return
     say("sentence-transformers: load, and find its fastest size of batch")
-    async with referring(python, settings, _texts(seeded(0), _WARM_UP_TEXTS, _TEXT_WORDS)) as reference:
+    async with referring(python, settings, _texts(0, _WARM_UP_TEXTS, _TEXT_WORDS)) as reference:
         report.notes.append(
             f"sentence-transformers runs the same model in 32-bit floats ({reference.versions}): it has all texts of a "
             f"round at once and sorts them, in batches of {reference.batch_size}, the fastest size here."
@@ -185,8 +184,8 @@ async def _reference(
         yield reference
 
 
-def _texts(chance: Random, count: int, words: tuple[int, int]) -> list[str]:
-    vocabulary = _VOCABULARY.split()
+def _texts(seed: int, count: int, words: tuple[int, int]) -> list[str]:
+    chance, vocabulary = seeded(seed), _VOCABULARY.split()
     return [" ".join(chance.choices(vocabulary, k=chance.randint(*words))) for _ in range(count)]
 
 
@@ -218,11 +217,11 @@ class _Side:
 
 async def _throughput(stage: Stage, reference: Reference | None, seed: int, size: Size, report: Report) -> None:
     """Rounds on all sides in turns; each round gives all of them the same texts."""
-    chance, waits, cpu = seeded(seed), list[float](), 0.0
+    every, waits, cpu = _texts(seed, size.rounds * size.texts, _TEXT_WORDS), list[float](), 0.0
     before = await _figures(stage)
     sides = {"through": _Side(), "direct": _Side(), "reference": _Side()}
     for number in range(size.rounds):
-        texts = _texts(chance, size.texts, _TEXT_WORDS)
+        texts = every[number * size.texts : (number + 1) * size.texts]
         order = list(sides) if (number + seed) % 2 else list(reversed(sides))
         for name in order:
             side, started = sides[name], cpu_seconds(stage.server_pid)
@@ -298,7 +297,7 @@ async def _online(target: Target, texts: Sequence[str]) -> tuple[list[Reply], fl
 
 
 async def _beside(stage: Stage, seed: int, size: Size, report: Report) -> None:
-    request = stage.server.post(_body(_MODEL, _texts(seeded(seed), size.inputs, _PASSAGE_WORDS)))
+    request = stage.server.post(_body(_MODEL, _texts(seed, size.inputs, _PASSAGE_WORDS)))
     alone = await _shorts(stage.server, _awaited(size.shorts // 2))
     large = asyncio.create_task(stage.server.ask(request))
     beside = await _shorts(stage.server, large.done)
@@ -333,7 +332,7 @@ async def _shorts(target: Target, enough: Callable[[], bool]) -> list[Reply]:
 
 
 async def _lines(stage: Stage, caller: Caller, seed: int, count: int, report: Report) -> None:
-    texts = _texts(seeded(seed), count, _PASSAGE_WORDS)
+    texts = _texts(seed, count, _PASSAGE_WORDS)
     half = count // 2  # online before and after the batch: both see the same machine on average
 
     async def online(part: Sequence[str]) -> float:
