@@ -73,7 +73,9 @@ async def test_kill_9_of_an_engine_mid_stream(prove: bool) -> None:
 async def test_the_official_client_raises_when_the_engine_dies_under_a_stream() -> None:
     async with serving(CONFIG, environment=DEBUG) as server:
         stream = await server.client().chat.completions.create(
-            model="fake", messages=[{"role": "user", "content": "[[fake crash_at=5 crash=segv token_ms=20]]"}], stream=True
+            model="fake",
+            messages=[{"role": "user", "content": "[[fake crash_at=5 crash=segv token_ms=20]]"}],
+            stream=True,
         )
         with pytest.raises(openai.APIError) as raised:
             async for _ in stream:

@@ -136,7 +136,14 @@ def test_the_example_with_everything_switched_on_is_valid(tmp_path: Path, secret
     path = tmp_path / "forebay.toml"
     path.write_text(text, encoding="utf-8")
     settings = config.load(path, {})
-    assert {model.engine for model in settings.models.values()} == {"llama.cpp", "onnx", "command", "vllm", "upstream", "fake"}
+    assert {model.engine for model in settings.models.values()} == {
+        "llama.cpp",
+        "onnx",
+        "command",
+        "vllm",
+        "upstream",
+        "fake",
+    }
 
 
 def test_the_example_satisfies_the_schema() -> None:

@@ -5,7 +5,7 @@ It refuses unknown fields, as OpenAI does, and never passes on a field that is n
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -140,7 +140,7 @@ class Context:
     remote_model: str | None = None
     enforces_tool_choice: bool = True
     extensions: Extensions | None = None
-    items: ItemRules = ItemRules()
+    items: ItemRules = field(default_factory=ItemRules)
     images: tuple[str, ...] = ()
     thread: Thread | None = None
 
