@@ -91,7 +91,7 @@ def test_unknown_fields_are_refused_by_name() -> None:
     assert refused(cache_prompt=True).param == "cache_prompt"
     assert refused(messages=[{**USER, "extra": 1}]).param == "messages[0].extra"
     text = {"type": "text", "text": 5}
-    assert refused(messages=[USER, {"role": "user", "content": [text]}]).param == "messages[1].content"
+    assert refused(messages=[USER, {"role": "user", "content": [text]}]).param == "messages[1].content[0].text"
     form = {"type": "json_schema", "json_schema": {"name": "a b"}}
     assert refused(response_format=form).param == "response_format.json_schema.name"
     assert refused(tools=[{**TOOL, "x": 1}]).param == "tools[0].x"

@@ -220,7 +220,19 @@ def _param(location: tuple[int | str, ...]) -> str:
 
 
 _UNION_TAGS = frozenset(
-    {"str", "tuple", "int", "float", "bool", "list", "constrained-str", "texts", "tokens", "token_lists"}
+    {
+        "str",
+        "tuple",
+        "int",
+        "float",
+        "bool",
+        "list",
+        "constrained-str",
+        "texts",
+        "tokens",
+        "token_lists",
+        "content_parts",
+    }
 )
 _DISCRIMINATORS = frozenset(
     {

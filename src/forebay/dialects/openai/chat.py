@@ -7,7 +7,7 @@ into the engine's body: what stands there was checked and written by this server
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from pydantic_core import to_json
 
 from forebay.dialects.images import ImageRef
@@ -74,7 +74,16 @@ class RefusalPart(Wire):
 
 
 Part = Annotated[TextPart | ImagePart | FilePart | RefusalPart, Field(discriminator="type")]
-Content = str | Annotated[tuple[Part, ...], Field(max_length=1_024, fail_fast=True)]
+_Parts = Annotated[tuple[Part, ...], Field(max_length=1_024, fail_fast=True)]
+
+
+def _form_of(content: Any) -> str:
+    return "content_parts" if isinstance(content, list | tuple) else "str"
+
+
+Content = Annotated[
+    Annotated[str, Tag("str")] | Annotated[_Parts, Tag("content_parts")], Discriminator(_form_of)
+]  # by its form, so that a mistake in a part is told as such
 
 
 class FunctionCall(Wire):
