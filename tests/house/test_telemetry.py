@@ -4,6 +4,7 @@ import ast
 import re
 
 from forebay import telemetry
+from forebay.replicas import figures
 from tests.house import source
 
 _LEVELS = {"debug", "info", "warning", "error"}
@@ -44,4 +45,5 @@ def test_every_metric_and_event_is_documented() -> None:
     page = (source.ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
     metrics = [family.name for family in telemetry.Metrics().registry.collect()]
     assert not [name for name in metrics if f"`{name}" not in page]
+    assert not [name for name in figures.NAMES if f"`{name}`" not in page]
     assert not [event for event in telemetry.EVENTS if f"`{event}`" not in page]

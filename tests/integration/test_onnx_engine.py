@@ -14,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from forebay.engines.onnx_text import Spec
+from forebay.replicas import figures
 from tests.support import tiny_onnx
 from tests.support.engines import Engine, eventually
 from tests.support.models import minilm_path, minilm_weights
@@ -196,6 +197,10 @@ def test_tokens_there_and_back(engine: Engine, tokenizer: Tokenizer) -> None:
     status, answer = engine.ask("POST", "/tokenize", {"content": "the silver river"})
     assert (status, answer["tokens"]) == (200, tokenizer.encode("the silver river").ids)
     assert engine.ask("POST", "/detokenize", answer) == (200, {"content": "the silver river"})
+
+
+def test_its_figures_are_those_that_the_server_passes_on(engine: Engine) -> None:
+    assert set(figures.read(_raw_get(engine, "/metrics"))) == set(figures.NAMES)
 
 
 def test_a_request_that_is_given_up_stops_between_two_batches(engine: Engine) -> None:

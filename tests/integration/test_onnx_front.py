@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
+from forebay.replicas.figures import NAMES
 from tests.support.items import EMBEDDINGS, cosine, embed, outcomes, rerank, send, vectors
 from tests.support.models import minilm_path, minilm_weights
 from tests.support.reference import Reference, unit
@@ -88,6 +90,30 @@ def _text(chance: random.Random, number: int) -> str:
         " ".join(TEXTS).lower() + " 12 % « » straße κόσμος мир 世界 مرحبا 🙂 x=1; https://example.org/?q=1 [MASK]"
     ).split()
     return f"{number} " + " ".join(chance.choices(words, k=chance.choice([1, 2, 4, 8, 16])))
+
+
+async def test_the_operator_sees_how_well_batches_are_filled(server: Server) -> None:
+    before = await _figures(server)
+    await asyncio.gather(*(embed(server, f"number {number} of a hundred") for number in range(100)))
+    after = await _figures(server)
+    more = {name: after[name] - before.get(name, 0) for name in after}
+    assert (more["requests_total"], more["items_total"]) == (100, 100)
+    assert more["items_total"] / more["batches_total"] > 1
+    assert 0 < more["tokens_total"] <= more["padded_tokens_total"]
+    assert more["wait_seconds_total"] > 0
+    assert (after["items_waiting"], after["requests_running"], after["out_of_memory_total"]) == (0, 0, 0)
+
+
+async def _figures(server: Server) -> dict[str, float]:
+    """The figures of the engine by their names without the prefix, from an exposition that Prometheus can read."""
+    async with server.session.get(f"{server.url}/metrics", headers=server.headers) as response:
+        families = list(text_string_to_metric_families(await response.text()))
+    assert len({family.name for family in families}) == len(families)
+    samples = [sample for family in families for sample in family.samples if sample.name.startswith("forebay_engine_")]
+    own = [each for each in samples if each.labels["model"] == "embedder" and "replica" in each.labels]
+    assert {each.name for each in own} == set(NAMES)
+    assert len(own) == len(NAMES)
+    return {each.name.removeprefix("forebay_engine_"): each.value for each in own}
 
 
 async def test_limits_of_the_model_are_the_callers_business(server: Server) -> None:

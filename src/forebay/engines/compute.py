@@ -37,6 +37,7 @@ class Figures:
     items: int = 0
     tokens: int = 0
     padded_tokens: int = 0
+    requests: int = 0
     wait_seconds: float = 0.0
     step_seconds: float = 0.0
     out_of_memory: int = 0
@@ -182,6 +183,7 @@ class Compute:
             if request.wait is None:
                 request.wait = begun - request.since
                 figures.wait_seconds += request.wait
+                figures.requests += 1
 
     def _shrink(self, batch: list[Item]) -> None:
         """Halve the budget below what was too much, and let the batch wait again; one item alone has failed."""

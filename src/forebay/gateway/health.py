@@ -41,8 +41,10 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", dependencies=[Depends(role_at_least(Role.ADMIN))])
 async def metrics(request: Request) -> Response:
-    """Prometheus exposition."""
-    return Response(request.app.state.metrics.render(), media_type="text/plain; version=0.0.4")
+    """Prometheus exposition: the server's own figures, and those that engines count themselves."""
+    supervisor: Supervisor = request.app.state.supervisor
+    text = request.app.state.metrics.render() + await supervisor.engine_figures()
+    return Response(text, media_type="text/plain; version=0.0.4")
 
 
 async def _may_see_details(request: Request) -> bool:

@@ -44,7 +44,7 @@ class Traits:
     `extensions`: whose additions to the dialect it understands. `sees_images`: its messages may hold images.
     `counts_items`: it tells the tokens of each input or document;
     `truncation` is its field that lets it cut one that is too long; `logits`: it scores documents by logits;
-    `input_types`: it reads queries in another way than documents.
+    `input_types`: it reads queries in another way than documents. `metrics_path`: where it tells figures of its own.
     """
 
     probe_path: str
@@ -61,6 +61,7 @@ class Traits:
     truncation: tuple[str, Any] | None = None
     logits: bool = False
     input_types: bool = False
+    metrics_path: str = ""
 
 
 def traits_of(model: Model) -> Traits:
@@ -83,6 +84,7 @@ def traits_of(model: Model) -> Traits:
                 truncation=_TRUNCATE,
                 logits=True,
                 input_types=bool(onnx.query_prefix or onnx.document_prefix),
+                metrics_path="/metrics",
             )
         case FakeModel(options=fake):
             return Traits(

@@ -19,6 +19,7 @@ from forebay.config import Settings
 from forebay.errors import EngineUnavailable, ForebayError, ModelNotReady, Quarantined, SetupError
 from forebay.inference import Request
 from forebay.model_config import Model, UpstreamModel
+from forebay.replicas import figures
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import Traits
 from forebay.replicas.connection import open_session
@@ -153,6 +154,15 @@ class Supervisor:
             return None
         state = self._puller.state(model)
         return {"done_bytes": state.done_bytes, "total_bytes": state.total_bytes}
+
+    async def engine_figures(self) -> bytes:
+        """What ready engines count themselves, as text for Prometheus; one that does not answer is left out."""
+        return await figures.gather(
+            (replica, self._session(name, replica.traits, record.settings))
+            for name, record in self._models.items()
+            for replica in self.replicas(name)
+            if replica.traits.metrics_path
+        )
 
     def summon(self, model: str) -> None:
         """Want `model` up. Returns if waiting for it makes sense; raises ModelNotReady or EngineUnavailable if not."""
