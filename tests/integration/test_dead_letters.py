@@ -14,7 +14,7 @@ from forebay.config import Settings
 from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore, LostLine
 from forebay.store.jobs import JobStore
-from tests.support.batches import CHAT, content, finished, jsonl, line, results, submit, upload
+from tests.support.batches import CHAT, content, create, finished, jsonl, line, results, submit, upload
 from tests.support.receiver import Answer, receiving
 from tests.support.server import Server, eventually, serving
 
@@ -112,6 +112,20 @@ async def test_a_line_is_edited_and_requeued_once(server: Server) -> None:
     await finished(server, again["requeued_as"])
     assert (await letters(server))[0]["requeued_as"] == again["requeued_as"]
     assert await letters(server, "&waiting=true") == []
+
+
+async def test_a_key_without_the_scope_makes_no_batch_and_takes_up_no_line(server: Server) -> None:
+    batch = await failed_batch(server, "one")
+    key = await server.create_key("default", "member", "--scope", "embedding")
+    file = await upload(server, jsonl([line("chat", "Run it for me.")]), key=key)
+    status, refused = await create(server, file["id"], key=key)
+    assert (status, refused["error"]["code"]) == (403, "insufficient_scope")
+    (letter,) = await letters(server)
+    for path in (f"/{letter['id']}/requeue", "/requeue"):
+        status, refused = await ask(server, "POST", path, key=key)
+        assert (status, refused["error"]["code"]) == (403, "insufficient_scope")
+    assert [letter["requeued_as"] for letter in await letters(server)] == [None]
+    assert [job["id"] for job in (await server.get("/v1/batches?limit=1"))["data"]] == [batch]
 
 
 async def test_all_lines_of_an_endpoint_become_one_batch(server: Server) -> None:

@@ -182,7 +182,11 @@ async def insert_batch(
     seconds: int,
     outlook: Outlook = UNKNOWN,
 ) -> dict[str, Any]:
-    """Make the job and the batch, and show them as they will be read."""
+    """Make the job and the batch, and show them as they will be read.
+
+    Raises PermissionDenied where the key's scopes do not have the endpoint: its lines are run as its requests would be.
+    """
+    caller.require_scope(ENDPOINTS[body.endpoint].capability)
     now = desk.jobs.now()
     secret = None if body.webhook_url is None else new_secret()
     job = NewJob(
