@@ -15,11 +15,11 @@ from forebay.model_config import FakeModel, FakeOptions
 from forebay.outbound import Outbound
 from forebay.replicas.calls import CHAT_COMPLETIONS, MESSAGES, RESPONSES, Calls
 from forebay.replicas.catalog import Catalog
-from tests.support.batches import finished, line, results, submit
+from tests.support.batches import finished, results, submit
 from tests.support.hostile_urls import hostile_urls
 from tests.support.images import message, part
 from tests.support.receiver import Canary, canary
-from tests.support.server import FAKE, serving
+from tests.support.server import FAKE, Server, serving
 
 OFF = f"{FAKE}\n[models.fake.options]\nvision = true\n"
 ON = f'{OFF}\n[media]\nfetch_hosts = ["*"]\nfetch_timeout_seconds = 2\n[batches]\nline_backoff_seconds = 0.01\n'
@@ -85,27 +85,35 @@ async def test_no_image_address_reaches_the_canary(
 
 @pytest.mark.parametrize("config", [OFF, ON], ids=["fetching off", "fetching on"])
 async def test_no_image_address_leaves_a_server(bird: Canary, config: str) -> None:
+    """Whichever dialect names it, online and in batches."""
     urls = hostile_urls(bird.port)
     allowed = REFUSED if config is OFF else {*REFUSED, "url_unreachable"}  # a name that nobody knows
     async with serving(config) as server:
-        for url in urls:
-            body = {"model": "fake", "messages": [message([part(url)])]}
-            async with await server.send(body) as response:
-                answer = await response.json()
-            assert answer["error"]["code"] in allowed, url
-            assert response.status in {400, 502}
-        lines = []
-        for number, url in enumerate(urls):
-            lines.append(line(f"line-{number}", ""))
-            lines[-1]["body"]["messages"] = [message([part(url)])]
-        batch = await finished(server, (await submit(server, lines))["id"])
-        output, errors = await results(server, batch)
-        assert output == []
-        assert len(errors) == len(urls)
-        for each in errors:
-            error = (each.get("error") or each["response"]["body"]["error"])["code"]
-            assert error in allowed
+        for path, made in ((CHAT_COMPLETIONS, chat), (RESPONSES, responses), (MESSAGES, messages)):
+            codes = [await refusal(server, path, {"model": "fake", **made(url)}) for url in urls]
+            wrong = {url: code for url, code in zip(urls, codes, strict=True) if code not in allowed}
+            assert not wrong, path
+        for path, made in ((CHAT_COMPLETIONS, chat), (RESPONSES, responses)):
+            lines = [
+                {"custom_id": f"line-{number}", "method": "POST", "url": path, "body": {"model": "fake", **made(url)}}
+                for number, url in enumerate(urls)
+            ]
+            batch = await finished(server, (await submit(server, lines, endpoint=path))["id"])
+            output, errors = await results(server, batch)
+            assert output == []
+            assert len(errors) == len(urls)
+            for each in errors:
+                error = (each.get("error") or each["response"]["body"]["error"])["code"]
+                assert error in allowed
         assert server.log.count("event=started") == 0
+
+
+async def refusal(server: Server, path: str, body: dict[str, Any]) -> str:
+    """The code of a refusal, which every dialect has."""
+    async with server.session.post(server.url + path, json=body, headers=server.headers) as response:
+        answer = await response.json()
+        assert response.status in {400, 502}, answer
+        return str(answer["error"]["code"])
 
 
 async def test_the_canary_is_reached_where_that_is_allowed() -> None:
