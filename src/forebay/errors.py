@@ -67,6 +67,8 @@ class CallerError(ForebayError):
 class InvalidRequest(CallerError):
     """The request is not valid."""
 
+    index: int | None = None  # of the content that an engine refused, in what that engine was sent
+
 
 class Unauthorized(CallerError):
     """The API key is missing, unknown, expired or revoked. Send it as `Authorization: Bearer <key>`."""

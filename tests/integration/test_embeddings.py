@@ -88,7 +88,7 @@ async def test_a_long_input_is_refused_or_cut_when_asked_to(server: Server) -> N
         ({"input": ["a"] * 4, "model": "limited"}, "input", "invalid_value"),
         ({"input": "a" * 1700, "model": "limited"}, "input", "invalid_value"),
         ({"input": [1] * 101, "model": "limited"}, "input", "invalid_value"),
-        ({"input": ["a " * 60, "b " * 60], "model": "limited"}, None, "invalid_request"),  # counted by the engine
+        ({"input": ["a " * 60, "b " * 60], "model": "limited"}, "input", "invalid_request"),  # counted by the engine
         ({"input": "a", "model": "nobody"}, None, "model_not_found"),
     ],
 )

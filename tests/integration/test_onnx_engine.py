@@ -178,7 +178,7 @@ def test_a_text_that_is_too_long_is_refused_by_its_index_or_cut(engine: Engine, 
     status, answer = engine.ask("POST", EMBEDDINGS, {"input": ["short", long]})
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
     assert (answer["error"]["index"], answer["error"]["n_prompt_tokens"], answer["error"]["n_ctx"]) == (1, 602, 512)
-    assert "Input 1 has 602 tokens" in answer["error"]["message"]
+    assert "`input[1]` has 602 tokens" in answer["error"]["message"]
     cut = _embed(engine, long, truncate=True)
     np.testing.assert_allclose(cut, _embed(engine, "river " * 510), atol=1e-5)
     np.testing.assert_allclose(cut, _embed(engine, tokenizer.encode(long).ids, truncate=True), atol=1e-5)
@@ -305,6 +305,9 @@ def test_a_cross_encoder_gives_raw_scores_in_order(tmp_path: Path, tokenizer: To
         status, answer = tiny.ask("POST", "/v1/rerank", long)
         assert (status, answer["error"]["code"], answer["error"]["index"]) == (400, "context_length_exceeded", 1)
         assert tiny.ask("POST", "/v1/rerank", {**long, "truncate": True})[0] == 200
+        status, answer = tiny.ask("POST", "/v1/rerank", {"query": "river " * 600, "documents": ["a", "b"]})
+        error = answer["error"]
+        assert (status, error["param"], error["index"], error["n_prompt_tokens"]) == (400, "query", None, 602)
         for wrong in (
             {"query": "", "documents": ["a"]},
             {"query": "a", "documents": []},
@@ -319,7 +322,7 @@ def test_a_query_of_megabytes_takes_little_memory_and_time(tmp_path: Path) -> No
     with _engine(tiny_onnx.cross_encoder(tmp_path / "model.onnx"), capability="rerank") as tiny:
         before = psutil.Process(tiny.pid).memory_info().rss
         status, answer = tiny.ask("POST", "/v1/rerank", {"query": huge, "documents": documents})
-        assert (status, answer["error"]["code"], answer["error"]["index"]) == (400, "context_length_exceeded", 0)
+        assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "context_length_exceeded", "query")
         cut = tiny.ask("POST", "/v1/rerank", {"query": huge, "documents": documents, "truncate": True})
         assert cut == tiny.ask("POST", "/v1/rerank", {"query": huge[:8000], "documents": documents, "truncate": True})
         assert cut[1]["tokens"] == [512] * 20

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 from forebay.replicas.figures import NAMES
-from tests.support.items import EMBEDDINGS, cosine, embed, outcomes, rerank, send, vectors
+from tests.support.items import EMBEDDINGS, RERANK, cosine, embed, outcomes, rerank, send, vectors
 from tests.support.models import minilm_path, minilm_weights
 from tests.support.reference import Reference, unit
 from tests.support.server import Server, serving
@@ -118,14 +118,24 @@ async def _figures(server: Server) -> dict[str, float]:
 
 async def test_limits_of_the_model_are_the_callers_business(server: Server) -> None:
     long = "word " * 900
-    for fields, code in (
-        ({"input": ["short", long]}, "context_length_exceeded"),
-        ({"input": [f"{number} " + "word " * 400 for number in range(3)]}, "invalid_request"),
-        ({"input": "x", "dimensions": 8}, "invalid_request"),
-        ({"input": [[40_000_000]]}, "invalid_request"),
+    await embed(server, "short")
+    for fields, code, param, words in (
+        ({"input": ["short", long]}, "context_length_exceeded", "input[1]", "holds 512 tokens, and the input has 902"),
+        ({"input": ["short", "new", "word " * 3000]}, "context_length_exceeded", "input[2]", "has at least 1"),
+        ({"input": long}, "context_length_exceeded", "input", "has 902"),
+        ({"input": [f"{number} " + "word " * 400 for number in range(3)]}, "invalid_request", "input", "has 1209 tok"),
+        ({"input": "x", "dimensions": 8}, "invalid_request", "dimensions", "384 dimensions"),
+        ({"input": ["short", [40_000_000]]}, "invalid_value", "input[1]", "valid string"),
+        ({"input": [[5], [6], [40_000_000]]}, "invalid_request", "input[2]", "vocabulary"),
     ):
         status, answer = await send(server, EMBEDDINGS, {"model": "embedder", **fields})
-        assert (status, answer["error"]["code"]) == (400, code), answer
+        error = answer["error"]
+        assert (status, error["code"], error["param"]) == (400, code, param), answer
+        assert words in error["message"]
+    for query, param in ((long, "query"), ("short", "documents[1]")):
+        body = {"model": "embedder", "query": query, "documents": ["short", long], "mode": "bi-encoder"}
+        status, answer = await send(server, RERANK, body)
+        assert (status, answer["error"]["param"]) == (400, param), answer
     assert (await embed(server, long, truncate=True))["usage"]["prompt_tokens"] == 512
 
 

@@ -30,6 +30,21 @@ async def test_a_chat_is_answered_whole_and_streamed() -> None:
         assert "server.stopped" in server.log
 
 
+async def test_a_prompt_that_is_too_long_is_named_as_its_caller_knows_it() -> None:
+    long = "word [[fake context_error=1]]"
+    messages = [{"role": "user", "content": long}]
+    async with serving() as server:
+        for path, param, body in (
+            ("chat/completions", "messages", {"messages": messages}),
+            ("completions", "prompt", {"prompt": long}),
+            ("responses", "input", {"input": long}),
+        ):
+            asked = {"model": "fake", **body}
+            async with server.session.post(f"{server.url}/v1/{path}", json=asked, headers=server.headers) as response:
+                error = (await response.json())["error"]
+            assert (response.status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+
+
 async def test_https_with_a_certificate_of_ones_own() -> None:
     folder = Path(__file__).parents[1] / "support" / "tls"  # made for these tests, trusted by nobody
     environment = {

@@ -14,7 +14,7 @@ from forebay.clock import SystemClock
 from forebay.dialects.items import Item, ItemRules
 from forebay.dialects.openai.call import Call, Context
 from forebay.dialects.openai.embeddings import EmbeddingBody, embedding_call
-from forebay.errors import EngineCrashed
+from forebay.errors import EngineCrashed, InvalidRequest
 from forebay.inference import Priority
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.item_cache import ENTRY_BYTES, ItemCache
@@ -76,6 +76,40 @@ async def test_only_what_is_unknown_is_asked_for() -> None:
     assert gathered.usage.prompt_tokens == 6, "what was known counts too"
     await room.answer(call("a", project="other"), engine.compute)
     assert engine.asked[2:] == [["a"]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "sent", "index", "param"),
+    [
+        (("a", "b", "c", "long"), ["c", "long"], 1, "input[3]"),
+        (("b", "a", "long", "long", "c"), ["long", "c"], 0, "input[2]"),
+        (("c", "long"), ["c", "long"], 1, "input[1]"),
+        (("a", "b", "long"), ["long"], None, "input[2]"),
+        (("long",), ["long"], 0, "input"),
+        (("c", "long"), ["c", "long"], None, "input"),
+        (("c", "long"), ["c", "long"], 2, "input"),
+    ],
+)
+async def test_what_an_engine_refuses_is_named_by_its_place_in_the_request(
+    texts: tuple[str, ...], sent: list[str], index: int | None, param: str
+) -> None:
+    room, engine = assembler(), Engine()
+    await room.answer(call("a", "b"), engine.compute)
+    error = InvalidRequest(param="input", code="context_length_exceeded")
+    engine.error, error.index = error, index
+    with pytest.raises(InvalidRequest) as refused:
+        await room.answer(call(*texts), engine.compute)
+    assert engine.asked[1:] == [sent]
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize("param", ["dimensions", "query", None])
+async def test_an_error_about_something_else_stays_as_it_is(param: str | None) -> None:
+    room, engine = assembler(), Engine()
+    engine.error = InvalidRequest(param=param)
+    with pytest.raises(InvalidRequest) as refused:
+        await room.answer(call("a", "b"), engine.compute)
+    assert refused.value.param == param
 
 
 async def test_without_room_nothing_is_kept() -> None:

@@ -99,4 +99,4 @@ async def test_an_embedder_ranks_when_it_is_asked_to_by_name(calls: Calls) -> No
     made = await prepare(calls, RERANK, {**body, "mode": "bi-encoder"})
     assert (made.request.path, made.request.capability) == (EMBEDDINGS, Capability.RERANK)
     assert made.items is not None
-    assert len(list(made.items.digests())) == 3
+    assert len(list(made.items.contents.digests())) == 3

@@ -92,6 +92,48 @@ def test_what_an_engines_error_means(status: int, detail: dict[str, Any], kind: 
     assert "abc" not in str(error)
 
 
+@pytest.mark.parametrize(
+    ("detail", "param", "index", "words"),
+    [
+        (
+            {"type": "exceed_context_size_error", "n_prompt_tokens": 9, "n_ctx": 4},
+            "messages",
+            None,
+            "the prompt has 9.",
+        ),
+        (
+            {"code": "context_length_exceeded", "param": "input", "index": 3, "n_prompt_tokens": 9, "n_ctx": 4},
+            *("input", 3, "holds 4 tokens, and the input has 9."),
+        ),
+        (
+            {"code": "context_length_exceeded", "param": "query", "index": None, "n_prompt_tokens_min": 9, "n_ctx": 4},
+            *("query", None, "has at least 9."),
+        ),
+        (
+            {"message": "input (9 tokens) is too large to process. increase the size (current batch size: 4)"},
+            *("messages", None, "holds 4 tokens, and the input has 9."),
+        ),
+        (
+            {"message": "This model's maximum context length is 4 tokens. However, you requested 9 tokens."},
+            *("messages", None, "However, you requested 9 tokens."),
+        ),
+        ({"code": "context_length_exceeded"}, "messages", None, "The prompt is longer"),
+        ({"message": "No.", "param": "dimensions"}, "dimensions", None, "No."),
+        ({"message": "No.", "param": "input", "index": 1}, "input", 1, "No."),
+        ({"message": "No.", "param": "n_keep", "index": 1}, None, None, "No."),
+        ({"message": "No.", "param": ["input"], "index": "1"}, None, None, "No."),
+        ({"message": "No.", "param": "input", "index": -1}, "input", None, "No."),
+    ],
+)
+def test_which_part_of_a_request_an_engine_refuses(
+    detail: dict[str, Any], param: str | None, index: int | None, words: str
+) -> None:
+    error = from_engine(400, json.dumps({"error": detail}).encode())
+    assert isinstance(error, errors.InvalidRequest)
+    assert (error.param, error.index) == (param, index)
+    assert words in str(error)
+
+
 def every_error(kind: type[errors.ForebayError]) -> list[type[errors.ForebayError]]:
     return [kind, *(inner for child in kind.__subclasses__() for inner in every_error(child))]
 

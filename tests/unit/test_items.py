@@ -60,7 +60,7 @@ def written(items: Items, found: list[Item], usage: Usage | None = None) -> Any:
 
 @given(TEXTS)
 def test_equal_contents_and_no_others_have_equal_digests(texts: list[str]) -> None:
-    digests = list(items_of(embedding(input=texts)).digests())
+    digests = list(items_of(embedding(input=texts)).contents.digests())
     assert len(set(digests)) == len(set(texts))
     assert [digests.index(each) for each in digests] == [texts.index(each) for each in texts]
 
@@ -76,10 +76,10 @@ def test_a_digest_is_of_one_project_model_and_way_to_compute() -> None:
         ranking(documents=["a"]),
         ranking(documents=["a"], query="another"),
     ]
-    digests = [next(items_of(call).digests()) for call in calls]
+    digests = [next(items_of(call).contents.digests()) for call in calls]
     assert len(set(digests)) == len(digests)
     same = embedding(input=["a", "b"], encoding_format="base64", user="u")
-    assert next(items_of(same).digests()) == digests[0], "how it is written, and for whom, changes no vector"
+    assert next(items_of(same).contents.digests()) == digests[0], "how it is written, and for whom, changes no vector"
 
 
 def test_the_engine_is_asked_for_what_is_needed_alone() -> None:
@@ -87,7 +87,7 @@ def test_the_engine_is_asked_for_what_is_needed_alone() -> None:
     assert json.loads(call.request.body) == {
         "model": "m", "encoding_format": "base64", "truncate": True, "dimensions": 2, "input": ["a", "b", "c"],
     }  # fmt: skip
-    assert json.loads(items_of(call).body_for([2, 0]))["input"] == ["c", "a"]
+    assert json.loads(items_of(call).contents.body_for([2, 0]))["input"] == ["c", "a"]
     assert json.loads(embedding(input=[1, 2]).request.body)["input"] == [[1, 2]]
     assert json.loads(ranking(top_n=1).request.body) == {"model": "m", "query": "q", "documents": ["a", "b"]}
     assert json.loads(ranking(mode="bi-encoder").request.body)["input"] == ["q", "a", "b"]
@@ -252,12 +252,12 @@ def test_a_model_that_reads_queries_in_another_way_is_told_which_is_one() -> Non
     assert json.loads(asked.request.body)["input_type"] == "query"
     assert "input_type" not in json.loads(embedding(input=["a"], input_type="query").request.body)
     items = items_of(ranking(rules, documents=["a", "q"], mode="bi-encoder"))
-    digests = list(items.digests())
+    digests = list(items.contents.digests())
     assert len(set(digests)) == 3, "a query is not a document with the same words"
-    assert digests[0] == next(items_of(embedding(rules, input="q", input_type="query")).digests())
-    assert digests[1] == next(items_of(embedding(rules, input="a", input_type="document")).digests())
-    assert [items.group(place) for place in range(3)] == [1, 0, 0]
-    assert json.loads(items.body_for([0])) == {
+    assert digests[0] == next(items_of(embedding(rules, input="q", input_type="query")).contents.digests())
+    assert digests[1] == next(items_of(embedding(rules, input="a", input_type="document")).contents.digests())
+    assert [items.contents.group(place) for place in range(3)] == [1, 0, 0]
+    assert json.loads(items.contents.body_for([0])) == {
         "model": "m", "encoding_format": "base64", "input_type": "query", "input": ["q"],
     }  # fmt: skip
-    assert json.loads(items.body_for([1, 2]))["input_type"] == "document"
+    assert json.loads(items.contents.body_for([1, 2]))["input_type"] == "document"

@@ -92,21 +92,11 @@ class Items(Protocol):
     """The items of one call. Iterators are work for the event loop, to be done in slices."""
 
     @property
-    def param(self) -> str:
-        """The field of the request that holds the contents."""
+    def contents(self) -> "Contents":
+        """What is to be computed."""
 
-    @property
-    def counted(self) -> bool:
-        """Whether the engine tells the tokens of each item."""
-
-    def digests(self) -> Iterator[bytes]:
-        """One for each content in order; equal only where the same project would get the same of the same model."""
-
-    def group(self, place: int) -> int:
-        """Which contents the engine can be asked for together: those of one group."""
-
-    def body_for(self, places: Sequence[int]) -> bytes:
-        """The engine's body for the contents at `places`, which are of one group."""
+    def param_of(self, place: int | None) -> str:
+        """The field of the request that holds the content at `place`, or all of them."""
 
     def read(self, raw: bytes, places: int) -> Part:
         """The engine's answer for so many contents. Raises EngineGarbled."""
@@ -131,7 +121,7 @@ class Contents:
     first: Mapping[str, Any] | None = None
 
     def digests(self) -> Iterator[bytes]:
-        """One for each content."""
+        """One for each content in order; equal only where the same project would get the same of the same model."""
         base = self._base(self.fields)
         for place, content in enumerate(self.all):
             digest = base.copy() if self.first is None or place else self._base(self.first)
@@ -142,14 +132,18 @@ class Contents:
             yield digest.digest()
 
     def body_for(self, places: Sequence[int] | None = None) -> bytes:
-        """The engine's body for some of the contents, or for all."""
+        """The engine's body for some of the contents, which are of one group, or for all."""
         wanted = self.all if places is None else [self.all[place] for place in places]
         fields = self.first if self.first is not None and places and places[0] == 0 else self.fields
         return to_json({**fields, self.field: wanted})
 
     def group(self, place: int) -> int:
-        """The first content is for itself where it has fields of its own."""
+        """Which contents the engine can be asked for together: one that has fields of its own is for itself."""
         return int(self.first is not None and place == 0)
+
+    def param_of(self, place: int | None) -> str:
+        """The engine's field for the content at `place`, or for all of them; of a single one there is no number."""
+        return self.field if place is None or len(self.all) == 1 else f"{self.field}[{place}]"
 
     def _base(self, fields: Mapping[str, Any]) -> "hashlib.blake2b":
         said = to_json([self.project, self.model, self.rules.fingerprint, self.field, fields])

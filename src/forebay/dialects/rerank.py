@@ -108,29 +108,15 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Documents and the scores that a model is to give them."""
+    """Documents and the scores that a model is to give them. The query is a part of what each is computed from."""
 
     contents: Contents
     ranking: Ranking
     sigmoid: bool
-    param: str = "documents"
 
-    @property
-    def counted(self) -> bool:
-        """Whether the engine tells the tokens of each document."""
-        return self.contents.rules.counted
-
-    def digests(self) -> Iterator[bytes]:
-        """One for each document; the query is a part of it."""
-        return self.contents.digests()
-
-    def group(self, place: int) -> int:
-        """All together."""
-        return self.contents.group(place)
-
-    def body_for(self, places: Sequence[int]) -> bytes:
-        """The engine's body for some documents."""
-        return self.contents.body_for(places)
+    def param_of(self, place: int | None) -> str:
+        """`documents`, or one of several."""
+        return self.contents.param_of(place)
 
     def read(self, raw: bytes, places: int) -> Part:
         """The scores in an engine's answer, ours or in the shape of Jina."""
@@ -160,24 +146,12 @@ class Similarities:
     contents: Contents
     ranking: Ranking
     raw: bool
-    param: str = "documents"
 
-    @property
-    def counted(self) -> bool:
-        """Whether the engine tells the tokens of each document."""
-        return self.contents.rules.counted
-
-    def digests(self) -> Iterator[bytes]:
-        """One for the query and one for each document."""
-        return self.contents.digests()
-
-    def group(self, place: int) -> int:
-        """All together."""
-        return self.contents.group(place)
-
-    def body_for(self, places: Sequence[int]) -> bytes:
-        """The engine's body for some of them."""
-        return self.contents.body_for(places)
+    def param_of(self, place: int | None) -> str:
+        """`query`, which comes first, or `documents` or one of them."""
+        if place == 0:
+            return "query"
+        return "documents" if place is None else f"documents[{place - 1}]"
 
     def read(self, raw: bytes, places: int) -> Part:
         """The vectors in an engine's answer."""

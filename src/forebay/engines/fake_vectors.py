@@ -54,7 +54,8 @@ def read_reading(body: bytes, name: str, context: int, dimensions: int, tokens_m
     """Check the request, or raise Refused."""
     try:
         wanted = json.loads(body)
-        texts = wanted["documents"] if "documents" in wanted else wanted["input"]
+        field = "documents" if "documents" in wanted else "input"
+        texts = wanted[field]
         contents = [each.split() if isinstance(each, str) else [str(token) for token in each] for each in texts]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Refused(400, "The body is not a request for vectors or scores.") from None
@@ -64,12 +65,13 @@ def read_reading(body: bytes, name: str, context: int, dimensions: int, tokens_m
     longest = max(map(len, contents), default=0)
     if directive.context_error or (longest > context and not wanted.get("truncate")):
         message = f"input ({longest} tokens) exceeds the available context size ({context} tokens)"
-        raise Refused(400, message, "exceed_context_size_error", n_prompt_tokens=longest, n_ctx=context)
+        place = {"param": field, "index": max(range(len(contents)), key=lambda index: len(contents[index]), default=0)}
+        raise Refused(400, message, "exceed_context_size_error", n_prompt_tokens=longest, n_ctx=context, **place)
     total = sum(len(words[:context]) for words in contents)
     if total > tokens_max:
-        raise Refused(400, f"The request has {total} tokens, and this model takes {tokens_max} at once.")
+        raise Refused(400, f"The request has {total} tokens, and this model takes {tokens_max} at once.", param=field)
     if (wanted.get("dimensions") or 1) > dimensions:
-        raise Refused(400, f"There are {dimensions} dimensions.")
+        raise Refused(400, f"There are {dimensions} dimensions.", param="dimensions")
     return Reading(directive, [words[:context] for words in contents], wanted, name, dimensions)
 
 

@@ -148,7 +148,9 @@ class Engine:
         most = self._spec.input_tokens_max
         if tokens > most:
             raise Refused(
-                400, f"The request has {tokens} tokens, and this model takes {most} at once. Send several requests."
+                400,
+                f"The request has {tokens} tokens, and this model takes {most} at once. Send several requests.",
+                param="documents" if self._spec.capability == "rerank" else "input",
             )
 
     def _dimensions(self, wanted: Any) -> int | None:
@@ -158,10 +160,11 @@ class Engine:
             raise Refused(
                 400,
                 f"This model has {self.dimensions} dimensions and is not trained for fewer. Leave `dimensions` out.",
+                param="dimensions",
             )
         low = self._spec.dimensions_min
         if not isinstance(wanted, int) or isinstance(wanted, bool) or not low <= wanted <= self.dimensions:
-            raise Refused(400, f"`dimensions` has to be a number from {low} to {self.dimensions}.")
+            raise Refused(400, f"`dimensions` has to be a number from {low} to {self.dimensions}.", param="dimensions")
         return wanted
 
     def _prefix(self, kind: Any) -> str:

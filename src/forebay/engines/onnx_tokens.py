@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
@@ -62,7 +63,7 @@ class Tokens:
     ) -> list[tuple[int, ...]]:
         """The tokens of each input. Raises Refused."""
         texts = [
-            await self._beginning(prefix + each, index, "Input", truncate=truncate)
+            await self._beginning(prefix + each, "input", index, truncate=truncate)
             for index, each in enumerate(inputs)
             if isinstance(each, str)
         ]
@@ -70,7 +71,7 @@ class Tokens:
         found = []
         for index, each in enumerate(inputs):
             tokens = next(encoded).ids if isinstance(each, str) else self._framed(each, index, truncate=truncate)
-            self._check_length(len(tokens), index, "Input")
+            self._check_length(len(tokens), "input", index)
             found.append(tuple(tokens))
         return found
 
@@ -79,16 +80,20 @@ class Tokens:
 
         Nothing is encoded where the query, once for each document, is more than `tokens_max` could be.
         """
-        query = await self._beginning(query, 0, "Document", truncate=truncate)
+        query = await self._beginning(query, "query", None, truncate=truncate)
         if len(query) * len(documents) > tokens_max * _CHARS_PER_TOKEN:
-            raise Refused(400, f"`query` is too long for {len(documents)} documents. Send several requests.")
+            raise Refused(
+                400, f"`query` is too long for {len(documents)} documents. Send several requests.", param="query"
+            )
+        if not truncate:
+            self._check_length(len(await self.tokenize(query)), "query", None)
         pairs = [
-            (query, await self._beginning(each, index, "Document", truncate=truncate))
+            (query, await self._beginning(each, "documents", index, truncate=truncate))
             for index, each in enumerate(documents)
         ]
         found = []
         for index, encoding in enumerate(await self._encode(pairs, truncate=truncate)):
-            self._check_length(len(encoding.ids), index, "Document")
+            self._check_length(len(encoding.ids), "documents", index)
             found.append((tuple(encoding.ids), tuple(encoding.type_ids)))
         return found
 
@@ -102,7 +107,7 @@ class Tokens:
             found += await asyncio.to_thread(tokenizer.encode_batch, piece)
         return found
 
-    async def _beginning(self, text: str, index: int, noun: str, *, truncate: bool) -> str:
+    async def _beginning(self, text: str, param: str, index: int | None, *, truncate: bool) -> str:
         """As much of a text as the model could take, and more: the tokens of all of it would be a hundred times its size.
 
         Raises Refused where that much shows that the text is too long and it may not be cut.
@@ -110,10 +115,10 @@ class Tokens:
         chars = self._max * _CHARS_PER_TOKEN
         while chars < len(text):
             start = text[:chars]
-            if len(await asyncio.to_thread(self.of_text, start)) > 2 * self._max:
+            if (tokens := len(await asyncio.to_thread(self.of_text, start))) > 2 * self._max:
                 if truncate:
                     return start
-                raise self._too_long(index, noun, None)
+                raise self._too_long(param, index, f"at least {tokens}", n_prompt_tokens_min=tokens)
             chars *= 2
         return text
 
@@ -133,22 +138,27 @@ class Tokens:
     def _check_ids(self, tokens: Sequence[int], index: int) -> None:
         if min(tokens) < 0 or max(tokens) >= self._vocabulary:
             raise Refused(
-                400, f"Input {index} has a token id that is not in the vocabulary of {self._vocabulary} tokens."
+                400,
+                f"A token id is not in the vocabulary of {self._vocabulary} tokens.",
+                param="input",
+                index=index,
             )
 
-    def _check_length(self, length: int, index: int, noun: str) -> None:
+    def _check_length(self, length: int, param: str, index: int | None) -> None:
         if length > self._max:
-            raise self._too_long(index, noun, length)
+            raise self._too_long(param, index, str(length), n_prompt_tokens=length)
 
-    def _too_long(self, index: int, noun: str, length: int | None) -> Refused:
+    def _too_long(self, param: str, index: int | None, length: str, **counted: Any) -> Refused:
+        which = f"`{param}`" if index is None else f"`{param}[{index}]`"
         return Refused(
             400,
-            f"{noun} {index} has {length or 'far too many'} tokens, and this model takes {self._max} at most. Shorten "
-            "it, or send `truncate` as true.",
+            f"{which} has {length} tokens, and this model takes {self._max} at most. Shorten it, or send `truncate` as "
+            "true.",
             "context_length_exceeded",
+            param=param,
             index=index,
-            n_prompt_tokens=length,
             n_ctx=self._max,
+            **counted,
         )
 
 

@@ -12,7 +12,7 @@ import aiohttp
 
 from forebay.dialects.openai.errors import from_engine
 from forebay.errors import EngineGarbled, EngineUnavailable, ForebayError, Quarantined
-from forebay.inference import Request
+from forebay.inference import Capability, Request
 from forebay.replicas.commands import Traits
 from forebay.replicas.connection import EngineStream
 from forebay.replicas.postmortem import Death, Quarantine
@@ -95,6 +95,8 @@ class Replica:
             raise await self._explain(request, error) from None
         except ForebayError as error:
             error.args = (self._strike_out(str(error), request),)
+            if error.param == "messages" and request.capability is Capability.COMPLETION:
+                error.param = "prompt"
             raise
         finally:
             if stream.finished:

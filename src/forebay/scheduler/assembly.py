@@ -57,7 +57,7 @@ class _Work:
         """The call for some contents; the call itself if it is for all of them."""
         if whole and len(digests) == len(self.places):
             return self.call
-        body = self.items.body_for([self.places[digest] for digest in digests])
+        body = self.items.contents.body_for([self.places[digest] for digest in digests])
         return replace(self.call, request=replace(self.call.request, body=body))
 
     def usage(self, digests: Iterable[bytes]) -> Usage:
@@ -81,7 +81,7 @@ class Assembler:
         """
         items = call.items
         assert items is not None, "only an answer that is made of items is put together"
-        digests = await self._paced(items.digests())
+        digests = await self._paced(items.contents.digests())
         places: dict[bytes, int] = {}
         for place, digest in enumerate(digests):
             places.setdefault(digest, place)
@@ -133,7 +133,7 @@ class Assembler:
             return
         flights = self._take_off(work, digests)
         try:
-            for _, group in groupby(digests, lambda digest: work.items.group(work.places[digest])):
+            for _, group in groupby(digests, lambda digest: work.items.contents.group(work.places[digest])):
                 together = list(group)
                 for start in range(0, len(together), PART_ITEMS_MAX):
                     await self._compute_part(work, together[start : start + PART_ITEMS_MAX], flights, wanted)
@@ -148,8 +148,8 @@ class Assembler:
         try:
             part = work.items.read(await work.compute(work.part(digests, whole=whole)), len(digests))
         except InvalidRequest as error:
-            if error.code == "context_length_exceeded":
-                error.param = work.items.param
+            if error.param in {"messages", work.items.contents.field}:
+                error.param = self._param(work, digests, error.index)
             raise
         items = await self._paced(part.items)
         if items[0].tokens is None and part.usage is not None:
@@ -161,9 +161,16 @@ class Assembler:
                 if digest in flights:
                     self._land(digest, flights[digest], item)
 
+    def _param(self, work: _Work, digests: list[bytes], index: int | None) -> str:
+        """What an engine refused, as the caller knows it: the engine was sent these contents alone."""
+        if len(digests) == 1:
+            index = 0
+        named = index is not None and index < len(digests)
+        return work.items.param_of(work.places[digests[index or 0]] if named else None)
+
     def _take_off(self, work: _Work, digests: list[bytes]) -> dict[bytes, _Flight]:
         """Let others know what is being computed, where they could use it: without its tokens nobody can be charged."""
-        if not work.items.counted and len(digests) > 1:
+        if not work.items.contents.rules.counted and len(digests) > 1:
             return {}
         loop, flights, priority = asyncio.get_running_loop(), {}, work.call.request.priority
         for digest in digests:

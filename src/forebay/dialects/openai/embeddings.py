@@ -84,24 +84,10 @@ class Vectors:
     contents: Contents
     dimensions: int | None
     base64: bool
-    param: str = "input"
 
-    @property
-    def counted(self) -> bool:
-        """Whether the engine tells the tokens of each input."""
-        return self.contents.rules.counted
-
-    def digests(self) -> Iterator[bytes]:
-        """One for each input."""
-        return self.contents.digests()
-
-    def group(self, place: int) -> int:
-        """All together."""
-        return self.contents.group(place)
-
-    def body_for(self, places: Sequence[int]) -> bytes:
-        """The engine's body for some inputs."""
-        return self.contents.body_for(places)
+    def param_of(self, place: int | None) -> str:
+        """`input`, or one of several."""
+        return self.contents.param_of(place)
 
     def read(self, raw: bytes, places: int) -> Part:
         """The vectors in an engine's answer."""

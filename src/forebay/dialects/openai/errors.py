@@ -27,8 +27,11 @@ _MESSAGE_CHARS_MAX = 500
 _RETRY_AFTER_SECONDS_MAX = 86_400.0
 _PATHS = re.compile(r"(?:[A-Za-z]:)?(?:[/\\][\w.@+~-]+){2,}[/\\]?")
 _ADDRESSES = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b|0x[0-9a-fA-F]{6,}|\[[0-9a-fA-F:]+\](?::\d+)?")
-_TOO_LONG_SAID = ("maximum context length", "is too large to process")  # the latter of llama.cpp, about embeddings
+_MAXIMUM = "maximum context length"
+_TOO_LONG_SAID = (_MAXIMUM, "is too large to process")  # the latter of llama.cpp, about embeddings
 _TOO_LONG = ("exceed_context_size_error", "context_length_exceeded")
+_TOO_LARGE = re.compile(r"\((\d{1,9}) tokens\) is too large to process.{0,80}?(\d{1,9})\)")
+_ITEM_FIELDS = frozenset({"dimensions", "documents", "input", "query"})  # named by engines as callers know them
 
 
 def body_of(error: ForebayError) -> dict[str, Any]:
@@ -42,13 +45,13 @@ def from_engine(status: int, body: bytes) -> ForebayError:
     message = sanitise(str(detail.get("message") or ""))
     words = f"{detail.get('type')} {detail.get('code')}"
     if any(word in words for word in _TOO_LONG) or any(said in message for said in _TOO_LONG_SAID):
-        return InvalidRequest(_context_message(detail), param="messages", code="context_length_exceeded")
+        return _refusal(detail, _context_message(detail, message), "messages", "context_length_exceeded")
     if status == 413:
         return PayloadTooLarge()
     if status == 429:
         return Overloaded("The engine's own line is full. Try again later.", retry_after_seconds=1.0)
     if status in {400, 404, 422}:
-        return InvalidRequest(message or "The engine refused the request.")
+        return _refusal(detail, message or "The engine refused the request.")
     if status in {401, 403}:
         return EngineUnavailable("The engine behind this model refuses this server's own key. Ask its operator.")
     if "range_check" in message:  # llama.cpp looks a token up in its vocabulary
@@ -123,11 +126,26 @@ def _detail(body: bytes) -> dict[str, Any]:
     return error if isinstance(error, dict) else {"message": error}
 
 
-def _context_message(detail: dict[str, Any]) -> str:
-    prompt, context = detail.get("n_prompt_tokens"), detail.get("n_ctx")
-    if isinstance(prompt, int) and isinstance(context, int):
-        return (
-            f"This model's context holds {context} tokens, and the prompt has {prompt}. Shorten the prompt, or serve "
-            "the model with a larger `context`."
-        )
-    return "The prompt is longer than the model's context. Shorten it."
+def _refusal(detail: dict[str, Any], message: str, param: str | None = None, code: str | None = None) -> InvalidRequest:
+    """What the engine says is wrong with the request, and with which of its contents."""
+    named, index = detail.get("param"), detail.get("index")
+    if not isinstance(named, str) or named not in _ITEM_FIELDS:
+        return InvalidRequest(message, param=param, code=code)
+    error = InvalidRequest(message, param=named, code=code)
+    error.index = index if isinstance(index, int) and index >= 0 else None
+    return error
+
+
+def _context_message(detail: dict[str, Any], said: str) -> str:
+    """A sentence with both numbers, wherever the engine tells them."""
+    tokens, least, context = (detail.get(name) for name in ("n_prompt_tokens", "n_prompt_tokens_min", "n_ctx"))
+    if found := _TOO_LARGE.search(said):
+        tokens, context = map(int, found.groups())
+    if not isinstance(context, int) or not isinstance(tokens or least, int):
+        return said if _MAXIMUM in said else "The prompt is longer than the model's context. Shorten it."
+    what = "input" if found or isinstance(detail.get("index"), int) else "prompt"
+    length = tokens if isinstance(tokens, int) else f"at least {least}"
+    return (
+        f"This model's context holds {context} tokens, and the {what} has {length}. Shorten the {what}, or serve the "
+        "model with a larger `context`."
+    )
