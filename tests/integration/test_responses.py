@@ -24,7 +24,7 @@ from forebay.store.key_format import Role
 from forebay.store.keys import KeyStore
 from tests.support import postgres
 from tests.support.batches import finished, results, submit
-from tests.support.mutate import spoiled
+from tests.support.mutate import RESPONSES, spoiled
 from tests.support.receiver import Receiver, receiving
 from tests.support.server import FAKE, Server, eventually, serving
 
@@ -432,28 +432,6 @@ async def test_lines_of_a_batch(server: Server) -> None:
     assert batch["usage"]["output_tokens"] == sum(answer["usage"]["output_tokens"] for answer in answers.values())
 
 
-VALID: list[dict[str, Any]] = [
-    {"model": "fake", "input": "Hi [[fake tokens=1]]", "metadata": {"a": "b"}, "temperature": 0.5, "store": False},
-    {"model": "fake", "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}], "stream": True},
-    {
-        "model": "fake",
-        "input": "Hi",
-        "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}},
-    },
-    {"model": "fake", "input": "Hi [[fake tokens=1]]", "background": True, "stream": True, "tools": [TOOL]},
-    {
-        "model": "fake",
-        "input": [
-            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm"}]},
-            {"type": "function_call", "call_id": "a", "name": "look", "arguments": "{}"},
-            {"type": "function_call_output", "call_id": "a", "output": "sun"},
-        ],
-        "tools": [TOOL],
-        "tool_choice": {"type": "function", "name": "look"},
-    },
-]
-
-
 async def test_mutated_requests_are_the_callers_fault(server: Server, prove: bool) -> None:
     chance = random.Random(4711)
     limit = asyncio.Semaphore(16)
@@ -469,6 +447,6 @@ async def test_mutated_requests_are_the_callers_fault(server: Server, prove: boo
                 assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
             return answer.status
 
-    bodies = [spoiled(chance, copy.deepcopy(chance.choice(VALID))) for _ in range(3000 if prove else 300)]
+    bodies = [spoiled(chance, copy.deepcopy(chance.choice(RESPONSES))) for _ in range(3000 if prove else 300)]
     statuses = await asyncio.gather(*map(one, bodies))
     assert {200, 400} <= set(statuses)
