@@ -42,6 +42,16 @@ options = {{ base_url = "{url}/v1" }}
 engine = "fake"
 preload = true
 """
+LOCAL_FIRST = """
+default_models = false
+[models.first]
+engine = "fake"
+fallback = ["far"]
+options = {{ fail_start = "exit" }}
+[models.far]
+engine = "upstream"
+options = {{ base_url = "{url}/v1" }}
+"""
 EVERYTHING = 'fallback = ["near"]\nfallback_on = ["unavailable", "circuit_open", "queue_full", "failed"]'
 
 
@@ -114,6 +124,31 @@ async def test_a_model_that_cannot_be_started_gives_way_and_its_chain_goes_on() 
         tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
         answer = await ask(server, "Hello.", model="first", tools=[tool])
         assert answer.status == 400, "what only a running engine can tell is not tried elsewhere"
+
+
+async def test_a_provider_stands_in_for_a_local_model_that_cannot_be_started() -> None:
+    async with providing() as provider, serving(LOCAL_FIRST.format(url=provider.url)) as server:
+
+        async def given_up() -> bool:
+            answer = await ask(server, "Hello.", model="first")
+            return answer.headers.get("x-served-by") == "far"
+
+        await eventually(given_up, within_seconds=20, what="an answer of the provider")
+        for stream in (True, False):
+            answer = await ask(server, "Hello.", model="first", stream=stream)
+            assert (answer.status, answer.whole, answer.headers["x-served-by"]) == (200, True, "far")
+        async with await server.chat("Hello.", model="first") as response:
+            body = await response.json()
+            assert (body["model"], body["choices"][0]["message"]["content"]) == ("far", "far away")
+        online = len(provider.asked)
+        lines = [line(f"line-{number}", "Hello.", model="first") for number in range(5)]
+        output, errors = await results(server, await finished(server, (await submit(server, lines))["id"]))
+        assert (len(output), errors) == (5, [])
+        for each in output:
+            body = each["response"]["body"]
+            assert (body["model"], body["choices"][0]["message"]["content"]) == ("far", "far away")
+        assert len(provider.asked) == online + 5
+        assert await server.metric("forebay_fallbacks_total", model="first", to="far") == len(provider.asked)
 
 
 async def test_lines_of_a_batch_go_to_the_next_model_while_the_circuit_is_open() -> None:
