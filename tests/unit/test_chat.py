@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from forebay.dialects.openai.call import Call, Context, parse
+from forebay.dialects.openai.call import Call, Context, Extensions, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
 from forebay.errors import InvalidRequest
 from forebay.inference import Priority
@@ -14,9 +14,13 @@ USER = {"role": "user", "content": "Hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
-def made(*, enforces: bool = True, remote: str | None = None, **fields: Any) -> Call:
+def made(
+    *, enforces: bool = True, remote: str | None = None, extensions: Extensions | None = "llama.cpp", **fields: Any
+) -> Call:
     body = {"model": "m", "messages": [USER], **fields}
-    context = Context("req_1", "p", None, 1024, 4, remote_model=remote, enforces_tool_choice=enforces)
+    context = Context(
+        "req_1", "p", None, 1024, 4, remote_model=remote, enforces_tool_choice=enforces, extensions=extensions
+    )
     return chat_call(parse(ChatBody, json.dumps(body).encode()), context)
 
 
@@ -84,6 +88,14 @@ def test_a_sampling_field_reaches_the_engine_within_its_bounds(name: str, good: 
 def test_a_field_without_effect_is_taken_and_stays_here(name: str, good: Any, bad: Any) -> None:
     assert name not in sent(**{name: good})
     assert (refused(**{name: bad}).param or "").startswith(name)
+
+
+@pytest.mark.parametrize("extensions", ["llama.cpp", "vllm", None])
+def test_not_to_think_is_said_to_engines_that_understand(extensions: Extensions | None) -> None:
+    fields = sent(extensions=extensions, reasoning_effort="none")
+    assert fields.get("chat_template_kwargs") == ({"enable_thinking": False} if extensions else None)
+    for effort in ("minimal", "low", "medium", "high", "xhigh"):
+        assert sent(extensions=extensions, reasoning_effort=effort) == sent(extensions=extensions)
 
 
 def test_unknown_fields_are_refused_by_name() -> None:

@@ -193,6 +193,16 @@ def test_a_schema_for_the_answer(place: str) -> None:
 def test_not_to_think_is_said_to_engines_that_understand(extensions: Extensions | None) -> None:
     fields = json.loads(made(extensions, thinking={"type": "disabled"}).request.body)
     assert fields.get("chat_template_kwargs") == ({"enable_thinking": False} if extensions else None)
+    assert "chat_template_kwargs" not in json.loads(made(extensions, thinking={"type": "adaptive"}).request.body)
+    stopped = json.loads(made(extensions, thinking={"type": "disabled"}, stop_sequences=["x"]).request.body)
+    wanted = {**fields, "stop": ["x"]}
+    assert stopped == (wanted | {"verbose": True} if extensions == "llama.cpp" else wanted)
+
+
+def test_not_to_think_is_counted_as_it_is_asked_for() -> None:
+    asked = parse(CountBody, json.dumps({"model": "m", "messages": [USER], "thinking": {"type": "disabled"}}).encode())
+    counted = json.loads(count_call(asked, context("vllm")).request.body)
+    assert counted["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from forebay.dialects.openai.call import Call, Context, Thread, parse
+from forebay.dialects.openai.call import Call, Context, Extensions, Thread, parse
 from forebay.dialects.openai.responses import ResponseBody, continued, response_call, response_images
 from forebay.dialects.openai.responses_events import joined, numbered
 from forebay.dialects.openai.responses_items import items_of, listed
@@ -260,6 +260,13 @@ def test_fields_go_to_the_engine_in_its_words() -> None:
     assert fields["tool_choice"] == "auto"
     named = {"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}}
     assert sent(named)["tool_choice"] == {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize("extensions", ["llama.cpp", "vllm", None])
+def test_not_to_think_is_said_to_engines_that_understand(extensions: Extensions | None) -> None:
+    fields = sent({"reasoning": {"effort": "none"}}, extensions=extensions)
+    assert fields.get("chat_template_kwargs") == ({"enable_thinking": False} if extensions else None)
+    assert "chat_template_kwargs" not in sent({"reasoning": {"effort": "low"}}, extensions=extensions)
 
 
 def test_images_are_found_and_put_back() -> None:

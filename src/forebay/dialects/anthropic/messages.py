@@ -93,14 +93,11 @@ def messages_call(body: MessagesBody, context: Context) -> Call:
         "service_tier": "fast" if body.speed == "fast" else None,
     }
     call = _chat_call(fields, context)
-    thinking = body.thinking
-    extras: dict[str, Any] = {}
-    if context.extensions and thinking and thinking.type == "disabled":
-        extras["chat_template_kwargs"] = {"enable_thinking": False}
+    request = call.request
     if context.extensions == "llama.cpp" and fields["stop"]:
-        extras["verbose"] = True  # the only way to hear which of them it met
-    request = replace(call.request, body=_with(call.request.body, extras))
-    shape = Messages(context.request_id, shows_thinking=_shows_thinking(thinking))
+        # The only way to hear which of them it met.
+        request = replace(request, body=request.body[:-1] + b',"verbose":true}')
+    shape = Messages(context.request_id, shows_thinking=_shows_thinking(body.thinking))
     return replace(call, request=request, stream=bool(body.stream), shape=shape)
 
 
@@ -136,11 +133,6 @@ def _shows_thinking(thinking: Thinking | None) -> bool:
     return thinking is None or (thinking.type != "disabled" and thinking.display != "omitted")
 
 
-def _with(body: bytes, extras: dict[str, Any]) -> bytes:
-    """The engine's `body` with further fields, which only some engines know."""
-    return body[:-1] + b"," + to_json(extras)[1:] if extras else body
-
-
 def _chat_call(fields: dict[str, Any], context: Context) -> Call:
     return chat_call(_chat_body(fields), context)
 
@@ -165,6 +157,7 @@ def _conversation(body: CountBody) -> dict[str, Any]:
         "tool_choice": _chat_choice(choice),
         "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
         "response_format": _chat_format(wanted) if wanted else None,
+        "reasoning_effort": "none" if body.thinking and body.thinking.type == "disabled" else None,
     }
 
 

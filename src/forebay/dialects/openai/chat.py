@@ -198,7 +198,7 @@ class ChatBody(Sampling):
     """The body of POST /v1/chat/completions.
 
     Accepted and without effect: `user`, `metadata`, `store` (nothing is stored), `safety_identifier`,
-    `prompt_cache_key`, `prompt_cache_retention`, `reasoning_effort`, `verbosity`.
+    `prompt_cache_key`, `prompt_cache_retention`, `verbosity`, `reasoning_effort` but `none`.
     """
 
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
@@ -243,6 +243,8 @@ def chat_call(body: ChatBody, context: Context) -> Call:
     fields["messages"] = [_engine_message(message, images) for message in body.messages]
     if body.max_completion_tokens is not None:
         fields["max_tokens"] = body.max_completion_tokens
+    if body.reasoning_effort == "none" and context.extensions:
+        fields["chat_template_kwargs"] = {"enable_thinking": False}
     if body.logprobs:
         fields |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     wants_tools = bool(body.tools) and body.tool_choice != "none"

@@ -94,7 +94,7 @@ class TextConfig(Wire):
 
 
 class Reasoning(Wire):
-    """How much is thought. What was thought comes as it is: a summary of it is not made."""
+    """Whether the model is to think: not with the effort `none`. Other efforts have no effect, and no summary is made."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: Literal["auto"] | None = None
