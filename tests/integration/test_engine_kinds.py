@@ -17,7 +17,8 @@ import pytest
 
 from forebay.model_config import FakeModel
 from forebay.replicas.commands import command_for
-from tests.support.server import ADMIN_KEY, FAKE, eventually, serving
+from tests.support.items import EMBEDDINGS, RERANK, embed, rerank, send, vectors
+from tests.support.server import ADMIN_KEY, FAKE, Server, eventually, serving
 
 COMMAND = f"""
 default_models = false
@@ -48,6 +49,17 @@ port = int(sys.argv[sys.argv.index("--port") + 1])
 os.environ["FOREBAY_ENGINE_KEY"] = os.environ["VLLM_API_KEY"]
 os.environ["FOREBAY_ENGINE_SPEC"] = json.dumps({{"name": "big", "slots": 3, "port": port}})
 os.execv({json.dumps(sys.executable)}, [{json.dumps(sys.executable)}, "-m", "forebay.engines.fake"])
+"""
+POOLING = """
+default_models = false
+[models.big]
+engine = "vllm"
+source = "hf:example/model@abc123"
+preload = true
+options = { context = 256, capabilities = ["embedding", "rerank"] }
+"""
+POOLING_SHIM = f"""#!/bin/sh
+exec {sys.executable} {Path(__file__).parents[1] / "support" / "pooling_engine.py"} "$@"
 """
 UPSTREAM = """
 default_models = false
@@ -91,13 +103,18 @@ def test_a_file_beside_the_server_is_no_part_of_an_engine(tmp_path: Path) -> Non
     assert b"asked to fail at the start" in ended.stderr
 
 
+def _install(shim: str, folder: Path) -> str:
+    """Put a program of the name `vllm` in a folder; the PATH that finds it."""
+    program = folder / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text(shim, encoding="utf-8")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return f"{program.parent}:/usr/bin:/bin"
+
+
 async def test_vllm_is_started_with_its_own_options_and_a_key_that_no_process_list_shows(tmp_path: Path) -> None:
-    shim = tmp_path / "bin" / "vllm"
-    shim.parent.mkdir()
-    shim.write_text(SHIM, encoding="utf-8")
-    shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
+    path = _install(SHIM, tmp_path)
     log = tmp_path / "argv.json"
-    path = f"{shim.parent}:/usr/bin:/bin"
     async with serving(VLLM, environment={"PATH": path, "SHIM_LOG": str(log)}) as server:
         text, _ = await _ask(server.client(), "big")
         assert text == "tok0 tok1 tok2 "
@@ -111,6 +128,39 @@ async def test_vllm_is_started_with_its_own_options_and_a_key_that_no_process_li
     assert options["--host"] == "127.0.0.1"
     assert "--enforce-eager" in argv
     assert not any("key" in part for part in argv)
+
+
+async def test_vllm_embeds_and_ranks(tmp_path: Path) -> None:
+    log = tmp_path / "asked.jsonl"
+    environment = {"PATH": _install(POOLING_SHIM, tmp_path), "SHIM_LOG": str(log)}
+    async with serving(POOLING, environment=environment) as server:
+        made = await embed(server, ["one", "two words", "three more words"], model="big")
+        assert vectors(made) == [[1, 3, 0.5], [2, 5, 0.5], [3, 5, 0.5]]
+        assert (made["model"], made["usage"]) == ("big", {"prompt_tokens": 6, "total_tokens": 6})
+        packed = await embed(server, ["one", "two words"], model="big", encoding_format="base64")
+        assert vectors(packed) == [[1, 3, 0.5], [2, 5, 0.5]]
+        documents = ["nothing", "a panda eats bamboo", "panda"]
+        ranked = await rerank(server, "panda eats", documents, model="big", return_documents=True)
+        found = [(each["index"], each["relevance_score"]) for each in ranked["results"]]
+        assert found == [(1, 1.0), (2, 0.5), (0, 0.0)]
+        assert ranked["results"][0]["document"] == {"text": documents[1]}
+        assert ranked["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
+        await _check_cut(server)
+    asked = [json.loads(each) for each in log.read_text(encoding="utf-8").splitlines()]
+    assert {each["model"] for each in asked} == {"big"}
+    assert [each["path"] for each in asked if "truncate_prompt_tokens" in each] == [EMBEDDINGS, RERANK, RERANK]
+
+
+async def _check_cut(server: Server) -> None:
+    """What is too long is refused, and cut where that is asked for, or usual."""
+    long = "a " * 255 + "f g"
+    for path, body in ((EMBEDDINGS, {"input": ["a", long]}), (RERANK, {"query": "a", "documents": ["b", long]})):
+        status, answer = await send(server, path, {"model": "big", **body})
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded"), answer
+    assert vectors(await embed(server, ["x", long], model="big", truncate=True)) == [[1, 1, 0.5], [256, 1, 0.5]]
+    for path, more in ((RERANK, {"truncate": True}), ("/v2/rerank", {})):
+        answer = await rerank(server, "f g", ["x", long], model="big", path=path, **more)
+        assert [(each["index"], each["relevance_score"]) for each in answer["results"]] == [(1, 0.5), (0, 0.0)]
 
 
 async def test_without_vllm_the_reason_is_a_sentence() -> None:
