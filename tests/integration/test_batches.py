@@ -380,6 +380,9 @@ async def test_an_urgent_batch_goes_before_the_lines_of_chunks_that_run_already(
 CREATIONS: dict[str, tuple[dict[str, Any], str | None]] = {
     "no such file": ({"input_file_id": "file_nothing"}, "input_file_id"),
     "no such endpoint": ({"endpoint": "/v1/nothing"}, "endpoint"),
+    "tokens to count": ({"endpoint": "/v1/messages/count_tokens"}, "endpoint"),
+    "a text to cut into tokens": ({"endpoint": "/tokenize"}, "endpoint"),
+    "tokens to put together": ({"endpoint": "/detokenize"}, "endpoint"),
     "no window": ({"completion_window": "soon"}, "completion_window"),
     "a window that is too long": ({"completion_window": "25h"}, "completion_window"),
     "a window that is too short": ({"completion_window": "0s"}, "completion_window"),

@@ -21,7 +21,7 @@ from forebay.gateway.idempotency import create, replayed
 from forebay.gateway.jobs import page_of
 from forebay.jobs.desk import UNKNOWN, Desk, Outlook
 from forebay.jobs.estimate import guess
-from forebay.replicas.calls import ENDPOINTS
+from forebay.replicas.calls import BATCH_ENDPOINTS, ENDPOINTS
 from forebay.store.batches import BATCH, JOIN, PAGE_SIZE_MAX, Batch, BatchStore, NewBatch
 from forebay.store.database import Transaction
 from forebay.store.files import File, FileStore
@@ -111,8 +111,8 @@ async def create_batch(request: Request, caller: Member) -> Response:
     raw = await read_body(request, settings.http.body_bytes_max)
     body = parse(BatchBody, raw)
     seconds = window_seconds(body.completion_window, settings.batches.window_seconds_min)
-    if body.endpoint not in ENDPOINTS:
-        known = ", ".join(f"`{path}`" for path in ENDPOINTS)
+    if body.endpoint not in BATCH_ENDPOINTS:
+        known = ", ".join(f"`{path}`" for path in BATCH_ENDPOINTS)
         raise InvalidRequest(f"`endpoint` is one of {known}.", param="endpoint", code="invalid_value")
     if body.webhook_url is not None:
         state.outbound.check(body.webhook_url)

@@ -71,6 +71,8 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     TOKENIZE: Endpoint(Capability.COMPLETION, tokens.TokenizeBody, tokens.tokenize_call),
     DETOKENIZE: Endpoint(Capability.COMPLETION, tokens.DetokenizeBody, tokens.detokenize_call),
 }
+# Lines of batches go to these: whoever counts wants to know it now.
+BATCH_ENDPOINTS = tuple(path for path in ENDPOINTS if path not in {COUNT_TOKENS, TOKENIZE, DETOKENIZE})
 
 
 @dataclass(frozen=True, slots=True)
