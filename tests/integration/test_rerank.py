@@ -134,6 +134,25 @@ async def test_long_documents_are_cut_for_cohere_and_refused_for_jina(server: Se
     assert (await rerank(server, QUERY, long, path="/v2/rerank"))["results"]
 
 
+@pytest.mark.parametrize(
+    ("query", "documents", "mode", "param"),
+    [
+        (QUERY, ["known", "new", "long"], None, "documents[2]"),
+        (QUERY, ["known", "long", "new"], "bi-encoder", "documents[1]"),
+        ("long", ["known", "new"], "bi-encoder", "query"),
+    ],
+)
+async def test_what_is_too_long_is_named(
+    server: Server, query: str, documents: list[str], mode: str | None, param: str
+) -> None:
+    fields = {"model": "embedder" if mode else "ranker", **({"mode": mode} if mode else {})}
+    await rerank(server, QUERY, ["known"], **fields)
+    asked, *texts = ["word " * 3000 if each == "long" else each for each in (query, *documents)]
+    status, answer = await send(server, RERANK, {"query": asked, "documents": texts, **fields})
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "context_length_exceeded", param)
+    assert "holds 2048 tokens, and the input has 3000." in answer["error"]["message"]
+
+
 async def test_ten_thousand_documents(server: Server) -> None:
     documents = [f"document {number}" for number in range(10_000)]
     answer = await rerank(server, "document 77", documents, top_n=3)
