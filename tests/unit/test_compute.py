@@ -17,22 +17,40 @@ BAD = 13
 
 
 class Library:
-    """Doubles the first token of each item, and remembers what it was given. It refuses batches with a bad one."""
+    """Doubles the first token of each item, and remembers what it was given. It refuses batches with a bad one.
 
-    def __init__(self, tokens_max: int = 10_000) -> None:
+    It has memory for `tokens_max` padded tokens, in all batches at once. With the gate closed, batches of more than
+    `gated_tokens` wait.
+    """
+
+    def __init__(self, tokens_max: int = 10_000, gated_tokens: int = 0) -> None:
         self.begun: list[list[int]] = []
         self.ended: set[int] = set()
         self.late: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
-        self._tokens_max = tokens_max
+        self._gated_tokens = gated_tokens
+        self._free = tokens_max
+        self._lock = threading.Lock()
 
     def step(self, batch: Sequence[Item]) -> list[Any]:
         self.begun.append([item.tokens[0] for item in batch])
         self.late += [item.tokens[0] for item in batch if item.tokens[0] in self.ended]
-        self.gate.wait(10)
-        if len(batch) * max(item.length for item in batch) > self._tokens_max:
-            raise OutOfMemory
+        padded = len(batch) * max(item.length for item in batch)
+        with self._lock:
+            self._free -= padded
+        try:
+            if padded > self._gated_tokens:
+                self.gate.wait(10)
+            return self._compute(batch)
+        finally:
+            with self._lock:
+                self._free += padded
+
+    def _compute(self, batch: Sequence[Item]) -> list[Any]:
+        with self._lock:
+            if self._free < 0:
+                raise OutOfMemory
         if any(item.tokens[0] == BAD for item in batch):
             raise StepFailed
         return [2 * item.tokens[0] for item in batch]
@@ -102,3 +120,45 @@ async def test_whatever_happens_everybody_gets_his_own_or_an_end(seed: int) -> N
     assert (compute.running, compute.waiting) == (0, 0)
     assert given_up
     assert library.late == [], "what nobody waits for any more is not computed"
+
+
+async def test_a_shortage_beside_a_large_batch_halves_that_one_and_nobody_is_blamed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    library = Library(tokens_max=1000, gated_tokens=32)
+    compute = Compute(library.step, 1000, 1, 32, 60)
+    library.gate.clear()
+    large = asyncio.create_task(compute.run(items(*range(20, 120), length=10), nothing))
+    await until(lambda: len(library.begun) == 1)
+    small = [asyncio.create_task(compute.run(items(value), nothing)) for value in (1, 2)]
+    await until(lambda: compute.figures.out_of_memory == 1)
+    await asyncio.sleep(0.05)  # time enough for what must not happen
+    begun = [len(batch) for batch in library.begun]
+    library.gate.set()
+    assert await asyncio.gather(*small) == [[2], [4]]
+    assert await large == [2 * value for value in range(20, 120)]
+    assert begun == [100, 2]
+    assert (compute.budget_tokens, compute.figures.out_of_memory) == (500, 1)
+    assert capsys.readouterr().err == "event=batch_halved budget_tokens=500\n"
+    assert (compute.running, compute.waiting) == (0, 0)
+
+
+async def test_a_batch_that_is_too_much_by_itself_is_halved_until_it_fits() -> None:
+    library = Library(tokens_max=300)
+    compute = Compute(library.step, 1000, 1, 0, 60)
+    assert await compute.run(items(*range(20, 120), length=10), nothing) == [2 * value for value in range(20, 120)]
+    assert compute.budget_tokens == 250
+    assert compute.figures.out_of_memory == 2
+    with pytest.raises(Refused, match="more memory than there is"):
+        await compute.run(items(1, length=400), nothing)
+    assert compute.budget_tokens == 200
+
+
+async def test_many_that_ran_out_beside_each_other_are_all_computed() -> None:
+    """Each fits by itself, and no two do."""
+    library = Library(tokens_max=100)
+    compute = Compute(library.step, 60, 3, 60, 60)
+    tasks = [asyncio.create_task(compute.run(items(value, length=60), nothing)) for value in range(20, 40)]
+    async with asyncio.timeout(20):
+        assert await asyncio.gather(*tasks) == [[2 * value] for value in range(20, 40)]
+    assert (compute.running, compute.waiting) == (0, 0)

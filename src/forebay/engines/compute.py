@@ -1,7 +1,8 @@
 """Runs batches in worker threads, one at a time in each, and gives every request its results when all are there.
 
 It refuses to compute on for who has gone: what waits is dropped at once, and a request counts as ended only when no step
-holds anything of it. When memory runs out, the budget of a batch is halved and grows back after a cool-down.
+holds anything of it. When memory runs out, no batch may have more than half of the largest that was in it; the budget grows
+back after a cool-down. A batch that was not alone is computed again alone before its size is blamed.
 
 All of it but `step` belongs to the event loop's thread.
 """
@@ -10,8 +11,9 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +60,15 @@ class _Request:
     gone: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class _Step:
+    """A batch in a thread: the padded tokens of the largest that was in memory with it or is it itself."""
+
+    padded: int
+    largest: int
+    alone: bool = True
+
+
 class Compute:
     """The worker threads and what waits for them. One of them serves small requests alone, beside whatever runs."""
 
@@ -72,6 +83,9 @@ class Compute:
         self._requests: dict[int, _Request] = {}
         self._sequence = 0
         self._arrived = asyncio.Event()
+        self._steps: set[_Step] = set()
+        self._step_ended = asyncio.Event()
+        self._one_alone = asyncio.Lock()
         self._threads = ThreadPoolExecutor(workers + 1, "step")
         lanes = [None] * workers + [small_tokens]
         self._workers = [asyncio.create_task(self._work(lane)) for lane in lanes]
@@ -137,6 +151,7 @@ class Compute:
 
     async def _work(self, small_tokens_max: int | None) -> None:
         while True:
+            await self._turn()
             batch = self._batcher.take(self._budget(), small_tokens_max)
             if not batch:
                 self._arrived.clear()
@@ -152,16 +167,29 @@ class Compute:
             self._halved_at = now
         return self.budget_tokens
 
-    async def _compute(self, batch: list[Item]) -> None:
+    async def _turn(self) -> None:
+        """Wait while a batch is computed alone."""
+        while self._one_alone.locked():
+            async with self._one_alone:
+                pass
+
+    async def _compute(self, batch: list[Item], *, alone: bool = False) -> None:
+        """Nothing may be awaited between `_turn` and this, unless `alone`."""
         begun = time.monotonic()
         self._note(batch, begun)
+        step = _Step(padded := _padded(batch), padded)
         try:
-            results = await asyncio.get_running_loop().run_in_executor(self._threads, self._step, batch)
+            with self._in_memory(step):
+                results = await asyncio.get_running_loop().run_in_executor(self._threads, self._step, batch)
         except OutOfMemory:
-            self._shrink(batch)
+            self._shrink(step.largest)
+            if step.alone:
+                self._divide(batch)
+            else:
+                await self._again_alone(batch)
             return
         except StepFailed:
-            await self._search(batch)
+            await self._search(batch, alone=alone)
             return
         self.figures.step_seconds += time.monotonic() - begun
         for item, result in zip(batch, results, strict=True):
@@ -176,7 +204,7 @@ class Compute:
         figures.batches += 1
         figures.items += len(batch)
         figures.tokens += sum(item.length for item in batch)
-        figures.padded_tokens += len(batch) * max(item.length for item in batch)
+        figures.padded_tokens += _padded(batch)
         for item in batch:
             request = self._requests[item.request]
             request.in_steps += 1
@@ -185,34 +213,68 @@ class Compute:
                 figures.wait_seconds += request.wait
                 figures.requests += 1
 
-    def _shrink(self, batch: list[Item]) -> None:
-        """Halve the budget below what was too much, and let the batch wait again; one item alone has failed."""
+    @contextmanager
+    def _in_memory(self, step: _Step) -> Iterator[None]:
+        """`step` and all that run meanwhile know of each other."""
+        for other in self._steps:
+            step.alone = other.alone = False
+            step.largest = max(step.largest, other.padded)
+            other.largest = max(other.largest, step.padded)
+        self._steps.add(step)
+        try:
+            yield
+        finally:
+            self._steps.discard(step)
+            self._step_ended.set()
+
+    def _shrink(self, largest: int) -> None:
+        """Let no batch have more than half of the largest of those for which there was not enough memory."""
         self.figures.out_of_memory += 1
-        padded = len(batch) * max(item.length for item in batch)
-        self.budget_tokens = max(1, min(self.budget_tokens, padded) // 2)
         self._halved_at = time.monotonic()
+        budget = max(1, min(self.budget_tokens, largest // 2))
+        if budget < self.budget_tokens:
+            self.budget_tokens = budget
+            sys.stderr.write(f"event=batch_halved budget_tokens={budget}\n")
+
+    def _divide(self, batch: list[Item]) -> None:
+        """Let a batch that was too much by itself wait again, for smaller ones; one item alone has failed."""
         if len(batch) == 1:
             message = "This input needs more memory than there is. Send a shorter one."
             self._fail(batch, Refused(500, message, "out_of_memory", "server_error"))
             return
-        for item in batch:
-            self._requests[item.request].in_steps -= 1
-            self._requests[item.request].changed.set()
+        self._take_out(batch)
         self._batcher.put_back(item for item in batch if not self._requests[item.request].gone)
         self._arrived.set()
 
-    async def _search(self, batch: list[Item]) -> None:
+    async def _again_alone(self, batch: list[Item]) -> None:
+        """Compute a batch once more when nothing else is in memory."""
+        self._take_out(batch)
+        async with self._one_alone:
+            while self._steps:
+                self._step_ended.clear()
+                await self._step_ended.wait()
+            wanted = [item for item in batch if self._waits(item)]
+            if wanted:
+                await self._compute(wanted, alone=True)
+
+    async def _search(self, batch: list[Item], *, alone: bool) -> None:
         """Compute a batch that was refused in halves, until the item is alone that is to blame: it fails its request."""
         if len(batch) == 1:
             self._fail(batch, Refused(500, "The engine failed on this input.", "engine_error", "server_error"))
             return
+        self._take_out(batch)
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            if not alone:
+                await self._turn()
+            wanted = [item for item in half if self._waits(item)]
+            if wanted:
+                await self._compute(wanted, alone=alone)
+
+    def _take_out(self, batch: list[Item]) -> None:
+        """Note that no step has the items of a batch any more."""
         for item in batch:
             self._requests[item.request].in_steps -= 1
             self._requests[item.request].changed.set()
-        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-            wanted = [item for item in half if self._waits(item)]
-            if wanted:
-                await self._compute(wanted)
 
     def _waits(self, item: Item) -> bool:
         request = self._requests.get(item.request)
@@ -224,6 +286,10 @@ class Compute:
             request.in_steps -= 1
             request.error = error
             request.changed.set()
+
+
+def _padded(batch: Sequence[Item]) -> int:
+    return len(batch) * max(item.length for item in batch)
 
 
 def _die(worker: "asyncio.Task[None]") -> None:
