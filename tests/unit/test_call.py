@@ -32,7 +32,7 @@ def wide(item: bytes, head: bytes = b"") -> bytes:
         (ChatBody, HI + b',"tools":' + wide(b"1"), "tools[0]"),
         (ChatBody, HI + b',"modalities":' + wide(b"1"), "modalities[0]"),
         (ChatBody, b'"messages":' + wide(b"1"), "messages[0]"),
-        (ChatBody, b'"messages":[{"role":"user","content":' + wide(b"1") + b"}]", "messages[0].content"),
+        (ChatBody, b'"messages":[{"role":"user","content":' + wide(b"1") + b"}]", "messages[0].content[0]"),
     ],
     ids=lambda value: repr(value[:30]) if isinstance(value, bytes) else None,
 )
