@@ -95,7 +95,9 @@ class SupervisorSettings(Section):
     backoff_seconds_max: Seconds = Field(60, description="Longest wait before a restart.")
     healthy_seconds: Seconds = Field(60, description="An engine that lived this long starts again without back-off.")
     oom_cooldown_seconds: Seconds = Field(
-        300, description="How long an engine runs with half its slots after it ran out of memory."
+        300,
+        description="How long an engine runs with half its slots after it ran out of memory, and an `onnx` engine with "
+        "batches half as large.",
     )
     quarantine_seconds: Seconds = Field(
         600, description="How long an input that was in flight at two engine deaths is refused."

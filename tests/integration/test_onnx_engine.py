@@ -1,5 +1,6 @@
 import base64
 import contextlib
+import json
 import random
 import re
 import shutil
@@ -14,7 +15,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from forebay.engines.onnx_text import Spec
+from forebay.model_config import OnnxModel, OnnxOptions
 from forebay.replicas import figures
+from forebay.replicas.commands import command_for
 from tests.support import tiny_onnx
 from tests.support.engines import Engine, eventually
 from tests.support.models import minilm_path, minilm_weights
@@ -245,6 +248,7 @@ def test_a_shortage_of_memory_halves_the_batches_and_they_recover(engine: Engine
         eventually(lambda: _embed(small, "a").size and _metric(small, "batch_budget_tokens") == 1024, 20)
         status, answer = small.ask("POST", EMBEDDINGS, {"input": ["fine", "river " * 400]})
         assert (status, answer["error"]["code"]) == (500, "out_of_memory")
+        assert re.search(r"^event=batch_halved budget_tokens=\d+$", small.log, re.MULTILINE)
         _embed(small, "still there")
     assert np.min(np.sum(found * _embed(engine, texts), axis=1)) > 0.9999
 
@@ -370,8 +374,12 @@ def test_what_cannot_be_loaded_says_so_without_its_folder(tmp_path: Path, broken
     assert str(tmp_path) not in log
 
 
-def test_the_settings_of_the_program_are_those_of_the_configuration() -> None:
-    from forebay.model_config import OnnxOptions
+def test_the_cool_down_of_the_configuration_reaches_the_engine() -> None:
+    model = OnnxModel(engine="onnx", source="file:/m.onnx")
+    command = command_for("m", model, 3, Path("/m.onnx"), "key", 0, oom_cooldown_seconds=7)
+    assert Spec(**json.loads(command.environment["FOREBAY_ENGINE_SPEC"])).oom_cooldown_seconds == 7
 
+
+def test_the_settings_of_the_program_are_those_of_the_configuration() -> None:
     spec = set(Spec.__dataclass_fields__)
     assert set(OnnxOptions.model_fields) - {"tokenizer_file"} <= spec

@@ -82,6 +82,8 @@ def test_whatever_an_engine_says_becomes_an_error_in_shape(status: int, body: by
         (413, {}, errors.PayloadTooLarge, "payload_too_large"),
         (429, {}, errors.Overloaded, "queue_full"),
         (500, {"message": "boom"}, errors.ServerError, "engine_error"),
+        (500, {"message": "boom", "code": "out_of_memory"}, errors.EngineCrashed, "out_of_memory"),
+        (500, {"code": "out_of_memory"}, errors.EngineCrashed, "out_of_memory"),
         (503, {}, errors.EngineUnavailable, "engine_unavailable"),
         (302, {}, errors.EngineGarbled, "engine_garbled"),
     ],
@@ -132,6 +134,11 @@ def test_which_part_of_a_request_an_engine_refuses(
     assert isinstance(error, errors.InvalidRequest)
     assert (error.param, error.index) == (param, index)
     assert words in str(error)
+
+
+def test_a_providers_shortage_of_memory_is_its_own_trouble() -> None:
+    error = from_upstream(500, b'{"error": {"message": "boom", "code": "out_of_memory"}}')
+    assert (type(error), error.code, str(error)) == (errors.UpstreamError, "upstream_error", "boom")
 
 
 def every_error(kind: type[errors.ForebayError]) -> list[type[errors.ForebayError]]:

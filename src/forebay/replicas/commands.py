@@ -136,13 +136,26 @@ def capabilities_of(model: Model) -> frozenset[Capability]:
     return frozenset({Capability.CHAT, Capability.COMPLETION})
 
 
-def command_for(name: str, model: Model, slots: int, path: Path | None, key: str, port: int) -> EngineCommand:
-    """The command for one process of `model` with `slots` places; `port` is used by engines that cannot choose one."""
+def command_for(
+    name: str,
+    model: Model,
+    slots: int,
+    path: Path | None,
+    key: str,
+    port: int,
+    *,
+    oom_cooldown_seconds: float | None = None,
+) -> EngineCommand:
+    """The command for one process of `model` with `slots` places; `port` is used by engines that cannot choose one.
+
+    `oom_cooldown_seconds` is for engines that make smaller batches after a shortage; None leaves it to them.
+    """
     match model:
         case LlamaCppModel(options=options):
             return _ours("llama_cpp", _llama_cpp_spec(name, options, slots, path), key)
         case OnnxModel(options=onnx):
-            return _ours("onnx_text", _onnx_spec(name, onnx, slots, path) | _tokens_max(model), key)
+            cooldown = {} if oom_cooldown_seconds is None else {"oom_cooldown_seconds": oom_cooldown_seconds}
+            return _ours("onnx_text", _onnx_spec(name, onnx, slots, path) | _tokens_max(model) | cooldown, key)
         case FakeModel(options=fake):
             return _ours(
                 "fake", {"name": name, "slots": slots, **fake.model_dump(mode="json")} | _tokens_max(model), key

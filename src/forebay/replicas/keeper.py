@@ -221,7 +221,8 @@ class Keeper:
         replica.headers = {"Authorization": f"Bearer {key}"}
         path = shop.catalog.path(replica.model) if shop.catalog.needs_file(replica.model) else None
         port = _free_port() if isinstance(model, CommandModel | VllmModel) else 0
-        command = command_for(replica.model, model, replica.slots, path, key, port)
+        cooldown = shop.limits.oom_cooldown_seconds
+        command = command_for(replica.model, model, replica.slots, path, key, port, oom_cooldown_seconds=cooldown)
         process = await shop.launcher.launch(command, lambda line: self._line(replica, key, line))
         shop.metrics.engine_starts.labels(replica.model).inc()
         shop.log.info("engine.starting", model=replica.model, replica=replica.id, pid=process.pid)

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from forebay.errors import (
+    EngineCrashed,
     EngineGarbled,
     EngineTimeout,
     EngineUnavailable,
@@ -29,6 +30,7 @@ _PATHS = re.compile(r"(?:[A-Za-z]:)?(?:[/\\][\w.@+~-]+){2,}[/\\]?")
 _ADDRESSES = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b|0x[0-9a-fA-F]{6,}|\[[0-9a-fA-F:]+\](?::\d+)?")
 _MAXIMUM = "maximum context length"
 _TOO_LONG_SAID = (_MAXIMUM, "is too large to process")  # the latter of llama.cpp, about embeddings
+_OUT_OF_MEMORY = "out_of_memory"
 _TOO_LONG = ("exceed_context_size_error", "context_length_exceeded")
 _TOO_LARGE = re.compile(r"\((\d{1,9}) tokens\) is too large to process.{0,80}?(\d{1,9})\)")
 _ITEM_FIELDS = frozenset({"dimensions", "documents", "input", "query"})  # named by engines as callers know them
@@ -60,6 +62,8 @@ def from_engine(status: int, body: bytes) -> ForebayError:
         )
     if status == 503:
         return EngineUnavailable(retry_after_seconds=1.0)
+    if status >= 500 and detail.get("code") == _OUT_OF_MEMORY:
+        return EngineCrashed(message or "The engine ran out of memory on this request.", code=_OUT_OF_MEMORY)
     if status >= 500:
         return ServerError(message or "The engine failed on this request.", code="engine_error")
     return EngineGarbled()
@@ -97,7 +101,11 @@ def from_upstream(
     if status < 400:
         return UpstreamError("The provider behind this model answered with something else than an answer.")
     error = from_engine(status, body)
-    return UpstreamError(str(error) if detail.get("message") else "") if type(error) is ServerError else error
+    return (
+        UpstreamError(str(error) if detail.get("message") else "")
+        if type(error) in {ServerError, EngineCrashed}
+        else error
+    )
 
 
 def retry_after(value: str | None, now: float) -> float | None:
