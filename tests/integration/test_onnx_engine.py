@@ -1,5 +1,6 @@
 import base64
 import contextlib
+import http.client
 import json
 import random
 import re
@@ -19,7 +20,7 @@ from forebay.model_config import OnnxModel, OnnxOptions
 from forebay.replicas import figures
 from forebay.replicas.commands import command_for
 from tests.support import tiny_onnx
-from tests.support.engines import Engine, eventually
+from tests.support.engines import KEY, Engine, eventually
 from tests.support.models import minilm_path, minilm_weights
 from tests.support.reference import Reference, unit
 
@@ -83,10 +84,6 @@ def _metric(engine: Engine, name: str) -> float:
 
 
 def _raw_get(engine: Engine, path: str) -> str:
-    import http.client
-
-    from tests.support.engines import KEY
-
     connection = http.client.HTTPConnection(*engine.address, timeout=60)
     with contextlib.closing(connection):
         connection.request("GET", path, headers={"Authorization": f"Bearer {KEY}"})
@@ -188,7 +185,7 @@ def test_a_text_that_is_too_long_is_refused_by_its_index_or_cut(engine: Engine, 
 
 
 def test_the_key_is_needed(engine: Engine) -> None:
-    for path in ("/v1/models", "/slots", "/metrics", "/nowhere"):
+    for path in ("/slots", "/metrics", "/nowhere"):
         assert engine.ask("GET", path, key=None)[0] == 401
         assert engine.ask("GET", path, key="wrong")[0] == 401
     assert engine.ask("GET", "/health", key=None) == (200, {"status": "ok"})
@@ -196,10 +193,41 @@ def test_the_key_is_needed(engine: Engine) -> None:
     assert engine.ask("POST", "/v1/rerank", {"query": "a", "documents": ["b"]})[0] == 404
 
 
-def test_tokens_there_and_back(engine: Engine, tokenizer: Tokenizer) -> None:
-    status, answer = engine.ask("POST", "/tokenize", {"content": "the silver river"})
-    assert (status, answer["tokens"]) == (200, tokenizer.encode("the silver river").ids)
-    assert engine.ask("POST", "/detokenize", answer) == (200, {"content": "the silver river"})
+def test_every_request_leaves_a_line_with_its_names(engine: Engine) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+    def ask(number: int, body: Any) -> int:
+        connection = http.client.HTTPConnection(*engine.address, timeout=60)
+        named = {"X-Request-ID": f"req_{number}", "traceparent": trace}
+        with contextlib.closing(connection):
+            connection.request("POST", EMBEDDINGS, json.dumps(body), {"Authorization": f"Bearer {KEY}", **named})
+            return connection.getresponse().status
+
+    bodies = (
+        {"input": "a"},
+        {"input": ["a", "river " * 600]},
+        {"input": [[40_000_000]]},
+        {"input": "secret", "dimensions": 3},
+    )
+    assert [ask(number, body) for number, body in enumerate(bodies)] == [200, 400, 400, 400]
+    for number, said in (
+        (0, "event=finished {} inputs=1 tokens=3 seconds="),
+        (1, "event=refused {} reason=`input[1]` has 602 tokens"),
+        (2, "event=refused {} reason=A token id is not"),
+        (3, "event=refused {} reason=This model has 384 dimensions"),
+    ):
+        assert said.format(f"request_id=req_{number} traceparent={trace}") in engine.log
+    assert "secret" not in engine.log
+
+
+def test_what_the_library_says_of_a_batch_is_in_the_log_alone(tmp_path: Path) -> None:
+    """The table of the model has fewer rows than its tokenizer has tokens."""
+    with _engine(tiny_onnx.encoder(tmp_path / "model.onnx", rows=10_000)) as tiny:
+        assert tiny.ask("POST", EMBEDDINGS, {"input": [[5]]})[0] == 200
+        status, answer = tiny.ask("POST", EMBEDDINGS, {"input": [[20_000]]})
+        assert (status, answer["error"]["code"]) == (500, "engine_error")
+        assert answer["error"]["message"] == "The engine failed on this input."
+        assert re.search(r"^onnx: event=failed .* reason=.*Gather.*out of.*$", tiny.log, re.MULTILINE), tiny.log
 
 
 def test_its_figures_are_those_that_the_server_passes_on(engine: Engine) -> None:

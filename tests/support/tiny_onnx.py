@@ -18,11 +18,11 @@ def head(classes: int) -> np.ndarray:
     return np.random.default_rng(classes).normal(size=(WIDTH, classes)).astype(np.float32)
 
 
-def encoder(path: Path) -> Path:
-    """`last_hidden_state` is the vector of each token; padding is whatever its token has."""
+def encoder(path: Path, rows: int = VOCABULARY) -> Path:
+    """`last_hidden_state` is the vector of each of the first `rows` tokens; padding is whatever its token has."""
     nodes = [helper.make_node("Gather", ["table", "input_ids"], ["last_hidden_state"])]
     output = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["batch", "length", WIDTH])
-    return _save(path, nodes, {"table": TABLE}, ["input_ids", "attention_mask"], output)
+    return _save(path, nodes, {"table": TABLE[:rows]}, ["input_ids", "attention_mask"], output)
 
 
 def cross_encoder(path: Path, classes: int = 1) -> Path:

@@ -28,7 +28,15 @@ _PROGRESS_SECONDS = 5.0
 
 
 class StepFailed(Exception):
-    """The model's library refused a batch."""
+    """The model's library refused a batch, in its own words."""
+
+
+class Failed(Refused):
+    """The answer to a request that could not be computed; `reason` is for the log alone."""
+
+    def __init__(self, message: str, code: str, reason: str) -> None:
+        super().__init__(500, message, code, "server_error")
+        self.reason = reason
 
 
 @dataclass(slots=True)
@@ -107,7 +115,7 @@ class Compute:
     ) -> list[Any]:
         """The results of `items` (tokens and their kinds), in order. Cancelled, it returns when no step has any of them.
 
-        `proceed` is called every few seconds in which something was computed. Raises Refused.
+        `proceed` is called every few seconds in which something was computed. Raises Failed.
         """
         self._sequence += 1
         number = self._sequence
@@ -188,8 +196,8 @@ class Compute:
             else:
                 await self._again_alone(batch)
             return
-        except StepFailed:
-            await self._search(batch, alone=alone)
+        except StepFailed as error:
+            await self._search(batch, str(error), alone=alone)
             return
         self.figures.step_seconds += time.monotonic() - begun
         for item, result in zip(batch, results, strict=True):
@@ -240,7 +248,7 @@ class Compute:
         """Let a batch that was too much by itself wait again, for smaller ones; one item alone has failed."""
         if len(batch) == 1:
             message = "This input needs more memory than there is. Send a shorter one."
-            self._fail(batch, Refused(500, message, "out_of_memory", "server_error"))
+            self._fail(batch, Failed(message, "out_of_memory", "out of memory"))
             return
         self._take_out(batch)
         self._batcher.put_back(item for item in batch if not self._requests[item.request].gone)
@@ -257,10 +265,10 @@ class Compute:
             if wanted:
                 await self._compute(wanted, alone=True)
 
-    async def _search(self, batch: list[Item], *, alone: bool) -> None:
+    async def _search(self, batch: list[Item], reason: str, *, alone: bool) -> None:
         """Compute a batch that was refused in halves, until the item is alone that is to blame: it fails its request."""
         if len(batch) == 1:
-            self._fail(batch, Refused(500, "The engine failed on this input.", "engine_error", "server_error"))
+            self._fail(batch, Failed("The engine failed on this input.", "engine_error", reason))
             return
         self._take_out(batch)
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
@@ -280,7 +288,7 @@ class Compute:
         request = self._requests.get(item.request)
         return request is not None and not request.gone and request.error is None
 
-    def _fail(self, batch: list[Item], error: Refused) -> None:
+    def _fail(self, batch: list[Item], error: Failed) -> None:
         for item in batch:
             request = self._requests[item.request]
             request.in_steps -= 1

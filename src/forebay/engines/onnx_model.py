@@ -104,7 +104,7 @@ class Encoder:
             (rows,) = self._session.run([self._output], {name: fed[name] for name in self._inputs})
         except _ERRORS as error:
             _raise_if_memory(error)
-            raise StepFailed from error
+            raise StepFailed(str(error)) from error
         return list(self._finish(np.asarray(rows, dtype=np.float32), mask))
 
 

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from forebay.engines import compute
 from forebay.engines.connection import Answer, Refused, Route, Visit
 from forebay.engines.serving import Service, check_types, read_spec, refuse_to_start, run
 
 _INPUTS_MAX = 16_384
-_NAME = "onnx"
+_REASON_CHARS_MAX = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +70,8 @@ class Engine:
         self._compute = asyncio.run_coroutine_threadsafe(self._start(encoder, workers), loop).result()
 
     async def _start(self, encoder: Any, workers: int) -> Any:
-        from forebay.engines.compute import Compute
-
         spec = self._spec
-        return Compute(encoder.encode, spec.batch_tokens, workers, spec.small_tokens, spec.oom_cooldown_seconds)
+        return compute.Compute(encoder.encode, spec.batch_tokens, workers, spec.small_tokens, spec.oom_cooldown_seconds)
 
     def _warm_up(self, encoder: Any) -> int:
         """Compute something once, so that the first request finds everything in its place; the width of a row."""
@@ -87,13 +86,10 @@ class Engine:
         found: dict[tuple[str, str], Route] = {
             ("GET", "/slots"): self._slots,
             ("GET", "/metrics"): self._metrics,
-            ("GET", "/v1/models"): self._models,
-            ("POST", "/tokenize"): self._tokenize,
-            ("POST", "/detokenize"): self._detokenize,
         }
         if self._spec.capability == "rerank":
-            return {**found, ("POST", "/v1/rerank"): self._rerank}
-        return {**found, ("POST", "/v1/embeddings"): self._embed}
+            return {**found, ("POST", "/v1/rerank"): _noted(self._rerank)}
+        return {**found, ("POST", "/v1/embeddings"): _noted(self._embed)}
 
     async def _embed(self, visit: Visit) -> Answer:
         body = _object(visit.body)
@@ -129,19 +125,17 @@ class Engine:
     async def _run(self, visit: Visit, items: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Any]:
         self._check_total(sum(len(each) for each, _ in items))
         begun = time.monotonic()
-        ended = "cancelled"
+        ended, reason = "cancelled", ""
         try:
             results: list[Any] = await self._compute.run(items, visit.proceed)
             ended = "finished"
-        except Refused:
-            ended = "failed"
+        except compute.Failed as failed:
+            ended, reason = "failed", f" reason={_line(failed.reason)}"
             raise
         finally:
             tokens = sum(len(each) for each, _ in items)
             seconds = time.monotonic() - begun
-            sys.stderr.write(
-                f"{_NAME}: event={ended} {visit.ids} inputs={len(items)} tokens={tokens} seconds={seconds:.4f}\n"
-            )
+            _say(f"event={ended} {visit.ids} inputs={len(items)} tokens={tokens} seconds={seconds:.4f}{reason}")
         return results
 
     def _check_total(self, tokens: int) -> None:
@@ -182,9 +176,6 @@ class Engine:
         busy = self._compute.running
         return json.dumps([{"id": slot, "is_processing": slot < busy} for slot in range(self._spec.slots)]).encode()
 
-    async def _models(self, visit: Visit) -> Answer:
-        return _json(object="list", data=[{"id": self._spec.name, "object": "model", "dimensions": self.dimensions}])
-
     async def _metrics(self, visit: Visit) -> Answer:
         figures = {f"{name}_total": value for name, value in asdict(self._compute.figures).items()}
         gauges = {
@@ -194,17 +185,29 @@ class Engine:
         }
         return "".join(f"forebay_engine_{name} {value}\n" for name, value in {**figures, **gauges}.items())
 
-    async def _tokenize(self, visit: Visit) -> Answer:
-        content = _object(visit.body).get("content")
-        if not isinstance(content, str):
-            raise Refused(400, "`content` has to be a text.")
-        return _json(tokens=list(await self._tokens.tokenize(content)))
 
-    async def _detokenize(self, visit: Visit) -> Answer:
-        (tokens,) = _inputs(_object(visit.body).get("tokens"))
-        if isinstance(tokens, str):
-            raise Refused(400, "`tokens` has to be a list of token ids.")
-        return _json(content=self._tokens.detokenize(tokens))
+def _noted(route: Route) -> Route:
+    """`route`, with a line in the log for what it refuses before anything is computed."""
+
+    async def answer(visit: Visit) -> Answer:
+        try:
+            return await route(visit)
+        except compute.Failed:  # it has its line
+            raise
+        except Refused as refused:
+            _say(f"event=refused {visit.ids} reason={_line(str(refused))}")
+            raise
+
+    return answer
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"onnx: {text}\n")
+
+
+def _line(text: str) -> str:
+    """Printable characters of `text` on one line, cut."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:_REASON_CHARS_MAX]
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -263,9 +266,7 @@ def main() -> None:
 
     def load(loop: asyncio.AbstractEventLoop) -> Service:
         engine = Engine(spec, loop)
-        sys.stderr.write(
-            f"{_NAME}: event=ready model={spec.name} dimensions={engine.dimensions} provider={spec.provider}\n"
-        )
+        _say(f"event=ready model={spec.name} dimensions={engine.dimensions} provider={spec.provider}")
         return engine
 
     run(key, load)
