@@ -1,4 +1,4 @@
-"""Texts to tokens and back, by the tokenizer.json of a model.
+"""Texts to tokens, by the tokenizer.json of a model.
 
 It refuses a text that is longer than the model can take, unless it was asked to cut it, and token ids that there are not.
 """
@@ -52,11 +52,6 @@ class Tokens:
     async def tokenize(self, text: str) -> tuple[int, ...]:
         """The tokens of one text, computed in a thread when it is long."""
         return self.of_text(text) if len(text) <= _INLINE_CHARS else await asyncio.to_thread(self.of_text, text)
-
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without the special ones. Raises Refused."""
-        self._check_ids(tokens, 0)
-        return str(self._tokenizer.decode(list(tokens)))
 
     async def of_inputs(
         self, inputs: Sequence[str | list[int]], prefix: str, *, truncate: bool
