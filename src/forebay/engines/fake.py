@@ -14,23 +14,21 @@ import re
 import signal
 import sys
 from collections import deque
-from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn, cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import uvloop
 
 from forebay.engines.fake_answers import Chunks, Directive, Job, Refused, read_job, read_tokens, whole_answer
 from forebay.engines.fake_vectors import Reading, read_reading
+from forebay.engines.start import check_types, read_spec, refuse_to_start, run_out_of_memory
 
-_OUT_OF_MEMORY = 86
-_CANNOT_START = 78
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_BODY_BYTES = 256 * 1024 * 1024
 _MAX_WAITING = 4096
 _BURST_TOKENS = 64
 _ABOUT_TOKENS = ("/tokenize", "/detokenize", "/v1/chat/completions/input_tokens")
 _READS = {"/v1/embeddings": "embedding", "/v1/rerank": "rerank"}
-_ACCEPTED: dict[type, Any] = {list: list, int: int, float: (int, float), str: str, bool: bool}
 _UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -55,9 +53,7 @@ class Spec:
     port: int = 0  # 0 takes a free one, and says which
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            if isinstance(each.type, type) and not isinstance(getattr(self, each.name), _ACCEPTED[each.type]):
-                raise TypeError(f"{each.name} has to be of type {each.type.__name__}")
+        check_types(self)
 
 
 class CutStream(Exception):
@@ -153,7 +149,7 @@ class Engine:
     def _check_memory(self) -> None:
         limit = self.spec.memory_slots_max
         if limit and self.slots.busy.count(True) > limit:
-            run_out_of_memory()
+            lose_memory()
 
     async def _produce(self, job: Job, out: "Writer") -> None:
         directive, chunks = job.directive, Chunks(job)
@@ -211,7 +207,7 @@ async def meet_trouble(directive: Directive, index: int, out: "Writer", ready: l
     if index == directive.freeze_at:
         os.kill(os.getpid(), signal.SIGSTOP)
     if index == directive.oom_at:
-        run_out_of_memory()
+        lose_memory()
     if index == directive.crash_at:
         crash(directive.crash)
 
@@ -223,10 +219,9 @@ def crash(how: str) -> None:
     os.kill(os.getpid(), signal.SIGSEGV if how == "segv" else signal.SIGKILL)
 
 
-def run_out_of_memory() -> None:
+def lose_memory() -> None:
     """Die as an engine dies when the device has no memory left."""
-    sys.stderr.write("fake: out of memory: the cache does not fit\n")
-    os._exit(_OUT_OF_MEMORY)
+    run_out_of_memory("fake: out of memory: the cache does not fit")
 
 
 class Writer:
@@ -434,24 +429,12 @@ class Connection(asyncio.Protocol):
         write_whole(self._transport, refused.status, json.dumps(refused.body).encode())
 
 
-def read_spec() -> tuple[Spec, str]:
-    """The spec and the key, taken out of the environment so that nothing else can read them."""
-    text, key = os.environ.pop("FOREBAY_ENGINE_SPEC", "{}"), os.environ.pop("FOREBAY_ENGINE_KEY", "")
-    try:
-        spec = Spec(**json.loads(text))
-    except (ValueError, TypeError) as error:
-        refuse_to_start(f"The fake engine's settings cannot be read: {error}.")
-    if not key:
-        refuse_to_start("The fake engine needs a key in FOREBAY_ENGINE_KEY.")
+def sound_spec() -> tuple[Spec, str]:
+    """The spec and the key, once they make sense."""
+    spec, key = read_spec(Spec, "The fake engine")
     if spec.slots < 1:
         refuse_to_start("The fake engine needs at least one slot.")
     return spec, key
-
-
-def refuse_to_start(reason: str) -> NoReturn:
-    """Say why this can never start as configured."""
-    sys.stderr.write(f"{reason}\n")
-    os._exit(_CANNOT_START)
 
 
 def fail_to_start(spec: Spec) -> None:
@@ -461,7 +444,7 @@ def fail_to_start(spec: Spec) -> None:
             sys.stderr.write("fake: asked to fail at the start\n")
             os._exit(1)
         case "oom":
-            run_out_of_memory()
+            lose_memory()
         case "refuse":
             refuse_to_start("The fake engine was asked never to start.")
 
@@ -482,7 +465,7 @@ async def serve(spec: Spec, key: str) -> None:
 
 def main() -> None:
     """Run the engine until it is told to stop."""
-    spec, key = read_spec()
+    spec, key = sound_spec()
     uvloop.run(serve(spec, key))
 
 

@@ -14,11 +14,11 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-_OUT_OF_MEMORY = 86
-_CANNOT_START = 78
+from forebay.engines.start import check_types, keep_stdout, read_spec, refuse_to_start, run_out_of_memory
+
 _TAIL_BYTES = 8 * 1024
 _MIB = 1024 * 1024
 _MICRO_BATCH = 512
@@ -60,9 +60,7 @@ class Spec:
     mmproj_path: str = ""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if isinstance(field.type, type) and not isinstance(getattr(self, field.name), field.type):
-                raise TypeError(f"{field.name} has to be of type {field.type.__name__}")
+        check_types(self)
 
     @property
     def file(self) -> str:
@@ -75,8 +73,8 @@ def main() -> None:
     if sys.argv[1:] == ["--describe"]:
         describe()
         return
-    spec, key = _read_spec()
-    out = _keep_stdout()
+    spec, key = _sound_spec()
+    out = keep_stdout()
     # An abort in llama.cpp would otherwise start a debugger on this process, which takes seconds and prints its memory.
     os.environ["GGML_NO_BACKTRACE"] = "1"
     # Threads that spin at a barrier collapse as soon as anything else wants a core: 4 tok/s instead of 60, measured.
@@ -106,35 +104,16 @@ def describe() -> None:
     print(json.dumps({"version": xllamacpp.__version__, "system": xllamacpp.get_system_info(), "devices": devices}))
 
 
-def _read_spec() -> tuple[Spec, str]:
-    """The spec and the key, taken out of the environment so that nothing else can read them."""
-    text, key = os.environ.pop("FOREBAY_ENGINE_SPEC", ""), os.environ.pop("FOREBAY_ENGINE_KEY", "")
-    try:
-        spec = Spec(**json.loads(text))
-    except (ValueError, TypeError) as error:
-        _refuse(f"The llama.cpp engine's settings cannot be read: {error}.")
-    if not key:
-        _refuse("The llama.cpp engine needs a key in FOREBAY_ENGINE_KEY.")
+def _sound_spec() -> tuple[Spec, str]:
+    """The spec and the key, once they make sense."""
+    spec, key = read_spec(Spec, "The llama.cpp engine")
     if min(spec.slots, spec.context, spec.batch) < 1:
-        _refuse(f"{spec.name} needs at least 1 for slots, context and batch.")
+        refuse_to_start(f"{spec.name} needs at least 1 for slots, context and batch.")
     if not os.path.isfile(spec.model_path):
-        _refuse(f"The model file {spec.file} of {spec.name} does not exist. Pull the model again.")
+        refuse_to_start(f"The model file {spec.file} of {spec.name} does not exist. Pull the model again.")
     if spec.mmproj_path and not os.path.isfile(spec.mmproj_path):
-        _refuse(f"The image encoder {os.path.basename(spec.mmproj_path)} of {spec.name} does not exist.")
+        refuse_to_start(f"The image encoder {os.path.basename(spec.mmproj_path)} of {spec.name} does not exist.")
     return spec, key
-
-
-def _refuse(reason: str) -> NoReturn:
-    sys.stderr.write(f"{reason}\n")
-    sys.stderr.flush()
-    os._exit(_CANNOT_START)
-
-
-def _keep_stdout() -> int:
-    """Our one line goes to the descriptor returned; whatever a library prints goes to standard error."""
-    out = os.dup(1)
-    os.dup2(2, 1)
-    return out
 
 
 class _Watch:
@@ -185,6 +164,16 @@ def _pass_on(lines_in: int, tail_out: int, spec: Spec) -> None:
     os.write(tail_out, tail)
 
 
+def _give_up(spec: Spec, said: str) -> NoReturn:
+    """End the process with the code and the sentence that fit what the loader has said."""
+    if _MEMORY_WORDS.search(said):
+        run_out_of_memory(f"{spec.name} needs more memory than there is. Lower its context or its slots.")
+    for pattern, reason in _REASONS:
+        if re.search(pattern, said):
+            refuse_to_start(reason.format(name=spec.name, file=spec.file))
+    refuse_to_start(f"llama.cpp cannot load {spec.file} for {spec.name}; the lines above say why.")
+
+
 def _load(spec: Spec, watch: _Watch, start: Callable[[], Any]) -> Any:
     """The running server; ends the process with the fitting code when there is none."""
     try:
@@ -193,13 +182,7 @@ def _load(spec: Spec, watch: _Watch, start: Callable[[], Any]) -> Any:
         said = f"{watch.end()} out of memory"
     except (RuntimeError, ValueError, AssertionError) as error:
         said = f"{watch.end()}\n{error}"
-    if _MEMORY_WORDS.search(said):
-        sys.stderr.write(f"{spec.name} needs more memory than there is. Lower its context or its slots.\n")
-        os._exit(_OUT_OF_MEMORY)
-    for pattern, reason in _REASONS:
-        if re.search(pattern, said):
-            _refuse(reason.format(name=spec.name, file=spec.file))
-    _refuse(f"llama.cpp cannot load {spec.file} for {spec.name}; the lines above say why.")
+    _give_up(spec, said)
 
 
 def _parameters(spec: Spec, key: str, xllamacpp: Any) -> Any:
@@ -267,7 +250,7 @@ def _cores() -> int:
 def _kv_type(spec: Spec, types: Any) -> Any:
     known = {kind.name.removeprefix("GGML_TYPE_").lower(): kind for kind in types}
     if spec.kv_type.lower() not in known:
-        _refuse(
+        refuse_to_start(
             f"{spec.name} has the unknown kv_type {spec.kv_type!r}. Use f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or f32."
         )
     return known[spec.kv_type.lower()]
@@ -278,7 +261,7 @@ def _flash_attention(spec: Spec, types: Any) -> Any:
         spec.flash_attention
     )
     if name is None:
-        _refuse(f"{spec.name} has the unknown flash_attention {spec.flash_attention!r}. Use auto, on or off.")
+        refuse_to_start(f"{spec.name} has the unknown flash_attention {spec.flash_attention!r}. Use auto, on or off.")
     return types[f"LLAMA_FLASH_ATTN_TYPE_{name}"]
 
 

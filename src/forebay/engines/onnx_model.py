@@ -18,7 +18,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as library
 from forebay.engines.batcher import Item
 from forebay.engines.compute import StepFailed
 from forebay.engines.onnx_int8 import quantised
-from forebay.engines.serving import OutOfMemory, refuse_to_start
+from forebay.engines.serving import OutOfMemory
+from forebay.engines.start import refuse_to_start
 
 Vectors = npt.NDArray[np.float32]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from forebay.engines import compute
 from forebay.engines.connection import Answer, Refused, Route, Visit
-from forebay.engines.serving import Service, check_types, read_spec, refuse_to_start, run
+from forebay.engines.serving import Service, run
+from forebay.engines.start import check_types, read_spec, refuse_to_start
 
 _INPUTS_MAX = 16_384
 _REASON_CHARS_MAX = 300
@@ -257,7 +258,7 @@ def _json(**fields: Any) -> bytes:
 
 def main() -> None:
     """Load the model and serve until SIGTERM."""
-    spec, key = read_spec(Spec)
+    spec, key = read_spec(Spec, "The engine")
     if min(spec.slots, spec.context, spec.batch_tokens) < 1:
         refuse_to_start(f"{spec.name} needs at least 1 for slots, context and batch_tokens.")
 

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 
 from forebay.engines.connection import Refused
-from forebay.engines.serving import refuse_to_start
+from forebay.engines.start import refuse_to_start
 
 _INLINE_CHARS = 4096
 _PIECE_CHARS = 65_536
