@@ -10,8 +10,8 @@ from pydantic_core import from_json, to_json
 
 from forebay.dialects.answer import Progress
 from forebay.dialects.openai.call import Call, Context, Wire
-from forebay.dialects.openai.completions import TOKEN_IDS_MAX
 from forebay.dialects.openai.events import Generation
+from forebay.dialects.openai.forms import TOKEN_IDS_MAX, Token
 from forebay.errors import EngineGarbled, InvalidRequest
 from forebay.inference import Capability, Request, Usage
 
@@ -36,9 +36,7 @@ class DetokenizeBody(Wire):
     """The body of POST /detokenize."""
 
     model: _Model
-    tokens: Annotated[
-        tuple[Annotated[int, Field(ge=0, le=2**31 - 1)], ...], Field(max_length=TOKEN_IDS_MAX, fail_fast=True)
-    ]
+    tokens: Annotated[tuple[Token, ...], Field(max_length=TOKEN_IDS_MAX, fail_fast=True)]
 
 
 def count_path(context: Context) -> str:

@@ -11,31 +11,21 @@ from pydantic_core import to_json
 
 from forebay.dialects.openai.call import Call, Context, Sampling, check_places, engine_fields, tier_of
 from forebay.dialects.openai.events import GENERATION, Generation, GenerationGatherer, GenerationRelay
+from forebay.dialects.openai.forms import Tokens, form_of
 from forebay.errors import InvalidRequest
 from forebay.inference import Capability, Request
 
 PROMPTS_MAX = 64
-TOKEN_IDS_MAX = 1_048_576
-_Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-_Tokens = Annotated[tuple[_Token, ...], Field(min_length=1, max_length=TOKEN_IDS_MAX, fail_fast=True)]
 _Texts = Annotated[tuple[str, ...], Field(min_length=1, max_length=PROMPTS_MAX, fail_fast=True)]
-_TokenLists = Annotated[tuple[_Tokens, ...], Field(min_length=1, max_length=PROMPTS_MAX, fail_fast=True)]
-
-
-def _form_of(prompt: Any) -> str:
-    """The form of `prompt` by its first item: trying all forms on millions of items would take minutes."""
-    if not isinstance(prompt, list | tuple):
-        return "str"
-    first = prompt[0] if prompt else ""
-    return "texts" if isinstance(first, str) else "token_lists" if isinstance(first, list | tuple) else "tokens"
+_TokenLists = Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=PROMPTS_MAX, fail_fast=True)]
 
 
 _Prompt = Annotated[
     Annotated[str, Tag("str")]
     | Annotated[_Texts, Tag("texts")]
-    | Annotated[_Tokens, Tag("tokens")]
+    | Annotated[Tokens, Tag("tokens")]
     | Annotated[_TokenLists, Tag("token_lists")],
-    Discriminator(_form_of),
+    Discriminator(form_of),
 ]
 
 

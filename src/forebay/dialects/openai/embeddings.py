@@ -23,36 +23,26 @@ from forebay.dialects.items import (
     read_vectors,
 )
 from forebay.dialects.openai.call import Call, Context, Wire
+from forebay.dialects.openai.forms import Tokens, form_of
 from forebay.dialects.whole import WHOLE
 from forebay.errors import InvalidRequest
 from forebay.inference import Capability, Request, Usage
 
 PATH = "/v1/embeddings"
-INPUT_TOKENS_MAX = 1_048_576
 _FLOAT_BYTES = 4
 
 InputType = Literal["query", "document"]
-_Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _Text = Annotated[str, Field(min_length=1)]
-_Tokens = Annotated[tuple[_Token, ...], Field(min_length=1, max_length=INPUT_TOKENS_MAX, fail_fast=True)]
 _Texts = Annotated[tuple[_Text, ...], Field(min_length=1, max_length=PART_ITEMS_MAX, fail_fast=True)]
-_TokenLists = Annotated[tuple[_Tokens, ...], Field(min_length=1, max_length=PART_ITEMS_MAX, fail_fast=True)]
-
-
-def _form_of(value: Any) -> str:
-    """The form of the input by its first item: trying all forms on millions of items would take minutes."""
-    if not isinstance(value, list | tuple):
-        return "str"
-    first = value[0] if value else ""
-    return "texts" if isinstance(first, str) else "token_lists" if isinstance(first, list | tuple) else "tokens"
+_TokenLists = Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=PART_ITEMS_MAX, fail_fast=True)]
 
 
 _Input = Annotated[
     Annotated[_Text, Tag("str")]
     | Annotated[_Texts, Tag("texts")]
-    | Annotated[_Tokens, Tag("tokens")]
+    | Annotated[Tokens, Tag("tokens")]
     | Annotated[_TokenLists, Tag("token_lists")],
-    Discriminator(_form_of),
+    Discriminator(form_of),
 ]
 
 
