@@ -38,6 +38,7 @@ from forebay.jobs.retry import Delay
 from forebay.replicas.calls import RESPONSES, Calls
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.connection import EngineStream
+from forebay.scheduler.gather import read_on
 from forebay.scheduler.permit import Permit
 from forebay.scheduler.scheduler import Scheduler
 from forebay.store.database import Transaction
@@ -211,11 +212,7 @@ class ResponseWork:
             events = relay.take(data)
             if log is not None:
                 log.add(events)
-            try:
-                async with self._clock.timeout(self._settings.supervisor.stall_seconds):
-                    data = await stream.read()
-            except TimeoutError:
-                raise EngineTimeout("The engine stopped making progress on this request.") from None
+            data = await read_on(stream, self._settings.supervisor.stall_seconds, self._clock)
 
 
 class EventLog:

@@ -4,7 +4,7 @@ It refuses the file of another project, as the store does, and one that is large
 """
 
 from forebay.blobs.blobs import Blobs
-from forebay.errors import PayloadTooLarge
+from forebay.media.images import too_large
 from forebay.store.files import FileStore
 
 
@@ -19,7 +19,5 @@ class UploadedImages:
         """The bytes of the project's file. Raises NotFound, and PayloadTooLarge (`media_too_large`)."""
         file = await self._files.get(project, file_id)
         if file.bytes > bytes_max:
-            raise PayloadTooLarge(
-                f"The image is too large. An image has at most {bytes_max} bytes.", code="media_too_large"
-            )
+            raise too_large(f"An image has at most {bytes_max} bytes.")
         return await self._blobs.read(file.blob_key)

@@ -14,7 +14,6 @@ from forebay.clock import Clock
 from forebay.config import MediaSettings
 from forebay.dialects.images import ImageRef
 from forebay.errors import (
-    CallerError,
     ForebayError,
     InvalidRequest,
     Overloaded,
@@ -102,12 +101,12 @@ class Images:
                 declared, data, in_base64 = await self._source(ref, project)
                 left -= _decoded_bytes(data) if in_base64 else len(data)
                 if left < 0:
-                    raise _too_large(f"All images of a request have at most {self._settings.request_bytes_max} bytes.")
+                    raise too_large(f"All images of a request have at most {self._settings.request_bytes_max} bytes.")
                 async with self._patient_checks if patient else nullcontext():
                     picture = await self._checker.check(data, declared=declared, in_base64=in_base64, low=ref.low)
                 room -= len(picture)
                 if room < 0:  # a small file may be a large picture
-                    raise _too_large(
+                    raise too_large(
                         f"As an engine is given them, all images of a request have at most {self._settings.inlined_bytes_max} bytes."
                     )
                 pictures.append(picture)
@@ -132,7 +131,7 @@ class Images:
         except UnicodeEncodeError:
             raise InvalidRequest("The base64 of the image is not valid.", code="media_invalid") from None
         if _decoded_bytes(data) > most:
-            raise _too_large(f"An image has at most {most} bytes.")
+            raise too_large(f"An image has at most {most} bytes.")
         declared = match[1].lower()
         return _NAMES.get(declared, declared), data, True
 
@@ -157,7 +156,7 @@ class Images:
             )
         if not answer.whole:
             if len(answer.body) >= settings.image_bytes_max:
-                raise _too_large(f"An image has at most {settings.image_bytes_max} bytes.")
+                raise too_large(f"An image has at most {settings.image_bytes_max} bytes.")
             raise Unreachable(_BODY_CUT)
         return answer.body
 
@@ -170,5 +169,6 @@ def _decoded_bytes(data: bytes) -> int:
     return len(data) * 3 // 4
 
 
-def _too_large(message: str) -> CallerError:
+def too_large(message: str) -> PayloadTooLarge:
+    """The refusal of an image, or of all of a request, above a limit."""
     return PayloadTooLarge(f"The image is too large. {message}", code="media_too_large")

@@ -47,13 +47,14 @@ async def gather(
             on_first()
             while data:
                 gatherer.feed(data)
-                data = await _read(stream, stall_seconds, clock)
+                data = await read_on(stream, stall_seconds, clock)
     except TimeoutError:
         raise EngineTimeout from None
     return Gathered(gatherer.body(), gatherer.progress.usage)
 
 
-async def _read(stream: EngineStream, stall_seconds: float, clock: Clock) -> bytes:
+async def read_on(stream: EngineStream, stall_seconds: float, clock: Clock) -> bytes:
+    """The next bytes of a stream that has begun. Raises EngineTimeout when none come for so long."""
     try:
         async with clock.timeout(stall_seconds):
             return await stream.read()
