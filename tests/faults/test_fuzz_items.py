@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.test_fuzz import CONTENT_TYPES, MEBIBYTE, ODD_HEADERS, check_refusal, swarm
+from tests.faults.test_fuzz import CONTENT_TYPES, ODD_HEADERS, check_refusal, swarm, unharmed
 from tests.support.mutate import spoiled
 from tests.support.server import FAKE, Server, serving
 
@@ -54,25 +54,17 @@ async def test_mutated_requests(prove: bool) -> None:
     count = 20_000 if prove else 3_000
     chance = random.Random(20262)
     async with serving(CONFIG) as server:
-        engine = server.engine_pids()
-        outcomes, sizes = Counter[str](), []
-        for _ in range(10):
-            jobs: list[Callable[[], Awaitable[str]]] = []
-            for _ in range(count // 10):
-                path = chance.choice((EMBEDDINGS, EMBEDDINGS, "/v1/rerank", "/rerank", "/v2/rerank"))
-                body = valid_embedding(chance) if path == EMBEDDINGS else valid_ranking(chance)
-                data = spoiled(chance, body)
-                jobs.append(partial(send, server, path, data, chance))
-            outcomes += await swarm(jobs, 8)
-            sizes.append(server.rss())
-        grown = sizes[-1] - sizes[2]
-        print(
-            f"{outcomes.total()} requests: {dict(outcomes)}; grown {grown / MEBIBYTE:.1f} MiB of {sizes[2] / MEBIBYTE:.0f}"
-        )
+        outcomes = Counter[str]()
+        async with unharmed(server) as batch_done:
+            for _ in range(10):
+                jobs: list[Callable[[], Awaitable[str]]] = []
+                for _ in range(count // 10):
+                    path = chance.choice((EMBEDDINGS, EMBEDDINGS, "/v1/rerank", "/rerank", "/v2/rerank"))
+                    body = valid_embedding(chance) if path == EMBEDDINGS else valid_ranking(chance)
+                    data = spoiled(chance, body)
+                    jobs.append(partial(send, server, path, data, chance))
+                outcomes += await swarm(jobs, 8)
+                batch_done()
+        print(f"{outcomes.total()} requests: {dict(outcomes)}")
         assert outcomes.total() == count
-        assert server.engine_pids() == engine
-        assert await server.metric("forebay_engine_starts_total", model="fake") == 1
-        assert grown < max(20 * MEBIBYTE, sizes[2] // 20)
         assert {"ok", "invalid_json", "invalid_value", "missing_required_parameter"} <= set(outcomes)
-        assert "request.bug" not in server.log
-        assert "Traceback" not in server.log

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import pytest
 from yarl import URL
 
-from tests.faults.test_fuzz import CONTENT_TYPES, MEBIBYTE, ODD_HEADERS, check_refusal, swarm
+from tests.faults.test_fuzz import CONTENT_TYPES, ODD_HEADERS, check_refusal, swarm, unharmed
 from tests.support.mutate import EVIL, RESPONSES, spoiled
 from tests.support.server import FAKE, Server, serving
 
@@ -114,25 +114,19 @@ async def test_mutated_requests(prove: bool) -> None:
     count = 20_000 if prove else 3_000
     chance = random.Random(20264)
     async with serving(CONFIG) as server:
-        engine, sizes = server.engine_pids(), []
         made, seen = Counter[str](), Counter[str]()
-        for _ in range(10):
-            known = [each for _ in range(5) for each in await created(server)]
-            bodies = [spoiled(chance, copy.deepcopy(chance.choice(RESPONSES))) for _ in range(count // 10)]
-            made += await swarm([partial(create, server, each, chance) for each in bodies], 8)
-            jobs: list[Callable[[], Awaitable[str]]] = []
-            for _ in range(count // 20):
-                data = chance.choice((None, None, b"{}", chance.randbytes(50)))
-                jobs.append(partial(look, server, chance.choice(METHODS), odd_place(chance, known), data))
-            seen += await swarm(jobs, 8)
-            sizes.append(server.rss())
-        grown = sizes[-1] - sizes[2]
-        print(f"made: {dict(made)}; seen: {dict(seen)}; grown {grown / MEBIBYTE:.1f} of {sizes[2] / MEBIBYTE:.0f} MiB")
+        async with unharmed(server) as batch_done:
+            for _ in range(10):
+                known = [each for _ in range(5) for each in await created(server)]
+                bodies = [spoiled(chance, copy.deepcopy(chance.choice(RESPONSES))) for _ in range(count // 10)]
+                made += await swarm([partial(create, server, each, chance) for each in bodies], 8)
+                jobs: list[Callable[[], Awaitable[str]]] = []
+                for _ in range(count // 20):
+                    data = chance.choice((None, None, b"{}", chance.randbytes(50)))
+                    jobs.append(partial(look, server, chance.choice(METHODS), odd_place(chance, known), data))
+                seen += await swarm(jobs, 8)
+                batch_done()
+        print(f"made: {dict(made)}; seen: {dict(seen)}")
         assert made.total() == count
-        assert server.engine_pids() == engine
-        assert await server.metric("forebay_engine_starts_total", model="fake") == 1
-        assert grown < max(20 * MEBIBYTE, sizes[2] // 20)
         assert {"ok", "invalid_json", "invalid_value", "missing_required_parameter"} <= set(made)
         assert {"ok", "not_found", "invalid_request", "not_cancellable", "stream_not_supported"} <= set(seen)
-        for sign in ("request.bug", "job.bug", "Traceback"):
-            assert sign not in server.log
