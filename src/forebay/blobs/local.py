@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from forebay.blobs.key import checked_key, checked_prefix
+from forebay.blobs.shielded import shielded
 from forebay.clock import new_id
 from forebay.errors import InsufficientStorage, NotFound, SetupError, StoreUnavailable
 
@@ -240,7 +241,7 @@ class _Part:
 async def _in_thread(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     """Run in a thread that a cancel of the caller does not stop half-way, and translate what goes wrong."""
     with _translated():
-        return await asyncio.shield(asyncio.ensure_future(asyncio.to_thread(function, *arguments, **named)))
+        return await shielded(asyncio.to_thread(function, *arguments, **named))
 
 
 @contextmanager

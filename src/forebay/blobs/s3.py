@@ -15,6 +15,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import S3Store
 
 from forebay.blobs.key import checked_key, checked_prefix
+from forebay.blobs.shielded import shielded
 from forebay.clock import new_id
 from forebay.config import BlobSettings
 from forebay.errors import InsufficientStorage, NotFound, SetupError, StoreUnavailable
@@ -79,7 +80,7 @@ class S3Blobs:
             yield writer
             await writer.commit()
         except BaseException:
-            await asyncio.shield(asyncio.ensure_future(writer.abandon()))
+            await shielded(writer.abandon())
             raise
 
     async def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:

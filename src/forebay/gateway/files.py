@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from forebay import commit_points
 from forebay.blobs.blobs import Blobs
+from forebay.blobs.shielded import shielded
 from forebay.config import Settings
 from forebay.dialects.openai import files as wire
 from forebay.errors import InsufficientStorage, InvalidRequest, Overloaded, StoreUnavailable
@@ -81,7 +82,7 @@ async def drafted(discard: Callable[[], Awaitable[None]]) -> AsyncIterator[Draft
     finally:
         if not draft.kept:
             with suppress(StoreUnavailable, InsufficientStorage):
-                await asyncio.shield(asyncio.ensure_future(discard()))
+                await shielded(discard())
 
 
 def limits_of(settings: Settings, file_bytes_max: int) -> wire.Limits:

@@ -118,7 +118,7 @@ async def in_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwa
     try:
         return await asyncio.shield(call)
     except asyncio.CancelledError:
-        await asyncio.wait([call])
+        await asyncio.gather(call, return_exceptions=True)  # what goes wrong now is nobody's business
         raise
 
 
