@@ -341,6 +341,44 @@ class MediaSettings(Section):
     )
 
 
+class AudioSettings(Section):
+    """Recordings in requests and jobs: where they may come from, what one may be and cost, and how it is cut up."""
+
+    bytes_max: Bytes = Field(
+        512 * 2**20, description="Size of one recording as it is sent, stored or fetched; a larger one gets 413."
+    )
+    seconds_max: Annotated[int, Field(ge=1, le=172_800)] = Field(
+        21_600, description="Length of one recording once it is decoded; a longer one gets 413."
+    )
+    online_seconds_max: Annotated[int, Field(ge=1, le=172_800)] = Field(
+        1800, description="A longer recording becomes a job, and its answer tells which."
+    )
+    uploads_at_once: Annotated[int, Field(ge=1, le=1024)] = Field(
+        16, description="Requests with a recording that are received or worked on at once; more get 429."
+    )
+    fetch_hosts: tuple[str, ...] = Field(
+        (),
+        description="Hosts that recordings are fetched from: `audio.example.com`, `*.example.com`, or `*` for every public one. Without any, nothing is fetched.",
+    )
+    fetch_timeout_seconds: Seconds = Field(300, description="Time to fetch one recording.")
+    decodes_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
+        2, description="Recordings that are decoded at once, each in a process of its own."
+    )
+    decode_seconds_max: Annotated[int, Field(ge=1, le=86_400)] = Field(
+        600, description="Processor time for decoding one recording; the wait for it is twice as long at most."
+    )
+    decode_memory_bytes_max: Annotated[int, Field(ge=128 * 2**20, le=2**36)] = Field(
+        1024 * 2**20, description="Address space for decoding one recording."
+    )
+    stretch_seconds: Annotated[int, Field(ge=30, le=600)] = Field(
+        240,
+        description="Recordings are worked on in stretches of at most so many seconds: a job goes on from the last that is finished, and others get their turn in between.",
+    )
+    diarization_model: str = Field(
+        "speakers-ge2e", description="Model that tells speakers apart where a request names none."
+    )
+
+
 class EmbeddingSettings(Section):
     """Vectors and scores that are kept, so that the same text is not computed twice."""
 
@@ -406,6 +444,7 @@ class Settings(Section):
     webhooks: WebhookSettings = WebhookSettings()
     outbound: OutboundSettings = OutboundSettings()
     media: MediaSettings = MediaSettings()
+    audio: AudioSettings = AudioSettings()
     embeddings: EmbeddingSettings = EmbeddingSettings()
     rehearsal: RehearsalSettings = RehearsalSettings()
     log: LogSettings = LogSettings()

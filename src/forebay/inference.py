@@ -14,6 +14,10 @@ class Capability(StrEnum):
     COMPLETION = "completion"
     EMBEDDING = "embedding"
     RERANK = "rerank"
+    TRANSCRIPTION = "transcription"
+    TRANSLATION = "translation"
+    ALIGNMENT = "alignment"
+    DIARIZATION = "diarization"
 
 
 class Priority(IntEnum):

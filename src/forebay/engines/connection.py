@@ -18,6 +18,7 @@ _HEAD_BYTES_MAX = 64 * 2**10
 _UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 413: "Content Too Large"}
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+_RECORDS_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Refused(Exception):
@@ -42,6 +43,11 @@ class Visit:
     keep_alive: bool
     proceed: Callable[[], None]
     """Sends a byte of white space before the JSON, so that whoever waits sees progress; no error can follow it."""
+    tell: Callable[[bytes], None] = lambda _: None
+    """Sends a record of an answer that is many, one JSON object on each line; the route then returns b"".
+
+    An error that follows one is the last record, with the key `error`.
+    """
 
     @property
     def ids(self) -> str:
@@ -93,6 +99,7 @@ class Connection(asyncio.Protocol):
         self._pending: list[Visit] = []
         self._gone = False
         self._begun = False
+        self._records = False
         self._reset()
 
     def _reset(self) -> None:
@@ -160,7 +167,8 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         path = self._url.decode("latin-1").partition("?")[0]
         method, keep_alive = self._parser.get_method().decode(), self._parser.should_keep_alive()
-        self._pending.append(Visit(method, path, bytes(self._body), self._headers, keep_alive, self._proceed))
+        visit = Visit(method, path, bytes(self._body), self._headers, keep_alive, self._proceed, self._tell)
+        self._pending.append(visit)
         self._body = bytearray()
         self._next()
 
@@ -178,14 +186,17 @@ class Connection(asyncio.Protocol):
                 self._write(200, b'{"status": "ok"}')
                 self._close_unless(visit)
                 continue
-            self._begun = False
+            self._begun = self._records = False
             self._running = asyncio.ensure_future(route(visit))
             self._running.add_done_callback(lambda running, visit=visit: self._ended(running, visit))  # type: ignore[misc]
 
     def _ended(self, running: "asyncio.Task[Answer]", visit: Visit) -> None:
         self._running = None
         error = None if running.cancelled() else running.exception()
-        if self._gone or running.cancelled() or (self._begun and error is not None):
+        if isinstance(error, Refused) and self._records and not self._gone:
+            self._tell(error.body)
+            self._finish(b"")
+        elif self._gone or running.cancelled() or (self._begun and error is not None):
             self._transport.close()
         elif isinstance(error, Refused):
             self._write(error.status, error.body)
@@ -206,13 +217,20 @@ class Connection(asyncio.Protocol):
             self._transport.write((b"" if self._begun else _STREAM_HEAD) + b"1\r\n \r\n")
             self._begun = True
 
+    def _tell(self, record: bytes) -> None:
+        if not self._transport.is_closing():
+            head = b"" if self._begun else _RECORDS_HEAD
+            self._transport.write(b"%b%x\r\n%b\n\r\n" % (head, len(record) + 1, record))
+            self._begun = self._records = True
+
     def _finish(self, answer: Answer) -> None:
         if not self._begun:
             kind = "text/plain" if isinstance(answer, str) else "application/json"
             self._write(200, answer.encode() if isinstance(answer, str) else answer, kind)
         elif not self._transport.is_closing():
             assert isinstance(answer, bytes)
-            self._transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(answer), answer))
+            last = b"%x\r\n%b\r\n" % (len(answer), answer) if answer else b""
+            self._transport.write(last + b"0\r\n\r\n")
 
     def _write(self, status: int, body: bytes, kind: str = "application/json") -> None:
         if not self._transport.is_closing():

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,6 +15,9 @@ from forebay.dialects.answer import Shape
 from forebay.dialects.items import ItemRules, Items
 from forebay.errors import ForebayError, InvalidRequest
 from forebay.inference import Priority, Request
+
+if TYPE_CHECKING:
+    from forebay.dialects.speech import SpeechTask
 
 CHOICES_MAX = 8
 STOPS_MAX = 4
@@ -93,12 +96,13 @@ class Call:
 
     `shape` writes the answer; `kind` is what the engine writes; `legacy_logprobs` is that of /v1/completions. With `forced_tool` the engine was
     made to write one tool call as plain JSON, which becomes a tool call on the way out. `otherwise` gives the same call for
-    another model, where the error that it is told is one for which another model stands in. `image_chars` is how much of the
+    another model, where the error that it is told is one for which another model stands in. `speech` is the work on a
+    recording, of which the request's own body says nothing yet. `image_chars` is how much of the
     request's body are images, which are no tokens.
     """
 
     request: Request
-    kind: Literal["chat", "completion", "items"]
+    kind: Literal["chat", "completion", "items", "speech"]
     stream: bool
     include_usage: bool
     tier: str
@@ -107,6 +111,7 @@ class Call:
     forced_tool: bool = False
     items: Items | None = None
     image_chars: int = 0
+    speech: "SpeechTask | None" = None
     otherwise: "Otherwise | None" = None
 
 
