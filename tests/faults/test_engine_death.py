@@ -107,6 +107,25 @@ async def test_a_stopped_engine_is_replaced_within_the_stall_limit() -> None:
         assert await _deaths(server) == 1
 
 
+async def test_whoever_waits_on_a_stopped_engine_that_is_condemned_is_told_of_the_stall() -> None:
+    """One leaves, which a stopped engine does not confirm: that neither puts off nor renames what the other is told."""
+    async with serving(CONFIG, environment=DEBUG) as server:
+        engine = psutil.Process(server.engine_pid())
+        response = await server.send(chat_body(LONG, stream=True))
+        await first_bytes(response)
+        unanswered = asyncio.create_task(ask(server, "[[fake delay_ms=60000]]"))
+        await server.until_load(2, 0)
+        stopped_at = monotonic()
+        engine.suspend()
+        response.close()
+        await eventually(lambda: server.named("engine.condemned"), what="the engine to be condemned")
+        assert (await unanswered).code == "request_timeout"
+        assert monotonic() - stopped_at < STALL_SECONDS + 2
+        assert (await ask(server, "Next.")).whole
+        assert await server.metric("forebay_engine_deaths_total", model="fake", kind="stall") == 1
+        assert await _deaths(server) == 1
+
+
 async def test_an_engine_that_freezes_itself_is_replaced() -> None:
     async with serving(CONFIG, environment=DEBUG) as server:
         beside = asyncio.create_task(ask(server, "[[fake tokens=300 token_ms=10]]", model="other"))

@@ -183,9 +183,7 @@ class Keeper:
         self.replica = replica
         cause: Cause | None = None
         try:
-            cause = await self._start(replica, process) or await self._serve(replica, process)
-            if cause is None:
-                cause = await self._drain(replica, process)
+            cause = await self._start(replica, process) or await self._work(replica, process)
         finally:
             replica.state = ReplicaState.STOPPED
             self._changed()
@@ -280,26 +278,31 @@ class Keeper:
             exited.cancel()
         raise EngineUnavailable
 
-    async def _serve(self, replica: Replica, process: EngineProcess | None) -> Cause | None:
+    async def _work(self, replica: Replica, process: EngineProcess | None) -> Cause | None:
+        """Serve and drain; the cause if the engine dies or hangs meanwhile. An upstream has nothing that could."""
+        if process is None:
+            await self._leaving.wait()
+            await replica.idle.wait()
+            return None
+        exited = asyncio.ensure_future(process.wait())
+        hung = asyncio.ensure_future(self._probe(replica))  # one for both: to be told to leave is no sign of life
+        try:
+            return await self._serve(exited, hung) or await self._drain(replica, exited, hung)
+        finally:
+            exited.cancel()
+            hung.cancel()
+
+    async def _serve(self, exited: asyncio.Future[int], hung: asyncio.Future[None]) -> Cause | None:
         """Watch until it is to leave (None) or has died or hung (the cause)."""
         leaving = asyncio.ensure_future(self._leaving.wait())
-        watched: set[asyncio.Future[Any]] = {leaving}
-        if process is not None:
-            watched |= {
-                asyncio.ensure_future(process.wait()),
-                asyncio.ensure_future(self._probe(replica)),
-            }
+        watched: set[asyncio.Future[Any]] = {leaving, exited, hung}
         try:
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-            if leaving.done():
-                return None
-            exited = process is not None and any(
-                future.done() and isinstance(future.result(), int) for future in watched if not future.cancelled()
-            )
-            return Cause.CRASH if exited else Cause.STALL
         finally:
-            for future in watched:
-                future.cancel()
+            leaving.cancel()
+        if self._leaving.is_set():
+            return None
+        return Cause.CRASH if exited.done() else Cause.STALL
 
     async def _probe(self, replica: Replica) -> None:
         """Return once the engine has answered no probe for the stall limit."""
@@ -331,17 +334,12 @@ class Keeper:
         self._shop.log.debug("engine.no_tools_probe", model=replica.model)
         return None
 
-    async def _drain(self, replica: Replica, process: EngineProcess | None) -> Cause | None:
+    async def _drain(self, replica: Replica, exited: asyncio.Future[int], hung: asyncio.Future[None]) -> Cause | None:
         """Let running requests end; the cause if the engine dies or hangs meanwhile.
 
         A request that refuses to stop does not hold up its own engine's end.
         """
-        if process is None:
-            await replica.idle.wait()
-            return None
         idle = asyncio.ensure_future(replica.idle.wait())
-        exited = asyncio.ensure_future(process.wait())
-        hung = asyncio.ensure_future(self._probe(replica))
         watched: set[asyncio.Future[Any]] = {idle, exited, hung}
         try:
             while not replica.idle.is_set() and not (self._condemned and replica.only_refusals_left):
@@ -352,8 +350,7 @@ class Keeper:
                     return Cause.STALL
             return None
         finally:
-            for future in watched:
-                future.cancel()
+            idle.cancel()
 
     async def _stop(self, process: EngineProcess | None, *, kill: bool) -> int:
         if process is None:
@@ -370,7 +367,8 @@ class Keeper:
         self, replica: Replica, process: EngineProcess | None, cause: Cause | None, exit_code: int, oom_kills: int
     ) -> None:
         lines = process.tail() if process else ()
-        cause = self._condemned or cause
+        # Who still waited on a condemned engine when it died or hung is told of that: it did not refuse to stop for him.
+        cause = cause or self._condemned
         if cause is None:
             self._shop.log.info("engine.stopped", model=replica.model, replica=replica.id)
             self._deaths_in_a_row = 0
