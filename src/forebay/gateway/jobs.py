@@ -229,7 +229,7 @@ class WatchAnswer(Response):
         finally:
             leaving.cancel()
             telling.cancel()
-            await asyncio.wait({leaving, telling})
+            await asyncio.gather(leaving, telling, return_exceptions=True)
         if not telling.cancelled():
             telling.result()
 

@@ -389,7 +389,7 @@ async def look(request: Request, caller: Principal, pictures: Coroutine[Any, Any
     finally:
         watcher.cancel()
         task.cancel()
-        await asyncio.wait({task})
+        await asyncio.gather(task, return_exceptions=True)  # what it still runs into is nobody's business
 
 
 def trace_of(request: Request) -> str | None:

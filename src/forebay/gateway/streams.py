@@ -24,7 +24,7 @@ async def send_while_there(events: AsyncIterator[bytes], receive: Receive, send:
     finally:
         leaving.cancel()
         telling.cancel()
-        await asyncio.wait({leaving, telling})
+        await asyncio.gather(leaving, telling, return_exceptions=True)
     if not telling.cancelled():
         telling.result()
 

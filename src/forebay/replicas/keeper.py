@@ -257,6 +257,8 @@ class Keeper:
     async def _come_up(self, replica: Replica, process: EngineProcess) -> None:
         """Wait until the engine answers or is to leave. Raises EngineUnavailable if it ends first."""
         address = asyncio.ensure_future(process.address())
+        # Read in any case: it may end, and be told to leave, at the same moment.
+        address.add_done_callback(lambda done: done.cancelled() or done.exception())
         leaving = asyncio.ensure_future(self._leaving.wait())
         try:
             await asyncio.wait([address, leaving], return_when=asyncio.FIRST_COMPLETED)
