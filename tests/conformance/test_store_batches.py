@@ -210,3 +210,13 @@ async def test_the_rate_of_a_model_is_blended(office: Office) -> None:
         async with office.database.begin() as transaction:
             await office.batches.learn_rate(transaction, "fake", rate)
     assert await office.jobs.line_rate("fake") == pytest.approx(13.0)
+
+
+async def test_the_rates_of_batches_that_end_at_once_are_blended(office: Office) -> None:
+    async def learn() -> None:
+        async with office.database.begin() as transaction:
+            await office.batches.learn_rate(transaction, "fake", 10.0)
+
+    for _ in range(5):
+        await asyncio.gather(*(learn() for _ in range(8)))
+    assert await office.jobs.line_rate("fake") == pytest.approx(10.0)

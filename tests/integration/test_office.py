@@ -120,6 +120,23 @@ async def test_a_bug_in_a_kind_is_a_failed_attempt_that_tells_nothing(database: 
         assert "secret" not in str(found.errors)
 
 
+async def test_a_bug_in_what_an_outcome_writes_is_a_failed_attempt(database: Database) -> None:
+    async def write(_transaction: Transaction) -> None:
+        raise ZeroDivisionError("/secret/path")
+
+    script = Script(Done(write))
+    patient = JobSettings(lease_seconds=600, poll_seconds=0.05, backoff_seconds_min=0.01)  # nobody is to rescue it
+    async with back_office(database, [script.kind()], settings=patient) as back:
+        (job_id,) = await back.submit(job())
+        found = await back.until_finished(job_id)
+        assert (found.state, found.attempt) == (JobState.COMPLETED, 2)
+        assert "secret" not in str(found.errors)
+        (job_id,) = await back.submit(job())
+        script.outcomes = [Done(write) for _ in range(9)]
+        found = await back.until_finished(job_id)
+        assert (found.state, found.error_code, found.failures) == (JobState.FAILED, "internal_error", 3)
+
+
 async def test_a_snoozed_job_uses_up_no_attempt(database: Database) -> None:
     script = Script(*(Snoozed(0.01) for _ in range(6)))
     async with back_office(database, [script.kind()]) as back:

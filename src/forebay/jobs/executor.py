@@ -56,15 +56,15 @@ class Executor:
             return Snoozed(_AWAY_SECONDS)  # not the job's fault, so it uses up no attempt
         except ForebayError as error:
             return Failed(error, error.retryable)
-        except Exception:  # noqa: BLE001  # the one place where a bug in a kind becomes an outcome
-            self._log.error("job.bug", exc_info=True, job=run.lease.id, kind=kind.name)
+        except Exception:  # noqa: BLE001  # a bug in a kind becomes an outcome
+            self._note_bug(kind, run.lease)
             return Failed(ServerError(), retryable=True)
         finally:
             run.performing = False
 
     async def _settle(self, kind: Kind, run: Run, outcome: Outcome) -> None:
         """Settle, again and again while the database is away or full: until it is done, or the lease is another's."""
-        lease = run.lease
+        lease, bug = run.lease, Failed(ServerError(), retryable=True)
         while run.interruption is not Interruption.LEASE_LOST:
             job = replace(lease.job, failures=0) if run.progressed else lease.job
             decided = verdict(job, outcome, kind.retry, self._jobs.now())
@@ -74,6 +74,11 @@ class Executor:
                 break
             except (StoreUnavailable, InsufficientStorage):
                 await self._clock.sleep(self._clock.jitter(_SETTLE_PAUSE_SECONDS))
+            except Exception:  # noqa: BLE001  # a bug in what it writes is a failed attempt that writes nothing
+                self._note_bug(kind, lease)
+                if outcome is bug:
+                    return  # not even that: its lease runs out, and somebody else tries
+                outcome = bug
             else:
                 self._report(lease, decided.state, outcome)
                 await self._follow(kind, lease, decided.state)
@@ -85,6 +90,9 @@ class Executor:
             await kind.after(lease.job, state)
         except ForebayError as error:  # a sweep will do it
             self._log.warning("pruner.failed", reason=str(error))
+
+    def _note_bug(self, kind: Kind, lease: Lease) -> None:
+        self._log.error("job.bug", exc_info=True, job=lease.id, kind=kind.name)
 
     def _report_lost(self, kind: Kind, lease: Lease) -> None:
         self._metrics.jobs_settled.labels(kind.name, "lease_lost").inc()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from forebay.clock import Clock
 from forebay.errors import NotFound
@@ -262,13 +263,18 @@ class BatchStore:
     # How fast models work.
 
     async def learn_rate(self, transaction: Transaction, model: str, lines_per_second: float) -> None:
-        """Blend a measured rate into that of the model."""
-        known = sa.select(line_rates.c.lines_per_second).where(line_rates.c.model == model)
-        before: float | None = await transaction.scalar(known)
-        rate = lines_per_second if before is None else before + _SMOOTHING * (lines_per_second - before)
-        await transaction.execute(sa.delete(line_rates).where(line_rates.c.model == model))
-        values = {"model": model, "lines_per_second": rate, "updated_at": self._clock.now()}
-        await transaction.execute(sa.insert(line_rates).values(values))
+        """Blend a measured rate into that of the model. Batches of one model may end at once, in several workers."""
+        now, before = self._clock.now(), line_rates.c.lines_per_second
+        insert = sqlite.insert if self.database.is_sqlite else postgresql.insert
+        query = (
+            insert(line_rates)
+            .values(model=model, lines_per_second=lines_per_second, updated_at=now)
+            .on_conflict_do_update(
+                index_elements=[line_rates.c.model],
+                set_={"lines_per_second": before + _SMOOTHING * (lines_per_second - before), "updated_at": now},
+            )
+        )
+        await transaction.execute(query)
 
 
 def _joined() -> sa.Select[Any]:
