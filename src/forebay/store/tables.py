@@ -297,3 +297,37 @@ response_events = sa.Table(
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("events", sa.LargeBinary, nullable=False),  # JSON: a list
 )
+
+# What a job of kind `transcription` with the same id has to do and has found; it goes when its job is gone. Its recording,
+# where that is a blob of its own, goes when the job ends.
+transcriptions = sa.Table(
+    "transcriptions",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False),
+    sa.Column("node", sa.String(64), nullable=False),  # who takes the recording in
+    sa.Column("submitted", sa.Boolean, nullable=False),  # whether there is, or was, a job
+    sa.Column("recording", sa.String(16), nullable=False),  # none, kept, removing, removed: of its own
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("path", sa.String(64), nullable=False),  # the endpoint that was asked
+    sa.Column("request", sa.LargeBinary, nullable=False),  # JSON: the body
+    sa.Column("duration", sa.Double),  # of the recording in seconds, once it is decoded
+    sa.Column("result", sa.LargeBinary),  # JSON: the transcript
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Index("ix_transcriptions_project", "project_id", "created_at", "id"),
+    sa.Index("ix_transcriptions_recording", "recording"),
+    sa.Index("ix_transcriptions_submitted", "submitted"),
+)
+
+# Stretches of a recording that are finished, whichever attempt has finished them; those of a whole one are its result.
+stretches = sa.Table(
+    "stretches",
+    metadata,
+    sa.Column(
+        "transcription_id", sa.String(64), sa.ForeignKey("transcriptions.id", ondelete="CASCADE"), primary_key=True
+    ),
+    sa.Column("stage", sa.String(32), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),  # JSON
+)
