@@ -23,6 +23,7 @@ from forebay.gateway.listener import Listener
 from forebay.gateway.online import Door
 from forebay.gateway.rates import Rates
 from forebay.gateway.server import create_app
+from forebay.jobs.admission import Admission
 from forebay.jobs.batch import BatchWork
 from forebay.jobs.chunk import ChunkWork
 from forebay.jobs.kinds import Kind
@@ -127,9 +128,10 @@ def build_office(
     """The back office with every kind of job that there is."""
     keep = settings.jobs.keep_seconds
     batches = _batch_work(settings, stores, machine, clock)
+    admission = Admission(machine.catalog, machine.scheduler, settings, clock)
     kinds: list[Kind] = [
         _batch_kind(batches, settings),
-        _chunk_kind(settings, stores, machine, calls, clock, metrics),
+        _chunk_kind(settings, stores, machine, calls, admission, clock, metrics),
         _response_kind(settings, stores, machine, calls, clock, metrics),
         webhook_kind(stores.webhooks, outbound, settings, clock),
     ]
@@ -196,10 +198,16 @@ def _batch_kind(work: BatchWork, settings: Settings) -> Kind:
 
 
 def _chunk_kind(
-    settings: Settings, stores: Stores, machine: Machine, calls: Calls, clock: Clock, metrics: Metrics
+    settings: Settings,
+    stores: Stores,
+    machine: Machine,
+    calls: Calls,
+    admission: Admission,
+    clock: Clock,
+    metrics: Metrics,
 ) -> Kind:
     segments = SegmentStore(stores.jobs, stores.batches, stores.dead_letters, stores.blobs, clock)
-    lines = LineRunner(calls, machine.catalog, machine.scheduler, machine.assembler, settings, clock, metrics)
+    lines = LineRunner(calls, admission, machine.assembler, settings, clock, metrics)
     work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock)
     return Kind(
         CHUNK, work.perform, settings.jobs.chunks_at_once, _delay(settings), waits_for_it=True, after=work.after

@@ -27,16 +27,13 @@ from forebay.errors import (
     StoreUnavailable,
 )
 from forebay.inference import Priority
+from forebay.jobs.admission import Admission
 from forebay.jobs.lines import Place
-from forebay.jobs.pauses import Pauses
 from forebay.jobs.retry import doubling
 from forebay.jobs.segments import Result
-from forebay.model_config import Model
 from forebay.replicas.calls import Calls
-from forebay.replicas.catalog import Catalog
 from forebay.scheduler.assembly import Assembler
-from forebay.scheduler.gather import Gathered, gather
-from forebay.scheduler.scheduler import Scheduler
+from forebay.scheduler.gather import Gathered
 from forebay.store.batches import Batch
 from forebay.store.dead_letters import LostLine
 from forebay.telemetry import Metrics
@@ -64,6 +61,10 @@ class _Line:
     def id(self) -> str:
         return line_id(self.batch.id, self.place.number)
 
+    def opened(self) -> None:
+        """Its attempt has opened the circuit of a provider once more."""
+        self.probes += 1
+
 
 class LineRunner:
     """Runs lines for all chunks of one worker."""
@@ -71,23 +72,19 @@ class LineRunner:
     def __init__(
         self,
         calls: Calls,
-        catalog: Catalog,
-        scheduler: Scheduler,
+        admission: Admission,
         assembler: Assembler,
         settings: Settings,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
         self._calls = calls
-        self._catalog = catalog
-        self._scheduler = scheduler
+        self._admission = admission
         self._assembler = assembler
-        self._stall_seconds = settings.supervisor.stall_seconds
         self._clock = clock
         self._metrics = metrics
         limits = settings.batches
         self._backoff = doubling(limits.line_backoff_seconds, _BACKOFF_SECONDS_MAX, limits.line_attempts_max)
-        self._pauses = Pauses(clock)
         self._suspects: dict[str, asyncio.Lock] = {}
 
     async def run(self, batch: Batch, place: Place, raw: bytes, on_read: OnRead) -> Result:
@@ -118,7 +115,7 @@ class LineRunner:
                 if other is not None:
                     continue
                 if isinstance(error, CircuitOpen) and asked is not None:  # all lines wait for it, and none is to blame
-                    self._pauses.hold(asked.request.model, error.retry_after_seconds)
+                    self._admission.pauses.hold(asked.request.model, error.retry_after_seconds)
                     if line.probes < _PROBES_MAX:
                         continue
                 self._note(line, error)
@@ -170,36 +167,11 @@ class LineRunner:
 
     async def _admitted(self, line: _Line, call: Call, on_read: OnRead) -> Gathered:
         """Wait for a place as long as it takes, and run; again whenever the place was taken back."""
-        name = call.request.model
-        model: Model = self._catalog.get(name)
         while True:
-            await self._pauses.wait(name)
-            admitted = False
             try:
-                async with self._scheduler.admit_when_room(call.request) as permit:
-                    if self._pauses.held(name):
-                        continue
-                    admitted = True
-                    gathered = await gather(
-                        permit,
-                        call,
-                        timeout_seconds=model.request_timeout_seconds,
-                        stall_seconds=self._stall_seconds,
-                        clock=self._clock,
-                        on_first=on_read,
-                    )
-                    self._pauses.succeeded(name)
-                    return gathered
+                return await self._admission.run(call, on_read=on_read, on_opened=line.opened)
             except Preempted:
                 continue
-            except CircuitOpen:
-                line.probes += admitted
-                raise
-            except Overloaded as error:
-                if admitted:  # a provider's: all lines of the model wait, and no attempt is used up
-                    self._pauses.hold(name, error.retry_after_seconds)
-                else:
-                    await self._clock.sleep(self._clock.jitter(error.retry_after_seconds or 1.0))
 
     def _answered(self, line: _Line, gathered: Gathered) -> Result:
         if gathered.usage is not None:
