@@ -56,7 +56,7 @@ def open_session(path: str, provider: str, threads: int, *, int8: bool) -> onnxr
     try:
         session = onnxruntime.InferenceSession(quantised(path) if int8 else path, options, providers=[wanted])
     except _ERRORS as error:
-        _raise_if_memory(error)
+        raise_if_memory(error)
         refuse_to_start(f"ONNX Runtime cannot load {Path(path).name}: {_without_folder(error, path)}")
     if session.get_providers()[0] != wanted:
         refuse_to_start(
@@ -104,7 +104,7 @@ class Encoder:
         try:
             (rows,) = self._session.run([self._output], {name: fed[name] for name in self._inputs})
         except _ERRORS as error:
-            _raise_if_memory(error)
+            raise_if_memory(error)
             raise StepFailed(str(error)) from error
         return list(self._finish(np.asarray(rows, dtype=np.float32), mask))
 
@@ -160,7 +160,8 @@ def _output(session: onnxruntime.InferenceSession, finish: Finish) -> str:
     return str(fitting[0])
 
 
-def _raise_if_memory(error: Exception) -> None:
+def raise_if_memory(error: Exception) -> None:
+    """Raise OutOfMemory if that is what `error` of ONNX Runtime means."""
     if isinstance(error, MemoryError) or _MEMORY_WORDS.search(str(error)):
         raise OutOfMemory from error
 
