@@ -6,7 +6,7 @@ It refuses unknown keys, and knows neither files nor the environment: `config` r
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from forebay.inference import Capability
 
@@ -16,13 +16,23 @@ FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$"
 Seconds = Annotated[float, Field(gt=0, le=604_800)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Bytes = Annotated[int, Field(ge=1, le=2**50)]
-Capabilities = Annotated[tuple[Capability, ...], Field(min_length=1)]
 HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 HeaderValue = Annotated[str, Field(pattern=r"^[ -~]{0,4096}$")]
 Trouble = Literal["unavailable", "circuit_open", "not_ready", "queue_full", "failed"]
 _TEXT = (Capability.CHAT, Capability.COMPLETION)
+_SPEECH = frozenset({Capability.TRANSCRIPTION, Capability.TRANSLATION, Capability.ALIGNMENT, Capability.DIARIZATION})
 _SERVED = "What it serves: `chat`, `completion`, `embedding`, `rerank`."
 _LOGITS = "Its rerank scores are raw logits, and not between 0 and 1 already."
+
+
+def _no_speech(capabilities: tuple[Capability, ...]) -> tuple[Capability, ...]:
+    if not _SPEECH.isdisjoint(capabilities):
+        raise ValueError("recordings are served by the engines `whisper`, `speakers` and `aligner` alone")
+    return capabilities
+
+
+AllCapabilities = Annotated[tuple[Capability, ...], Field(min_length=1)]
+Capabilities = Annotated[AllCapabilities, AfterValidator(_no_speech)]
 
 
 class Section(BaseModel):
@@ -112,6 +122,63 @@ class OnnxOptions(Section):
         return (Capability(self.capability),)
 
 
+class WhisperOptions(Section):
+    """Options of the `whisper` engine: speech to text with Whisper models on CTranslate2."""
+
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where it computes.")
+    device_index: Annotated[int, Field(ge=0, le=127)] = Field(0, description="Which GPU.")
+    compute_type: Literal[
+        "auto", "int8", "int8_float16", "int8_bfloat16", "int8_float32", "int16", "float16", "bfloat16", "float32"
+    ] = Field("auto", description="Number type; `auto` takes `int8` on a CPU and `float16` on a GPU.")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
+    chunks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
+        8, description="Chunks of up to 30 s that are computed at once, of one recording or of several."
+    )
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the model can be asked for."""
+        return (Capability.TRANSCRIPTION, Capability.TRANSLATION)
+
+
+class SpeakersOptions(Section):
+    """Options of the `speakers` engine: who spoke when."""
+
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
+    window_seconds: Annotated[float, Field(ge=0.2, le=30)] = Field(
+        1.6, description="Length of what one vector is computed of."
+    )
+    step_seconds: Annotated[float, Field(ge=0.05, le=30)] = Field(
+        0.8, description="From the beginning of one window to the next."
+    )
+    speakers_max: Annotated[int, Field(ge=1, le=100)] = Field(
+        20, description="Most speakers that are told apart where a request does not say how many there are."
+    )
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the model can be asked for."""
+        return (Capability.DIARIZATION,)
+
+
+class AlignerOptions(Section):
+    """Options of the `aligner` engine: when each word of a known text was said."""
+
+    backend: Literal["ctc", "pocketsphinx"] = Field(
+        "ctc",
+        description="`ctc` takes an ONNX model of letters, such as wav2vec2; `pocketsphinx` brings its own, for English.",
+    )
+    language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = Field(
+        None, description="Language of the model, such as `en`; others are refused. Any if absent."
+    )
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the model can be asked for."""
+        return (Capability.ALIGNMENT,)
+
+
 class CommandOptions(Section):
     """Options of the `command` engine: any command line that starts an OpenAI-compatible server."""
 
@@ -197,7 +264,9 @@ class FakeOptions(Section):
         0, description="Requests at once above which it runs out of memory; 0 never does."
     )
     tools: bool = Field(True, description="Whether its chat template has tools.")
-    capabilities: Capabilities = Field(tuple(Capability), description=_SERVED)
+    capabilities: AllCapabilities = Field(
+        tuple(Capability), description="What it serves, of all that a model can be asked for."
+    )
     dimensions: Annotated[int, Field(ge=1, le=16_384)] = Field(384, description="Numbers of an embedding.")
     vision: bool = Field(False, description="Whether the model takes images in messages.")
 
@@ -263,22 +332,73 @@ class ModelFile(Section):
     size_bytes: Bytes | None = Field(None, description="Size of the file, shown before it is pulled.")
 
 
-class OnnxModel(ModelSettings):
-    """A text encoder in an ONNX Runtime process of ours."""
+class FolderModel(ModelSettings):
+    """What models of several files have: these find each other by their names in one folder."""
 
-    engine: Literal["onnx"]
     files: dict[Annotated[str, Field(pattern=FILE_NAME)], ModelFile] = Field(
         {},
         description="Further files that lie beside the model under these names: `tokenizer.json`, `model.onnx_data`.",
     )
+
+    @model_validator(mode="after")
+    def _beside(self) -> Self:
+        if self.files and (self.source or "file:").startswith("file:"):
+            raise ValueError("a model that lies on this machine has its further files beside it; leave `files` out")
+        return self
+
+
+class OnnxModel(FolderModel):
+    """A text encoder in an ONNX Runtime process of ours."""
+
+    engine: Literal["onnx"]
     options: OnnxOptions = OnnxOptions()
 
     @model_validator(mode="after")
-    def _has_files(self) -> Self:
+    def _has_source(self) -> Self:
         if self.source is None:
             raise ValueError("an onnx model needs a `source`")
-        if self.source.startswith("file:") and self.files:
-            raise ValueError("a model that lies on this machine has its further files beside it; leave `files` out")
+        return self
+
+
+class WhisperModel(FolderModel):
+    """A Whisper model in a CTranslate2 process of ours."""
+
+    engine: Literal["whisper"]
+    options: WhisperOptions = WhisperOptions()
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        if self.source is None:
+            raise ValueError("a whisper model needs a `source`: its `model.bin`")
+        return self
+
+
+class SpeakersModel(ModelSettings):
+    """A model of voices in a process of ours."""
+
+    engine: Literal["speakers"]
+    options: SpeakersOptions = SpeakersOptions()
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        if self.source is None:
+            raise ValueError("a speakers model needs a `source`")
+        return self
+
+
+class AlignerModel(FolderModel):
+    """A forced aligner in a process of ours."""
+
+    engine: Literal["aligner"]
+    options: AlignerOptions = AlignerOptions()
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        own = self.options.backend == "pocketsphinx"
+        if own and self.source is not None:
+            raise ValueError("pocketsphinx has a model of its own; leave `source` out")
+        if not own and self.source is None:
+            raise ValueError("an aligner needs a `source`, or the backend pocketsphinx")
         return self
 
 
@@ -317,12 +437,24 @@ class FakeModel(ModelSettings):
 
 
 Model = Annotated[
-    LlamaCppModel | OnnxModel | CommandModel | VllmModel | UpstreamModel | FakeModel, Field(discriminator="engine")
+    LlamaCppModel
+    | OnnxModel
+    | WhisperModel
+    | SpeakersModel
+    | AlignerModel
+    | CommandModel
+    | VllmModel
+    | UpstreamModel
+    | FakeModel,
+    Field(discriminator="engine"),
 ]
 
 ENGINES: dict[str, type[ModelSettings]] = {
     "llama.cpp": LlamaCppModel,
     "onnx": OnnxModel,
+    "whisper": WhisperModel,
+    "speakers": SpeakersModel,
+    "aligner": AlignerModel,
     "command": CommandModel,
     "vllm": VllmModel,
     "upstream": UpstreamModel,

