@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.support.answers import Answer, ask, first_bytes, read
+from tests.support.processes import lives
 from tests.support.server import Server, chat_body, eventually, serving
 
 DEBUG = {"FOREBAY_LOG_LEVEL": "debug", "FOREBAY_LOG_FORMAT": "json"}
@@ -103,7 +104,7 @@ async def test_a_stopped_engine_is_replaced_within_the_stall_limit() -> None:
         back = monotonic() - stopped_at
         print(f"SIGSTOP: callers told after {told:.2f} s, next answer after {back:.2f} s")
         assert told < STALL_SECONDS + 2
-        assert not engine.is_running()
+        assert not lives(engine)
         assert await _deaths(server) == 1
 
 
@@ -164,13 +165,13 @@ async def test_an_engine_that_does_not_stop_is_replaced_once_the_others_on_it_ar
         response.close()
         next_one = asyncio.create_task(ask(server, "Next."))
         await eventually(lambda: server.named("engine.condemned"), what="the engine to be condemned")
-        assert engine.is_running()
+        assert lives(engine)
         assert await server.load() == (2, 1)
         other = await beside
         assert other.whole
         assert (await next_one).whole
         assert (await next_one).ended_at > other.ended_at
-        assert not engine.is_running()
+        assert not lives(engine)
         assert await server.metric("forebay_engine_deaths_total", model="fake", kind="refused_to_stop") == 1
         await server.until_load(0, 0)
 
@@ -221,7 +222,7 @@ async def test_kill_9_of_a_guard_takes_its_engine_along() -> None:
         killed_at = monotonic()
         os.kill(server.guard_pid(), signal.SIGKILL)
         assert (await stream).code == "engine_crashed"
-        await eventually(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, within_seconds=2)
+        await eventually(lambda: not lives(engine), within_seconds=2)
         print(f"kill -9 of the guard: engine gone and caller told after {monotonic() - killed_at:.3f} s")
         assert (await ask(server, "Next.")).whole
 

@@ -14,6 +14,7 @@ import pytest
 from tests.faults.test_engine_death import begin
 from tests.support.answers import ask
 from tests.support.models import smollm2_path
+from tests.support.processes import lives
 from tests.support.server import Server, eventually, serving
 
 JSON_LOG = {"FOREBAY_LOG_FORMAT": "json"}
@@ -137,7 +138,7 @@ async def test_the_states_of_a_model_and_who_may_see_what() -> None:
 
 
 def _gone(process: psutil.Process) -> bool:
-    return not process.is_running()
+    return not lives(process)
 
 
 async def _ready(server: Server, key: str | None) -> dict[str, Any]:
@@ -176,7 +177,7 @@ async def test_no_stream_is_cut_when_its_model_is_taken_out(verb: str) -> None:
         for answer in await asyncio.gather(*streams):
             assert answer.whole
             assert answer.tokens == 150
-        await eventually(lambda: not engine.is_running(), what="the end of the old engine")
+        await eventually(lambda: not lives(engine), what="the end of the old engine")
         assert (await ask(server, "And again.", model="good")).whole
         assert server.engine_pid("good") != engine.pid
         assert await server.metric("forebay_engine_deaths_total") == 0

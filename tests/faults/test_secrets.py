@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from tests.support.answers import ask, read
+from tests.support.processes import command_line
 from tests.support.server import ADMIN_KEY, Server, chat_body, eventually, serving
 
 DEBUG = {"FOREBAY_LOG_LEVEL": "debug", "FOREBAY_LOG_FORMAT": "json"}
@@ -119,8 +120,7 @@ source = "hf:nobody/nothing@{"0" * 40}/nothing.gguf"
 
 def _command_lines(server: Server) -> list[str]:
     """The command lines of the server and of everything that it has started, as the process list shows them."""
-    family = [psutil.Process(server.pid), *server.family()]
-    return [" ".join(process.cmdline()) for process in family]
+    return [command_line(process) for process in (psutil.Process(server.pid), *server.family())]
 
 
 async def test_the_key_of_an_engine_is_in_no_command_line_and_no_log() -> None:

@@ -14,6 +14,7 @@ import pytest
 from tests.faults.test_engine_death import begin
 from tests.support.answers import ask
 from tests.support.models import smollm2_path
+from tests.support.processes import lives
 from tests.support.server import Server, eventually, serving
 
 JSON_LOG = {"FOREBAY_LOG_FORMAT": "json"}
@@ -30,13 +31,8 @@ preload = true
 """
 
 
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run."""
-    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-
-
 def _gone(processes: list[psutil.Process]) -> bool:
-    return not alive(processes)
+    return not any(map(lives, processes))
 
 
 async def _end(server: Server, number: int, within_seconds: float) -> float:
@@ -45,7 +41,7 @@ async def _end(server: Server, number: int, within_seconds: float) -> float:
     began = monotonic()
     assert await server.stop(number, within_seconds) == 0
     took = monotonic() - began
-    assert alive(family) == []
+    assert [one for one in family if lives(one)] == []
     assert "Traceback" not in server.log
     assert server.named("server.stopped")
     return took

@@ -20,6 +20,7 @@ from forebay.config import MediaSettings
 from forebay.errors import CallerError, ServerError
 from forebay.media.checker import Checker
 from tests.support.images import data_url, encoded, message, part, picture, png
+from tests.support.processes import command_line, lives
 from tests.support.server import FAKE, eventually, serving
 
 MIB = 2**20
@@ -60,11 +61,11 @@ async def made() -> AsyncIterator[Any]:
 
 def programs(pid: int | None = None) -> list[psutil.Process]:
     """Those that run below a process, this one unless another is named."""
-    return [each for each in psutil.Process(pid).children() if PROGRAM in " ".join(each.cmdline())]
+    return [each for each in psutil.Process(pid).children() if PROGRAM in command_line(each)]
 
 
 def _gone(program: psutil.Process) -> bool:
-    return not program.is_running()
+    return not lives(program)
 
 
 async def check(checker: Checker, data: bytes) -> str:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import psutil
 
 import forebay
+from tests.support.processes import GONE
 
 GUARD = Path(forebay.__file__).parent / "engines" / "guard.py"
 KEY = "engine-key-for-tests"
@@ -162,7 +163,7 @@ def alive(pid: int) -> bool:
     """Whether the process is there and not a zombie."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+    except GONE:
         return False
 
 

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from forebay.clock import new_id
 from forebay.store.database import Database
 from tests.support.batches import CHAT, LIVE, jsonl, line
+from tests.support.processes import command_line
 from tests.support.receiver import Received
 from tests.support.server import ADMIN_KEY, eventually
 
@@ -289,4 +290,4 @@ async def check_blobs(database: Database, folder: Path) -> None:
 
 def describe(processes: list[psutil.Process]) -> list[str]:
     """For a message about orphans."""
-    return [" ".join(process.cmdline()) for process in processes]
+    return [command_line(process) for process in processes]

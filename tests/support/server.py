@@ -16,6 +16,8 @@ import aiohttp
 import openai
 import psutil
 
+from tests.support.processes import command_line, family
+
 ADMIN_KEY = "test-admin-key-0123456789abcdef0123456789"
 DEADLINE_SECONDS = 60.0
 
@@ -94,12 +96,9 @@ class Server:
     def engine_pids(self, program: str = "forebay.engines.") -> list[int]:
         """Process ids of the engines themselves, not of their guards."""
         found = []
-        for child in psutil.Process(self.pid).children(recursive=True):
-            try:
-                line = child.cmdline()
-            except psutil.Error:
-                continue
-            if any(program in part for part in line) and not any(part.endswith("guard.py") for part in line):
+        for child in family(self.pid):
+            line = command_line(child)
+            if program in line and "guard.py " not in line:
                 found.append(child.pid)
         return found
 
@@ -127,7 +126,7 @@ class Server:
 
     def family(self) -> list[psutil.Process]:
         """Every process that it has started, directly or not."""
-        return psutil.Process(self.pid).children(recursive=True)
+        return family(self.pid)
 
     async def create_key(self, project: str, role: str = "member", *options: str) -> str:
         """A new key of `project`, made by the command line with further options beside the running server."""

@@ -224,7 +224,7 @@ class Site:
             try:
                 if process.environ().get(_SITE) == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except psutil.Error:
+            except (psutil.Error, FileNotFoundError):
                 continue
         return found
 
