@@ -377,6 +377,18 @@ class AudioSettings(Section):
     diarization_model: str = Field(
         "speakers-ge2e", description="Model that tells speakers apart where a request names none."
     )
+    jobs_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
+        2, description="Recordings of jobs that one worker fetches, decodes and works on at once."
+    )
+    lines_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
+        4, description="Recordings of lines of batches that one worker fetches, decodes and works on at once."
+    )
+    live_per_project_max: Count = Field(
+        1000, description="Unfinished transcription jobs of one project; a further one gets 429."
+    )
+    background_seconds_max: Seconds = Field(
+        86_400, description="How long a transcription job may take, its time in line included, before it is given up."
+    )
 
 
 class EmbeddingSettings(Section):
