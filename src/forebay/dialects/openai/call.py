@@ -133,8 +133,9 @@ class Context:
     """What the front door knows beside the body.
 
     `remote_model` is the engine's own name for the model; `enforces_tool_choice` whether it obeys `tool_choice`;
-    `extensions` whose additions to the dialect it understands. `images` are `data:` URLs of checked pictures, one for each image of the body in its order. `thread` is for a response
-    alone, and none in a line of a batch.
+    `extensions` whose additions to the dialect it understands. `images` are `data:` URLs of checked pictures, one for each image of
+    the body in its order. `thread` is for a response alone, and none in a line of a batch. `with_recording` tells
+    whether a recording came beside the body, and `diarization_model` who tells speakers apart where it names nobody.
     """
 
     request_id: str
@@ -148,6 +149,8 @@ class Context:
     items: ItemRules = field(default_factory=ItemRules)
     images: tuple[str, ...] = ()
     thread: Thread | None = None
+    with_recording: bool = False
+    diarization_model: str = ""
 
 
 WireT = TypeVar("WireT", bound=Wire)
@@ -237,6 +240,7 @@ _UNION_TAGS = frozenset(
         "tokens",
         "token_lists",
         "content_parts",
+        *("auto", "server_vad"),
     }
 )
 _DISCRIMINATORS = frozenset(
