@@ -29,6 +29,7 @@ from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
 from tests.support import invariants, postgres
 from tests.support.clock import FakeClock
 from tests.support.invariants import Customer, Found
+from tests.support.logs import unforeseen
 from tests.support.receiver import receiving
 from tests.support.server import eventually
 from tests.support.worker import Life, Site
@@ -183,7 +184,8 @@ async def test_what_a_paused_worker_says_late_is_refused(tmp_path: Path, prove: 
             )
             await invariants.check_batches(customer, found)
             invariants.check_events(customer, receiver.received, found)
-        assert not any("never retrieved" in worker.log for worker in workers)
+        for life in site.lives["server"] + workers:
+            assert not unforeseen(life.log), unforeseen(life.log)
         print(
             f"\n{rounds} rounds, {lost} leases lost, {found.lines} lines, {found.duplicates} twice, {found.lost} lost"
         )

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.support.logs import unforeseen
 from tests.support.postgres_chaos import OwnPostgres, WorkerProcess, own_postgres, start_worker
+from tests.support.processes import family, lives
 from tests.support.server import Server, eventually, serving
 from tests.support.steady_load import NETWORK, steady_load
 
@@ -51,7 +52,7 @@ async def rescue_seconds(postgres: OwnPostgres, worker: WorkerProcess) -> float 
         return len(await postgres.fetch(HELD, worker.node)) > 0
 
     await eventually(busy, within_seconds=30, what="work for the one that is to be killed")
-    family = psutil.Process(worker.process.pid).children(recursive=True)
+    engines = family(worker.process.pid)
     await worker.kill()
     killed_at = time.monotonic()
     held = await postgres.fetch(HELD, worker.node)
@@ -62,15 +63,8 @@ async def rescue_seconds(postgres: OwnPostgres, worker: WorkerProcess) -> float 
 
     await eventually(leased_again, within_seconds=60, what="the rescue")
     took = time.monotonic() - killed_at
-    await eventually(lambda: not any(_lives(child) for child in family), what="the end of its engines")
+    await eventually(lambda: not any(map(lives, engines)), what="the end of its engines")
     return took if held else None
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE and process.is_running())
-    except psutil.NoSuchProcess:
-        return False
 
 
 class Pair:
@@ -106,8 +100,7 @@ class Pair:
         living: list[Server | WorkerProcess] = [self._server, *self.workers]
         for each in living:
             assert each.process.returncode is None, each.log
-            for trouble in (".bug", "Traceback", "never retrieved"):
-                assert trouble not in each.log, each.log[-6000:]
+            assert not unforeseen(each.log), unforeseen(each.log)
 
     async def close(self) -> None:
         """End those that live."""
