@@ -23,6 +23,7 @@ UNFINISHED = ("queued", "in_progress")
 _EVENT_ROWS = 64  # read at once
 _TRIM_EVERY = 32  # responses of a project that are kept before the oldest are looked at
 _TRIM_ROWS = 500
+_CUT = "A response earlier in this conversation is no longer kept. Send the items as `input`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,8 @@ class ResponseStore:
             query = sa.select(responses.c.id, responses.c.input, responses.c.body)
             rows = await connection.execute(query.where(responses.c.id.in_([row.id for row in chain])))
             found = {row.id: row for row in rows}
+        if len(found) < len(chain):  # removed between the two looks, which PostgreSQL shows
+            raise NotFound(_CUT)
         items: list[dict[str, Any]] = []
         for row in reversed(chain):
             items += from_json(found[row.id].input)
@@ -225,7 +228,7 @@ class ResponseStore:
                 code="conversation_too_long",
             )
         if chain[-1].previous_id is not None:
-            raise NotFound("A response earlier in this conversation is no longer kept. Send the items as `input`.")
+            raise NotFound(_CUT)
         if sum(row.size for row in chain) > self._settings.conversation_bytes_max:
             raise InvalidRequest(
                 f"The conversation is larger than {self._settings.conversation_bytes_max} bytes. "
