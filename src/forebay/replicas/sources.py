@@ -1,4 +1,4 @@
-"""Where a model's file comes from: the four forms of a catalogue `source`, as values.
+"""Where a model's file comes from: the forms of a catalogue `source`, as values.
 
 It refuses whatever could lead out of a folder, carry a password or start a plain-text download; it does no I/O.
 """
@@ -19,6 +19,8 @@ _PACKAGE = re.compile(
     r"(?P<package>[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]{0,63})"
     r"/(?P<member>.+)"
 )
+_PLUS = re.compile(r" \+ (?=(?:hf|pypi|https?|file):)")
+_PART_NUMBER = re.compile(r"\.(?:part)?[0-9]{1,4}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +56,32 @@ class FileSource:
     path: Path
 
 
-Source = HubSource | PackageSource | WebSource | FileSource
+@dataclass(frozen=True, slots=True)
+class JoinedSource:
+    """A file in several parts, each from a source of its own."""
+
+    parts: tuple[HubSource | PackageSource | WebSource, ...]
+
+
+Source = HubSource | PackageSource | WebSource | FileSource | JoinedSource
 
 
 def parse(text: str) -> Source:
     """Read a `source`. Raises SetupError that says the right form."""
     if len(text) > _TEXT_MAX or not text.isprintable():
         raise _wrong(text, f"it has at most {_TEXT_MAX} characters, all of them printable")
+    parts = _PLUS.split(text)
+    return _parse_one(text) if len(parts) == 1 else JoinedSource(tuple(map(_parse_part, parts)))
+
+
+def _parse_part(text: str) -> HubSource | PackageSource | WebSource:
+    match _parse_one(text):
+        case HubSource(file=str()) | PackageSource() | WebSource() as part:
+            return part
+    raise _wrong(text, "a part is one file that can be pulled")
+
+
+def _parse_one(text: str) -> HubSource | PackageSource | WebSource | FileSource:
     scheme, _, rest = text.partition(":")
     match scheme:
         case "hf":
@@ -88,6 +109,9 @@ def file_name(source: Source) -> str:
             return PurePosixPath(urlsplit(url).path).name
         case FileSource(path=path):
             return path.name
+        case JoinedSource(parts=parts):
+            first = PurePosixPath(file_name(parts[0]))
+            return first.stem if _PART_NUMBER.fullmatch(first.suffix) else first.name
 
 
 def check_address(url: str) -> SplitResult:
