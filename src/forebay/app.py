@@ -240,7 +240,7 @@ class House:
         self._machine = machine
         self._outbound = Outbound(settings.outbound, self._clock)
         self._images = Images(settings.media, self._outbound, UploadedImages(stores.files, stores.blobs), self._clock)
-        calls = Calls(machine.catalog, self._images)
+        calls = Calls(machine.catalog, self._images, settings.audio.diarization_model)
         self._office = build_office(settings, stores, machine, self._outbound, calls, node, self._clock, metrics)
         self._door = Door(machine.scheduler, machine.assembler, Rates(self._clock), settings, self._clock, metrics)
         app = create_app(settings)
@@ -382,7 +382,7 @@ async def work(settings: Settings, environment: Mapping[str, str], on_ready: Cal
         machine = Machine(settings, environment, clock, metrics)
         outbound = Outbound(settings.outbound, clock)
         images = Images(settings.media, outbound, UploadedImages(stores.files, stores.blobs), clock)
-        calls = Calls(machine.catalog, images)
+        calls = Calls(machine.catalog, images, settings.audio.diarization_model)
         office = build_office(settings, stores, machine, outbound, calls, node.name, clock, metrics)
         supervising = asyncio.create_task(machine.supervisor.run())
         working = asyncio.create_task(office.run())

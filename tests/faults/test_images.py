@@ -74,6 +74,7 @@ async def test_no_image_address_reaches_the_canary(
     calls = Calls(
         Catalog(settings),
         Images(settings.media, Outbound(settings.outbound, clock, resolve), NoFiles(), clock),
+        settings.audio.diarization_model,
     )
     for url in hostile_urls(bird.port):
         raw = json.dumps({"model": "fake", **made(url)}).encode()

@@ -47,7 +47,11 @@ def calls() -> Calls:
     embedder = LlamaCppModel(engine="llama.cpp", source="file:/m.gguf", options=LlamaCppOptions(embeddings=True))
     models: dict[str, Model] = {"fake": FakeModel(engine="fake", slots=2), "embedder": embedder}
     settings, clock = Settings(default_models=False, models=models), SystemClock()
-    return Calls(Catalog(settings), Images(settings.media, Outbound(settings.outbound, clock), NoFiles(), clock))
+    return Calls(
+        Catalog(settings),
+        Images(settings.media, Outbound(settings.outbound, clock), NoFiles(), clock),
+        settings.audio.diarization_model,
+    )
 
 
 async def prepare(calls: Calls, path: str, body: dict[str, Any], **options: Any) -> Any:

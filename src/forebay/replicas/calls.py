@@ -13,12 +13,12 @@ from forebay.dialects import rerank, tokens
 from forebay.dialects.anthropic import messages
 from forebay.dialects.images import ImageRef
 from forebay.dialects.items import ItemRules
-from forebay.dialects.openai import embeddings
+from forebay.dialects.openai import audio, embeddings
 from forebay.dialects.openai.call import Call, Context, Otherwise, Thread, Wire, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call, images_of
 from forebay.dialects.openai.completions import CompletionBody, completion_call
 from forebay.dialects.openai.responses import ResponseBody, response_call, response_images
-from forebay.errors import ForebayError, InvalidRequest
+from forebay.errors import ForebayError, InvalidRequest, ModelNotFound
 from forebay.inference import Capability, Priority
 from forebay.media.images import Images
 from forebay.model_config import Model, Trouble, UpstreamModel
@@ -38,9 +38,17 @@ MESSAGES = messages.PATH
 COUNT_TOKENS = messages.COUNT_PATH
 TOKENIZE = tokens.TOKENIZE_PATH
 DETOKENIZE = tokens.DETOKENIZE_PATH
+TRANSCRIPTIONS = audio.TRANSCRIPTIONS
+TRANSLATIONS = audio.TRANSLATIONS
+ALIGNMENTS = audio.ALIGNMENTS
+DIARIZATIONS = audio.DIARIZATIONS
 
 
 def _without_images(_body: Wire) -> Sequence[ImageRef]:
+    return ()
+
+
+def _alone(_body: Wire, _diarization_model: str) -> Sequence[tuple[str, str, Capability]]:
     return ()
 
 
@@ -49,7 +57,8 @@ class Endpoint(Generic[BodyT]):
     """What a path asks of a model, the body that it takes, and how that becomes a call.
 
     `images` finds the images of a body; `build` gets what became of them as `Context.images`, in the same order.
-    `needs` says what the model must be able to do where the body decides it.
+    `needs` says what the model must be able to do where the body decides it; `others` finds the further models that it
+    takes, each with the field that names it and what it has to serve.
     """
 
     capability: Capability
@@ -57,6 +66,7 @@ class Endpoint(Generic[BodyT]):
     build: Callable[[BodyT, Context], Call]
     images: Callable[[BodyT], Sequence[ImageRef]] = _without_images
     needs: Callable[[BodyT], Capability] | None = None
+    others: Callable[[BodyT, str], Sequence[tuple[str, str, Capability]]] = _alone
 
 
 ENDPOINTS: Mapping[str, Endpoint[Any]] = {
@@ -70,6 +80,14 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     COUNT_TOKENS: Endpoint(Capability.CHAT, messages.CountBody, messages.count_call, messages.message_images),
     TOKENIZE: Endpoint(Capability.COMPLETION, tokens.TokenizeBody, tokens.tokenize_call),
     DETOKENIZE: Endpoint(Capability.COMPLETION, tokens.DetokenizeBody, tokens.detokenize_call),
+    TRANSCRIPTIONS: Endpoint(
+        Capability.TRANSCRIPTION, audio.TranscriptionBody, audio.transcription_call, others=audio.other_models
+    ),
+    TRANSLATIONS: Endpoint(
+        Capability.TRANSLATION, audio.TranslationBody, audio.translation_call, others=audio.other_models
+    ),
+    ALIGNMENTS: Endpoint(Capability.ALIGNMENT, audio.AlignmentBody, audio.alignment_call),
+    DIARIZATIONS: Endpoint(Capability.DIARIZATION, audio.DiarizationBody, audio.diarization_call),
 }
 # Lines of batches go to these: whoever counts wants to know it now.
 BATCH_ENDPOINTS = tuple(path for path in ENDPOINTS if path not in {COUNT_TOKENS, TOKENIZE, DETOKENIZE})
@@ -88,6 +106,7 @@ class _Asked:
     thread: Thread | None
     caller_key: str | None = field(repr=False)
     images: tuple[str, ...] = ()
+    with_recording: bool = False
 
 
 # Waits for pictures as long as somebody is there to have them.
@@ -100,9 +119,10 @@ _NO_RULES = ItemRules()
 class Calls:
     """Makes calls for the models of a catalogue."""
 
-    def __init__(self, catalog: Catalog, images: Images) -> None:
+    def __init__(self, catalog: Catalog, images: Images, diarization_model: str) -> None:
         self._catalog = catalog
         self._images = images
+        self._diarization_model = diarization_model
 
     async def prepare(
         self,
@@ -116,16 +136,28 @@ class Calls:
         thread: Thread | None = None,
         caller_key: str | None = None,
         watch: Watch | None = None,
+        with_recording: bool = False,
     ) -> Call:
         """The call that `raw` asks for at `path`, which is one of ENDPOINTS. `priority` overrides that of the tier.
 
-        `caller_key` is the caller's own key for an upstream, if there is one; `watch` may end the wait for images.
+        `caller_key` is the caller's own key for an upstream, if there is one; `watch` may end the wait for images;
+        `with_recording` tells that a recording came beside the body.
         Raises InvalidRequest and ModelNotFound; where the body has images also what `Images.inline` raises.
         """
         endpoint = ENDPOINTS[path]
         body = parse(endpoint.body, raw)
         del raw  # with images it is large, and its turn to be looked at may be long in coming
-        asked = _Asked(endpoint, body, request_id, project, traceparent, priority, thread, caller_key)
+        asked = _Asked(
+            endpoint,
+            body,
+            request_id,
+            project,
+            traceparent,
+            priority,
+            thread,
+            caller_key,
+            with_recording=with_recording,
+        )
         self._check(asked, body.model)
         if refs := endpoint.images(body):
             pictures = self._images.inline(refs, project, patient=priority is Priority.BATCH)
@@ -169,6 +201,16 @@ class Calls:
                 param="model",
                 code="upstream_key_required",
             )
+        for param, other, needed in endpoint.others(asked.body, self._diarization_model):
+            self._check_other(param, other, needed)
+
+    def _check_other(self, param: str, name: str, needed: Capability) -> None:
+        """Refuse a further model that is not there, or does something else."""
+        try:
+            _check_capability(name, self._catalog.get(name), needed)
+        except (InvalidRequest, ModelNotFound) as error:
+            error.param = param
+            raise
 
     def _make(self, asked: "_Asked", name: str) -> Call:
         """The call for the model by this name, which may be another than that of the body."""
@@ -189,6 +231,8 @@ class Calls:
             items=self._rules(name, model, traits, key) if items else _NO_RULES,
             images=asked.images,
             thread=asked.thread,
+            with_recording=asked.with_recording,
+            diarization_model=self._diarization_model,
         )
         call = asked.endpoint.build(body, context)
         priority = call.request.priority if asked.priority is None else asked.priority

@@ -271,14 +271,13 @@ def diarization_call(body: DiarizationBody, context: Context) -> Call:
     return _call(body, context, Capability.DIARIZATION, DIARIZATIONS, speech, shape)
 
 
-def other_models(body: Any, context: Context) -> Sequence[tuple[str, str, Capability]]:
+def other_models(body: Spoken, diarization_model: str) -> Sequence[tuple[str, str, Capability]]:
     """The further models that a body needs: the field that names each, its name, and what it has to serve."""
     found = []
     if isinstance(body, TranscriptionBody) and body.align_model is not None:
         found.append(("align_model", body.align_model, Capability.ALIGNMENT))
-    if isinstance(body, Spoken) and (body.diarize or getattr(body, "response_format", "") == "diarized_json"):
-        name = body.diarization_model or context.diarization_model
-        found.append(("diarization_model", name, Capability.DIARIZATION))
+    if body.diarize or getattr(body, "response_format", "") == "diarized_json":
+        found.append(("diarization_model", body.diarization_model or diarization_model, Capability.DIARIZATION))
     return found
 
 
