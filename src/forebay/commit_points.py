@@ -22,6 +22,10 @@ NAMES = {
     "batch.joined": "The output files are stored; the batch is not settled.",
     "batch.settled": "A batch is settled and its webhooks are enqueued; the segments are still there.",
     "batch.swept": "The segments of a settled batch are removed.",
+    "transcription.recording_stored": "The recording of a transcription is stored; its job is not committed.",
+    "transcription.created": "A transcription and its job are committed; its creator has no answer yet.",
+    "transcription.stretch_kept": "A stretch of a recording is finished and committed.",
+    "transcription.settled": "A transcription is settled; its recording is still there.",
     "webhook.sent": "A receiver has answered; the delivery is not settled.",
 }
 

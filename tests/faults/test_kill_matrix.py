@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from forebay import commit_points
 from forebay.blobs.local import LocalBlobs
 from forebay.clock import SystemClock, seeded
-from forebay.commit_points import NAMES
 from forebay.config import Settings
 from forebay.store.database import Database
 from forebay.store.files import LEFTOVER_SECONDS, FileStore
@@ -34,6 +34,7 @@ IN_FLIGHT = SLOTS + 2  # what the engine is at, and what waits for it
 SMALL = 20
 PAUSE_SECONDS = 0.5  # at most, between two small batches
 RESUME_SECONDS_MAX = 10.0
+NAMES = tuple(name for name in commit_points.NAMES if not name.startswith("transcription."))
 OF_THE_SERVER = frozenset({"file.blob_written", "file.row_committed", "upload.joined", "batch.created"})
 REPEATED = ("chunk.leased", "chunk.segment_written", "chunk.segment_committed", "chunk.finished", "chunk.settled")
 

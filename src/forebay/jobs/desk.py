@@ -4,11 +4,12 @@ It refuses what there is no room for: the number of live jobs is bounded.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from forebay.clock import Clock
 from forebay.config import JobSettings
-from forebay.errors import Conflict, InvalidRequest, NotFound, Overloaded
+from forebay.errors import Conflict, InsufficientStorage, InvalidRequest, NotFound, Overloaded, StoreUnavailable
 from forebay.jobs.kinds import Kind
 from forebay.jobs.outcome import Cancelled, verdict
 from forebay.jobs.settlement import Settlement
@@ -131,27 +132,34 @@ class Desk:
     async def cancel(self, project_id: str, job_id: str) -> Job:
         """Stop a job: at once if nobody runs it, otherwise as soon as its engines have stopped. Raises NotFound."""
         await self.get(project_id, job_id)
+        ended = False
         async with self.jobs.database.begin() as transaction:
             job = await self.jobs.lock(transaction, job_id)
             if job is not None and not job.finished:
-                await self._cancel(transaction, job)
-        return await self.jobs.get(project_id, job_id)
+                ended = await self._cancel(transaction, job)
+        found = await self.jobs.get(project_id, job_id)
+        if ended:
+            with suppress(StoreUnavailable, InsufficientStorage):  # a sweep will do it
+                await self._kinds[found.kind].after(found, found.state)
+        return found
 
-    async def _cancel(self, transaction: Transaction, job: Job) -> None:
+    async def _cancel(self, transaction: Transaction, job: Job) -> bool:
+        """Whether that has ended it already."""
         kind = self._kinds[job.kind]
         joining = kind.children is not None and job.stage == kind.joins_at
         if joining:
-            return  # its work is done; what is left is to put the results together
+            return False  # its work is done; what is left is to put the results together
         await self.jobs.note(transaction, job.id, "job.cancel_requested")
         if job.state is JobState.AVAILABLE:
             ending = verdict(job, Cancelled(), kind.retry, self.jobs.now())
-            await self._settlement.end(transaction, job, ending)
-        elif job.state is JobState.WAITING and kind.children is not None:
+            return await self._settlement.end(transaction, job, ending)
+        if job.state is JobState.WAITING and kind.children is not None:
             await self.jobs.end_available_children(transaction, job.id, kind.children, JobState.CANCELLED)
             await self.jobs.request_cancel(transaction, job.id, children_of=job.id)
             await self._settlement.wake(transaction, job.id, kind.children)
         else:
             await self.jobs.request_cancel(transaction, job.id)
+        return False
 
     async def retry(self, project_id: str, job_id: str) -> Job:
         """Try a job again that was given up, cancelled or too late, with all its attempts before it.

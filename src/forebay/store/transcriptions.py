@@ -16,7 +16,7 @@ from forebay.clock import Clock
 from forebay.errors import LeaseLost, NotFound
 from forebay.store.database import Database, Transaction
 from forebay.store.files import LEFTOVER_SECONDS, Remover
-from forebay.store.job_state import FINISHED, JobState
+from forebay.store.job_state import FINISHED, LIVE, JobState
 from forebay.store.jobs import JobStore, Lease
 from forebay.store.tables import jobs, stretches, transcriptions
 
@@ -109,6 +109,12 @@ class TranscriptionStore:
             "request": new.request,
             "created_at": self._clock.now(),
         }
+
+    async def unfinished(self, transaction: Transaction, project_id: str) -> int:
+        """How many transcriptions of a project have yet to end."""
+        query = sa.select(sa.func.count()).select_from(jobs)
+        mine = (jobs.c.project_id == project_id, jobs.c.kind == TRANSCRIPTION, jobs.c.state.in_(LIVE))
+        return int(await transaction.scalar(query.where(*mine)) or 0)
 
     async def discard(self, blobs: Remover, transcription_id: str) -> None:
         """Remove what was begun and will not be submitted; what is submitted stays."""

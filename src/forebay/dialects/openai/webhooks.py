@@ -18,6 +18,10 @@ EventName = Literal[
     "response.incomplete",
     "response.failed",
     "response.cancelled",
+    "transcription.completed",
+    "transcription.failed",
+    "transcription.expired",
+    "transcription.cancelled",
 ]
 WebhookUrl = Annotated[str, Field(min_length=1, max_length=2048)]
 _Events = Annotated[tuple[EventName, ...], Field(max_length=64, fail_fast=True)]
