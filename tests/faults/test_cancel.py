@@ -208,7 +208,7 @@ async def test_a_project_cancels_its_requests_and_nobody_else_s() -> None:
         assert (await running).code == "client_closed_request"
         await server.until_load(0, 0)
         print(f"cancel call: the place was back after {monotonic() - asked:.3f} s")
-        assert monotonic() - asked < 1
+        assert monotonic() - asked < 3
         assert _engine_says(server, "cancelled", "running-one")
         assert (await server.post("/v1/requests/running-one/cancel", mine))[0] == 404
         assert await server.metric("forebay_cancellations_total", reason="cancel_call") == 2

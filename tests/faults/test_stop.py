@@ -99,7 +99,7 @@ async def test_an_idle_server_ends_at_once(number: signal.Signals) -> None:
     async with serving(CONFIG.format(drain=20), environment=JSON_LOG) as server:
         took = await _end(server, number, 30)
         print(f"{number.name} while idle: gone after {took:.2f} s")
-        assert took < 2
+        assert took < 5
 
 
 async def test_a_hung_engine_does_not_hold_up_the_end() -> None:
@@ -130,7 +130,7 @@ async def test_a_server_that_still_loads_ends_at_once(number: signal.Signals) ->
         await eventually(lambda: len(server.engine_pids()) == 2, what="both engines")
         took = await _end(server, number, 10)
         print(f"{number.name} while a model loads: gone after {took:.2f} s")
-        assert took <= 2
+        assert took < 5
 
 
 async def test_ctrl_c_while_llama_cpp_loads() -> None:
@@ -145,7 +145,7 @@ preload = true
         await eventually(lambda: server.engine_pids(), what="the engine")
         took = await _end(server, signal.SIGINT, 10)
         print(f"SIGINT while llama.cpp loads: gone after {took:.2f} s")
-        assert took <= 2
+        assert took < 5
 
 
 async def test_kill_9_of_the_server_leaves_nothing_behind(prove: bool) -> None:
@@ -158,12 +158,12 @@ async def test_kill_9_of_the_server_leaves_nothing_behind(prove: bool) -> None:
             psutil.Process(server.engine_pid("other")).suspend()
             killed_at = monotonic()
             os.kill(server.pid, signal.SIGKILL)
-            await eventually(partial(_gone, family), within_seconds=2, what="the end of every engine")
+            await eventually(partial(_gone, family), within_seconds=4, what="the end of every engine")
             times.append(monotonic() - killed_at)
             with pytest.raises(aiohttp.ClientError):
                 await stream
     print(f"kill -9 of the server: everything was gone after {max(times):.2f} s")
-    assert max(times) < 2
+    assert max(times) < 4
 
 
 async def test_kill_9_while_engines_start_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -172,4 +172,4 @@ async def test_kill_9_while_engines_start_leaves_nothing_behind(tmp_path: Path) 
         await eventually(lambda: len(server.engine_pids()) == 2, what="both engines")
         family = server.family()
         os.kill(server.pid, signal.SIGKILL)
-        await eventually(partial(_gone, family), within_seconds=2, what="the end of every engine")
+        await eventually(partial(_gone, family), within_seconds=4, what="the end of every engine")

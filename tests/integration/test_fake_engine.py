@@ -135,7 +135,7 @@ def test_a_context_error_is_answered(engine: Engine) -> None:
 def test_it_takes_the_time_that_it_is_told(engine: Engine, directive: str, least: float) -> None:
     began = time.monotonic()
     engine.answer(chat(f"[[fake {directive}]]"))
-    assert least <= time.monotonic() - began < least + 1
+    assert least <= time.monotonic() - began < least + 3
 
 
 def test_a_cancelled_request_computes_no_further(engine: Engine) -> None:

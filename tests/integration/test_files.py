@@ -320,7 +320,7 @@ async def test_a_sender_without_a_key_is_answered_before_the_body(server: Server
         began = asyncio.get_running_loop().time()
         sending = asyncio.create_task(line.send_slowly(upload(bytes(4 * MIB)), 400_000))
         await line.rest()  # closed at the ordinary deadline, however much comes
-        assert asyncio.get_running_loop().time() - began < 4
+        assert asyncio.get_running_loop().time() - began < 7  # the whole would take ten
         sending.cancel()
 
 
