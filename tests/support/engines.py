@@ -119,9 +119,10 @@ class Engine:
 class Stream:
     """One streamed request on a connection of its own."""
 
-    def __init__(self, address: tuple[str, int], path: str, body: dict[str, Any]) -> None:
+    def __init__(self, address: tuple[str, int], path: str, body: Any, samples: bytes | None = None) -> None:
+        """`samples` come after a line with the body, as speech engines take it."""
         self.socket = socket.create_connection(address, timeout=60)
-        data = json.dumps(body).encode()
+        data = json.dumps(body).encode() + (b"" if samples is None else b"\n" + samples)
         head = f"POST {path} HTTP/1.1\r\nHost: engine\r\nAuthorization: Bearer {KEY}\r\nX-Request-ID: req_test\r\n"
         self.socket.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         self.received = b""

@@ -20,6 +20,7 @@ from typing import Any, cast
 import uvloop
 
 from forebay.engines.fake_answers import Chunks, Directive, Job, Refused, read_job, read_tokens, whole_answer
+from forebay.engines.fake_speech import PATHS, Recital, read_recital
 from forebay.engines.fake_vectors import Reading, read_reading
 from forebay.engines.start import check_types, read_spec, refuse_to_start, run_out_of_memory
 
@@ -31,7 +32,7 @@ _ABOUT_TOKENS = ("/tokenize", "/detokenize", "/v1/chat/completions/input_tokens"
 _READS = {"/v1/embeddings": "embedding", "/v1/rerank": "rerank"}
 _UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
-_STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+_STREAM_HEAD = "HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Engine:
         if not self.spec.quiet:
             sys.stderr.write(f"fake: event={event} {ids}\n")
 
-    async def run(self, job: Job | Reading, ids: str, out: "Writer") -> None:
+    async def run(self, job: Job | Reading | Recital, ids: str, out: "Writer") -> None:
         """Compute the answer in slots of its own; they are free again when this returns or raises."""
         taken = await self.slots.take(job.choices)
         self._check_memory()
@@ -138,7 +139,7 @@ class Engine:
         self.log(ids, "started")
         ended = "cancelled"
         try:
-            await (self._produce(job, out) if isinstance(job, Job) else self._read(job, ids, out))
+            await (self._read(job, ids, out) if isinstance(job, Reading) else self._produce(job, out))
             ended = "finished"
         finally:
             self.stats["running"] -= 1
@@ -151,8 +152,8 @@ class Engine:
         if limit and self.slots.busy.count(True) > limit:
             lose_memory()
 
-    async def _produce(self, job: Job, out: "Writer") -> None:
-        directive, chunks = job.directive, Chunks(job)
+    async def _produce(self, job: Job | Recital, out: "Writer") -> None:
+        directive, chunks = job.directive, Chunks(job) if isinstance(job, Job) else job
         if directive.delay_ms > 0:
             await asyncio.sleep(directive.delay_ms / 1000)
         clock, interval = asyncio.get_running_loop().time, directive.interval_seconds
@@ -169,7 +170,9 @@ class Engine:
                 await asyncio.sleep(max(wait, 0.0))
         if directive.troubled:
             await meet_trouble(directive, len(job.words), out, ready)
-        out.finish(b"".join(ready) + chunks.end() if job.stream else whole_answer(job))
+        if isinstance(job, Job) and not job.stream:
+            return out.finish(whole_answer(job))
+        return out.finish(b"".join(ready) + chunks.end())
 
     async def _read(self, reading: Reading, ids: str, out: "Writer") -> None:
         """All at once: what goes wrong goes wrong before the answer."""
@@ -227,10 +230,11 @@ def lose_memory() -> None:
 class Writer:
     """One answer on its way out: SSE in HTTP chunks, or one JSON body."""
 
-    def __init__(self, transport: asyncio.Transport, writable: asyncio.Event, stream: bool) -> None:
+    def __init__(self, transport: asyncio.Transport, writable: asyncio.Event, stream: bool, kind: str) -> None:
         self._transport = transport
         self._writable = writable
         self._stream = stream
+        self._head = _STREAM_HEAD.format(kind=kind).encode()
         self._begun = False
 
     async def send(self, ready: list[bytes]) -> None:
@@ -257,7 +261,7 @@ class Writer:
             self._send(b"0\r\n\r\n")
 
     def _write(self, data: bytes) -> None:
-        head = b"" if self._begun else _STREAM_HEAD
+        head = b"" if self._begun else self._head
         self._begun = True
         self._send(b"%b%x\r\n%b\r\n" % (head, len(data), data))
 
@@ -403,13 +407,17 @@ class Connection(asyncio.Protocol):
             reading = read_reading(body, spec.name, spec.context, spec.dimensions, spec.input_tokens_max)
             self._start(reading, head.ids)
             return None
+        if head.method == "POST" and not PATHS.get(head.path, set()).isdisjoint(self._engine.spec.capabilities):
+            self._start(read_recital(head.path, body), head.ids)
+            return None
         if head.method == "POST" and head.path in _ABOUT_TOKENS:
             return read_tokens(head.path, body)
         return self._engine.look_up(head.path)
 
-    def _start(self, job: Job | Reading, ids: str) -> None:
+    def _start(self, job: Job | Reading | Recital, ids: str) -> None:
         self._stoppable = not job.directive.refuse_stop
-        out = Writer(self._transport, self._writable, job.stream)
+        kind = job.kind if isinstance(job, Recital) else "text/event-stream"
+        out = Writer(self._transport, self._writable, job.stream, kind)
         self._running = asyncio.ensure_future(self._engine.run(job, ids, out))
         self._running.add_done_callback(self._ended)
 

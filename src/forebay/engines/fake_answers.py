@@ -31,7 +31,7 @@ _MAX_THOUGHTS = 1_000
 _MARK = "<token>"
 _IMAGE_TOKENS = 64
 _IMAGE = re.compile(r"data:image/(png|jpeg);base64,")
-_DIRECTIVE = re.compile(r"\[\[fake([^\]]*)\]\]")
+DIRECTIVE = re.compile(r"\[\[fake([^\]]*)\]\]")
 
 
 @dataclass(slots=True)
@@ -116,7 +116,7 @@ class Job:
 def read_directive(text: str) -> Directive:
     """The directive inside `text`, or the default one."""
     directive = Directive()
-    found = _DIRECTIVE.search(text)
+    found = DIRECTIVE.search(text)
     for pair in found[1].split() if found else ():
         name, _, value = pair.partition("=")
         if name in _READERS:
@@ -169,7 +169,7 @@ def _answer(prompt: str, directive: Directive, wanted: dict[str, Any], images: l
     """The answer's tokens and why it ends."""
     if directive.tool:
         return ["{", "}"], "tool_calls"
-    source = _DIRECTIVE.sub("", prompt).split() if directive.echo else images if directive.images else None
+    source = DIRECTIVE.sub("", prompt).split() if directive.echo else images if directive.images else None
     count = directive.tokens
     if count < 0:
         count = len(source) if source is not None else _DEFAULT_TOKENS
