@@ -22,22 +22,46 @@ _AS_THEY_ARE = {"", "binary", "8bit", "7bit"}  # transfer encodings that change 
 
 @dataclass(slots=True)
 class Form:
-    """What has arrived of a form so far. `filename` is what the sender calls the file, and has been checked by nobody."""
+    """What has arrived of a form so far. `filename` is what the sender calls the file, and has been checked by nobody.
+
+    `repeated` are the fields, with their names, that may be there several times.
+    """
 
     fields: dict[str, str] = field(default_factory=dict)
+    repeated: list[tuple[str, str]] = field(default_factory=list)
     has_file: bool = False
     filename: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a form may be. Of its fields `repeated` may be there several times, and `large` may have up to `bytes_max` bytes."""
+
+    repeated: Collection[str] = ()
+    large: Collection[str] = ()
+    fields_max: int = FIELDS_MAX
+    bytes_max: int = FIELDS_MAX * FIELD_BYTES_MAX  # of all its fields
+    needs_file: bool = True
+
+
 Take = Callable[[Form, bytes], Awaitable[None]]
+_PLAIN = Rules()
 
 
-async def read_form(request: Request, file_field: str, others: Collection[str], take: Take) -> Form:
+def is_form(request: Request) -> bool:
+    """Whether the body calls itself a form."""
+    return parse_options_header(request.headers.get("content-type"))[0] == b"multipart/form-data"
+
+
+async def read_form(
+    request: Request, file_field: str, others: Collection[str], take: Take, rules: Rules = _PLAIN
+) -> Form:
     """Read the whole body, handing each piece of the file to `take` with what is known by then.
 
-    The fields may come in any order. Raises InvalidRequest for whatever is no such form, RequestCancelled when it is cut.
+    The fields may come in any order. Raises InvalidRequest for whatever is no such form, PayloadTooLarge for fields that
+    are too large, RequestCancelled when it is cut.
     """
-    reader = _Reader(_boundary(request), file_field, others)
+    reader = _Reader(_boundary(request), file_field, others, rules)
     try:
         async for data in request.stream():
             for piece in reader.feed(data):
@@ -61,11 +85,13 @@ def _boundary(request: Request) -> bytes:
 class _Reader:
     """Keeps the state of one form between pieces of its body."""
 
-    def __init__(self, boundary: bytes, file_field: str, others: Collection[str]) -> None:
+    def __init__(self, boundary: bytes, file_field: str, others: Collection[str], rules: Rules) -> None:
         self.form = Form()
         self._file_field = file_field
         self._others = others
+        self._rules = rules
         self._parts = 0
+        self._bytes_left = rules.bytes_max
         self._ended = False
         self._headers: dict[str, bytearray] = {}
         self._header = bytearray()
@@ -104,15 +130,15 @@ class _Reader:
         """Raise InvalidRequest unless the form came to its end and had a file."""
         if not self._ended:
             raise InvalidRequest("The form ends before its last boundary.", code="invalid_multipart")
-        if not self.form.has_file:
+        if self._rules.needs_file and not self.form.has_file:
             raise InvalidRequest(
                 f"The form has no file `{self._file_field}`.", param=self._file_field, code="missing_required_parameter"
             )
 
     def _part_begin(self) -> None:
         self._parts += 1
-        if self._parts > FIELDS_MAX:
-            raise InvalidRequest(f"The form has more than {FIELDS_MAX} fields.", code="invalid_multipart")
+        if self._parts > self._rules.fields_max:
+            raise InvalidRequest(f"The form has more than {self._rules.fields_max} fields.", code="invalid_multipart")
         self._headers = {}
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
@@ -154,12 +180,22 @@ class _Reader:
             self._pieces.append(data[start:end])
             return
         self._value += data[start:end]
-        if len(self._value) > FIELD_BYTES_MAX:
+        self._bytes_left -= end - start
+        if len(self._value) > FIELD_BYTES_MAX and self._name not in self._rules.large:
             raise PayloadTooLarge(f"A field of a form has at most {FIELD_BYTES_MAX} bytes.", param=self._name)
+        if self._bytes_left < 0:
+            raise PayloadTooLarge(
+                f"The fields of a form have at most {self._rules.bytes_max} bytes in all.", param=self._name
+            )
 
     def _part_end(self) -> None:
-        if self._name is not None:
-            self.form.fields[self._name] = self._value.decode("utf-8", "replace")
+        if self._name is None:
+            return
+        text = self._value.decode("utf-8", "replace")
+        if self._name in self._rules.repeated:
+            self.form.repeated.append((self._name, text))
+        else:
+            self.form.fields[self._name] = text
 
     def _end(self) -> None:
         self._ended = True

@@ -277,12 +277,15 @@ class OnlineAnswer(Response):
             await self._send_events(visit, send, self._held)
             await self._send(visit, send, {"type": "http.response.body", "body": b""})
         else:
-            size = (b"content-length", str(len(body)).encode())
-            head = [(b"content-type", b"application/json"), size, *self._head_fields()]
-            await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
-            for start in range(0, len(body), _PIECE_BYTES):
-                piece, more = body[start : start + _PIECE_BYTES], start + _PIECE_BYTES < len(body)
-                await self._send(visit, send, {"type": "http.response.body", "body": piece, "more_body": more})
+            await self._send_whole(visit, send, body)
+
+    async def _send_whole(self, visit: Visit, send: Send, body: bytes, content_type: str = "application/json") -> None:
+        size = (b"content-length", str(len(body)).encode())
+        head = [(b"content-type", content_type.encode()), size, *self._head_fields()]
+        await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
+        for start in range(0, len(body), _PIECE_BYTES):
+            piece, more = body[start : start + _PIECE_BYTES], start + _PIECE_BYTES < len(body)
+            await self._send(visit, send, {"type": "http.response.body", "body": piece, "more_body": more})
 
     async def _run(self, visit: Visit, call: Call, send: Send) -> bytes:
         """Admit and run `call`, which is that of the visit or a part of it; the body, if it is not a stream."""
@@ -297,7 +300,7 @@ class OnlineAnswer(Response):
                     if call.stream:
                         await self._relay(visit, permit, stream, send)
                     else:
-                        body = await self._gather(visit, stream)
+                        body = await self._gather(visit, call, stream, send)
             except TimeoutError:
                 raise EngineTimeout from None
         visit.waiting = Waiting.LINE
@@ -327,9 +330,9 @@ class OnlineAnswer(Response):
             await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
         await self._send(visit, send, {"type": "http.response.body", "body": events, "more_body": True})
 
-    async def _gather(self, visit: Visit, stream: EngineStream) -> bytes:
+    async def _gather(self, visit: Visit, call: Call, stream: EngineStream, _send: Send) -> bytes:
         clock = self._door.clock
-        gatherer = self._call.shape.gatherer(self._call)
+        gatherer = call.shape.gatherer(call)
         visit.progress = gatherer.progress
         while data := await stream.read():
             gatherer.feed(data)
