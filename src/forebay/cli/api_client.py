@@ -24,6 +24,7 @@ from forebay.errors import SetupError
 _EVENT_BYTES_MAX = 4 * 2**20
 _ANSWER_BYTES_MAX = 64 * 2**20
 _ERROR_BYTES_MAX = 65_536
+_DONE = (200, 202)
 _CONNECT_SECONDS = 10.0
 _QUIET_SECONDS = 300.0
 _T = TypeVar("_T")
@@ -93,7 +94,7 @@ class ApiClient:
             await self._session.close()
 
     def request(self, method: str, path: str, **content: Any) -> "_Request":
-        """A request as a context, which gives the answer once its status is 200."""
+        """A request as a context, which gives the answer once its status is one of success."""
         assert self._session is not None
         return _Request(self._session, method, self.url + path, content)
 
@@ -137,7 +138,7 @@ class _Request:
     async def __aenter__(self) -> aiohttp.ClientResponse:
         try:
             self._response = await self._session.request(self._method, self._url, **self._content)
-            if (status := self._response.status) != 200:
+            if (status := self._response.status) not in _DONE:
                 kind = Busy if status == 429 else NotNow if status >= 500 else SetupError
                 raise kind(await _refusal(self._response))
             return self._response

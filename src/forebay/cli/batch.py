@@ -5,9 +5,6 @@ It refuses to hold a batch up: a batch goes on when nobody watches, and results 
 
 import asyncio
 import json
-import os
-import sys
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +13,9 @@ import aiohttp
 import typer
 
 from forebay.cli.api_client import LOCAL_SERVER, ApiClient, Busy, KeyFile, NotNow, ServerUrl, ask, path_of
-from forebay.cli.options import EXIT_FAILED, EXIT_INTERRUPTED, leave, sentences
+from forebay.cli.options import EXIT_FAILED, sentences
 from forebay.cli.progress import follow
+from forebay.cli.results import print_out, write_whole
 from forebay.cli.tables import clock_time, print_table
 from forebay.errors import SetupError
 
@@ -213,7 +211,7 @@ def _fetch(batch: str, field: str, out: Path | None, url: str, key_file: Path | 
             raise SetupError(_nothing(found, field))
         async with client.request("GET", path_of("files", str(file_id), "content")) as response:
             pieces = response.content.iter_chunked(2**18)
-            await (_print(pieces) if out is None else _keep(pieces, out))
+            await (print_out(pieces) if out is None else write_whole(pieces, out))
 
     ask(url, key_file, work)
 
@@ -223,32 +221,3 @@ def _nothing(batch: dict[str, Any], field: str) -> str:
     if batch["status"] in _LIVE:
         return f"The batch is {_words(batch['status'])}: there are no {noun} yet."
     return f"The batch is {_words(batch['status'])} and has no {noun}."
-
-
-async def _print(pieces: AsyncIterator[bytes]) -> None:
-    try:
-        async for piece in pieces:
-            sys.stdout.buffer.write(piece)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        leave("The reader of the results has gone.", EXIT_INTERRUPTED)
-
-
-async def _keep(pieces: AsyncIterator[bytes], out: Path) -> None:
-    """Write `out` as a whole or not at all."""
-    part = out.with_name(f".{out.name}.part")
-    try:
-        with part.open("wb") as file:
-            async for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(out)
-    except OSError as error:
-        if isinstance(error, aiohttp.ClientError | TimeoutError):
-            raise
-        raise SetupError(f"{out} cannot be written: {error.strerror}.") from None
-    finally:
-        part.unlink(missing_ok=True)
-    typer.echo(f"Wrote {out}.", err=True)
