@@ -316,7 +316,7 @@ async def test_closing_the_stream_stops_the_engine(server: Server, client: anthr
             break
     await server.until_load(1, 0)
     await stream.close()
-    await server.until_load(0, 0, within_seconds=2)
+    await server.until_load(0, 0, within_seconds=5)
 
 
 async def test_an_engine_that_dies_in_the_middle_is_an_error(client: anthropic.AsyncAnthropic) -> None:

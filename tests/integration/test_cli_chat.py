@@ -94,7 +94,7 @@ async def test_an_interrupt_ends_the_answer_and_not_the_program(server: Server, 
     terminal.press(CTRL_C)
     await terminal.wait_for(r"\[stopped; \d+ tokens")
     # The engine has stopped too: the connection was closed, and the server passed that on.
-    await eventually(lambda: idle(server), within_seconds=2, what="an idle engine")
+    await eventually(lambda: idle(server), within_seconds=5, what="an idle engine")
     await terminal.say("[[fake tokens=2]]")
     await terminal.wait_for(r"tok0 tok1 \r\n")
     await terminal.wait_for("> ")
