@@ -1,8 +1,40 @@
 """Recordings that tests make up, and forms that they are sent in."""
 
+import io
 import json
+import wave
+from array import array
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
+
+RATE = 16_000
+LOUD, QUIET, SILENT = 12_000, 2_000, 0
+
+
+def wav(seconds: float, *levels: int) -> bytes:
+    """A recording of hums, in which each of `levels` has an equal share of the time."""
+    share = round(seconds * RATE / max(1, len(levels)))
+    hums = (hum(share, level or 0, period=20 + place) for place, level in enumerate(levels or (LOUD,)))
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(RATE)
+        sound.writeframes(array("h", chain.from_iterable(hums)).tobytes())
+    return file.getvalue()
+
+
+def hum(count: int, level: int, period: int = 20) -> Sequence[int]:
+    """Samples that go up and down."""
+    wave_of_one = [level * (2 * place - period) // period for place in range(period)]
+    return (wave_of_one * (count // period + 1))[:count]
+
+
+def data_url(content: bytes, kind: str = "audio/wav") -> str:
+    """`content` as a `data:` URL."""
+    return f"data:{kind};base64,{b64encode(content).decode()}"
 
 
 def form_of(body: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -142,7 +142,15 @@ def test_the_full_bodies_name_every_field() -> None:
 
 
 def test_options_of_whisper_go_on_by_their_names() -> None:
-    given = {**BEAMS, **SILENCE, **DOUBT, **TEXT, "initial_prompt": "a", "hotwords": "b", "temperatures": [0.0, 1.0]}
+    given: dict[str, Any] = {
+        **BEAMS,
+        **SILENCE,
+        **DOUBT,
+        **TEXT,
+        "initial_prompt": "a",
+        "hotwords": "b",
+        "temperatures": [0.0, 1.0],
+    }
     assert json.loads(json.dumps(task(**given).options)) == given
 
 
@@ -197,8 +205,9 @@ def test_one_of_several_languages_is_that_of_the_recording() -> None:
     ],
 )
 def test_times_of_words(fields: dict[str, Any], words: bool, look: Look) -> None:
-    form = {"response_format": "verbose_json"} if "timestamp_granularities" in fields else {}
-    call = made(**form, **fields)
+    if "timestamp_granularities" in fields:
+        fields = {**fields, "response_format": "verbose_json"}
+    call = made(**fields)
     assert call.speech is not None
     assert call.speech.words is words
     assert isinstance(call.shape, SpeechShape)
