@@ -8,8 +8,8 @@ import asyncio
 import re
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
@@ -119,10 +119,19 @@ class Outbound:
 
     async def get(self, url: str, *, hosts: Sequence[str], timeout_seconds: float, bytes_max: int) -> Answer:
         """The same without a body, from one of `hosts`: a name, `*.` and a name for what is below it, or `*`."""
-        target = _parse(url)
-        if not any(_is_host(target.host, pattern) for pattern in hosts):
-            raise _refused("This server may not fetch from the host of that URL.")
-        return await self._send("GET", target, None, {}, timeout_seconds, bytes_max)
+        return await self._send("GET", _from_one_of(hosts, url), None, {}, timeout_seconds, bytes_max)
+
+    async def download(
+        self, url: str, write: Callable[[bytes], Awaitable[None]], *, hosts: Sequence[str], timeout_seconds: float
+    ) -> Answer:
+        """The same, with each piece of a body of status 200 handed to `write`, and none in the answer.
+
+        Raises what `write` raises, which then is the end of it.
+        """
+        target = _from_one_of(hosts, url)
+        async with self._response("GET", target, None, {}, timeout_seconds) as (response, seconds):
+            whole = response.status != 200 or await self._pass_on(response, write, seconds)
+            return Answer(response.status, _kept(response), b"", whole)
 
     async def _send(
         self,
@@ -133,6 +142,15 @@ class Outbound:
         timeout_seconds: float,
         bytes_max: int,
     ) -> Answer:
+        async with self._response(method, target, body, headers, timeout_seconds) as (response, seconds):
+            content, whole = await self._read(response, bytes_max, seconds)
+        return Answer(response.status, _kept(response), content, whole)
+
+    @asynccontextmanager
+    async def _response(
+        self, method: str, target: _Target, body: bytes | None, headers: Mapping[str, str], timeout_seconds: float
+    ) -> AsyncIterator[tuple[aiohttp.ClientResponse, float]]:
+        """An answer whose body has not been read, and how many seconds are left for that."""
         fields = {"accept-encoding": "identity", "user-agent": "forebay", **headers}
         ends_at = self._clock.monotonic() + timeout_seconds
         with _told():
@@ -145,9 +163,7 @@ class Outbound:
                         method, target.url, data=body, headers=fields, allow_redirects=False
                     )
             async with response:
-                kept = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
-                content, whole = await self._read(response, bytes_max, ends_at - self._clock.monotonic())
-        return Answer(response.status, kept, content, whole)
+                yield response, ends_at - self._clock.monotonic()
 
     async def _read(self, response: aiohttp.ClientResponse, bytes_max: int, seconds: float) -> tuple[bytes, bool]:
         """As much of the body as the limits let through, and whether that is all of it."""
@@ -164,6 +180,23 @@ class Outbound:
             pass  # the status came; who needs the whole body asks `whole`
         response.close()
         return bytes(content[:bytes_max]), False
+
+    async def _pass_on(
+        self, response: aiohttp.ClientResponse, write: Callable[[bytes], Awaitable[None]], seconds: float
+    ) -> bool:
+        """Hand on the body; whether that was all of it. Whoever asked takes care of a limit of size."""
+        whole = False
+        try:
+            async with self._clock.timeout(seconds):
+                async for piece in response.content.iter_chunked(_PIECE_BYTES):
+                    await write(piece)
+            whole = True
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            pass  # the status came; who needs the whole body asks `whole`
+        finally:
+            if not whole:
+                response.close()
+        return whole
 
     def _session(self, target: _Target, addresses: Sequence[_Address]) -> aiohttp.ClientSession:
         """A session that can reach these addresses and nothing else, whatever a name says by then."""
@@ -353,6 +386,17 @@ def _ascii(name: str) -> str:
         return idna.encode(name.lower(), strict=True, uts46=False).decode("ascii")
     except UnicodeError:  # also what the library says of a name that is none
         raise _refused("The host of that URL is no valid international name. Write it in its `xn--` form.") from None
+
+
+def _from_one_of(hosts: Sequence[str], url: str) -> _Target:
+    target = _parse(url)
+    if not any(_is_host(target.host, pattern) for pattern in hosts):
+        raise _refused("This server may not fetch from the host of that URL.")
+    return target
+
+
+def _kept(response: aiohttp.ClientResponse) -> dict[str, str]:
+    return {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
 
 
 def _is_host(host: str, pattern: str) -> bool:
