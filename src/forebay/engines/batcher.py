@@ -9,7 +9,7 @@ no request waits for ever.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 _ROUNDS_MAX = 8
@@ -19,11 +19,11 @@ _BAND_TOKENS_MIN = 16
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One text of a request: its place there, and its tokens."""
+    """One text of a request: its place there, and its tokens; or one piece of a recording, and its samples."""
 
     request: int
     index: int
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     kinds: tuple[int, ...] = ()
 
     @property

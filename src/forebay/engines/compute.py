@@ -111,7 +111,7 @@ class Compute:
         return len(self._requests)
 
     async def run(
-        self, items: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], proceed: Callable[[], None]
+        self, items: Sequence[tuple[Sequence[int], tuple[int, ...]]], proceed: Callable[[], object]
     ) -> list[Any]:
         """The results of `items` (tokens and their kinds), in order. Cancelled, it returns when no step has any of them.
 
@@ -135,7 +135,7 @@ class Compute:
             raise request.error
         return request.results
 
-    async def _all_there(self, request: _Request, proceed: Callable[[], None]) -> None:
+    async def _all_there(self, request: _Request, proceed: Callable[[], object]) -> None:
         last, left = time.monotonic(), request.left
         while request.left and request.error is None:
             request.changed.clear()

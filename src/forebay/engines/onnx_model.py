@@ -6,7 +6,7 @@ when there is none that fits.
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,21 @@ def open_session(path: str, provider: str, threads: int, *, int8: bool) -> onnxr
     return session
 
 
+def run_session(
+    session: onnxruntime.InferenceSession,
+    output: str,
+    fed: Mapping[str, npt.NDArray[Any]],
+    options: onnxruntime.RunOptions | None = None,
+) -> npt.NDArray[Any]:
+    """One output of the model. Raises OutOfMemory and StepFailed, the latter too when `options.terminate` was set."""
+    try:
+        (rows,) = session.run([output], dict(fed), options)
+    except _ERRORS as error:
+        raise_if_memory(error)
+        raise StepFailed(str(error)) from error
+    return np.asarray(rows)
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -101,11 +116,7 @@ class Encoder:
         fed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}
         if "position_ids" in self._inputs:
             fed["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-        try:
-            (rows,) = self._session.run([self._output], {name: fed[name] for name in self._inputs})
-        except _ERRORS as error:
-            raise_if_memory(error)
-            raise StepFailed(str(error)) from error
+        rows = run_session(self._session, self._output, {name: fed[name] for name in self._inputs})
         return list(self._finish(np.asarray(rows, dtype=np.float32), mask))
 
 
