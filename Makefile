@@ -34,7 +34,7 @@ gates: $(STAMP)
 	@echo "== import contracts"; $(BIN)/lint-imports --no-cache > $(VENV)/.contracts 2>&1 || { cat $(VENV)/.contracts; exit 1; }
 	@echo "== dependencies"; $(BIN)/deptry src > $(VENV)/.deptry 2>&1 || { cat $(VENV)/.deptry; exit 1; }
 
-bench: $(STAMP) ## Measure (ARGS='overhead', 'chat', 'jobs', 'batch' or 'embed')
+bench: $(STAMP) ## Measure (ARGS='overhead', 'chat', 'jobs', 'batch', 'embed' or 'speech')
 	@$(BIN)/forebay bench $(or $(ARGS),overhead)
 
 prove: $(STAMP) ## The long versions of the tests: hundreds of kills, thousands of mutations

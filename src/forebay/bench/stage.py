@@ -71,10 +71,8 @@ async def staged(
     """
     asked = endpoint or CHAT
     async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="forebay-bench-")))
-        (folder / "forebay.toml").write_text(settings, encoding="utf-8")
         engine_url, engine_key, engine_pid = await stack.enter_async_context(_engine(name, model, path))
-        server_url, server_key, server_pid = await stack.enter_async_context(_server(folder))
+        server_url, server_key, server_pid = await stack.enter_async_context(served(settings))
         server = Target(
             "through", server_url, server_key, asked.for_server(name), path=asked.path, counted=asked.counted
         )
@@ -118,6 +116,16 @@ def _child_of(pid: int) -> int:
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()[0])
     except (OSError, IndexError):
         return pid
+
+
+@asynccontextmanager
+async def served(settings: str) -> AsyncIterator[tuple[str, str, int]]:
+    """Start a server with `settings` (TOML) in a folder of its own: its address, its key and its process."""
+    with tempfile.TemporaryDirectory(prefix="forebay-bench-") as name:
+        folder = Path(name)
+        (folder / "forebay.toml").write_text(settings, encoding="utf-8")
+        async with _server(folder) as server:
+            yield server
 
 
 @asynccontextmanager

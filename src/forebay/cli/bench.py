@@ -16,6 +16,7 @@ from forebay.bench import chat as chat_bench
 from forebay.bench import embed as embed_bench
 from forebay.bench import jobs as jobs_bench
 from forebay.bench import overhead as overhead_bench
+from forebay.bench import speech as speech_bench
 from forebay.bench.report import Report, figure
 from forebay.cli.options import EXIT_FAILED, PIPED_WIDTH, ConfigFile, DataFolder, load_settings, loop_factory, sentences
 
@@ -100,6 +101,22 @@ def embed(
         size = embed_bench.QUICK if quick else embed_bench.FULL
         measuring = embed_bench.run(settings, reference_python, database_url, 1 if quick else seeds, size, _say)
         _show(runner.run(measuring), out)
+
+
+@app.command()
+def speech(
+    model: Annotated[str, typer.Option(help="A model of the engine `whisper` that is here.")] = "whisper-tiny.en",
+    seeds: Seeds = 3,
+    quick: Quick = False,
+    out: Out = _RESULTS,
+    config_file: ConfigFile = None,
+    data_dir: DataFolder = None,
+) -> None:
+    """Recordings beside faster-whisper driven directly: one file, and eight at once (P12)."""
+    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        settings = load_settings(config_file, data_dir=data_dir)
+        size = speech_bench.QUICK if quick else speech_bench.FULL
+        _show(runner.run(speech_bench.run(settings, model, 1 if quick else seeds, size, _say)), out)
 
 
 def _say(what: str) -> None:
