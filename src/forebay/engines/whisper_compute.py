@@ -63,24 +63,11 @@ class _Chunk:
         return self.tries.best()
 
 
-class _Whisper(WhisperModel):  # type: ignore[misc]  # it has no types
-    """The library's own, whose times of words can be put together for one chunk at a time.
-
-    So what is told of a chunk does not depend on those that were computed with it.
-    """
-
-    aligned: list[Any] | None = None
-
-    def find_alignment(self, *given: Any, **more: Any) -> Any:
-        """What `aligned` holds, if somebody put it there."""
-        return super().find_alignment(*given, **more) if self.aligned is None else self.aligned
-
-
 class Model:
     """A loaded model and the chunks that are under way."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self._model = _Whisper(
+        self._model = WhisperModel(
             spec["model_path"],
             device=spec["device"],
             device_index=spec["device_index"],
@@ -185,23 +172,16 @@ class Model:
         whole = len(chunk.prompt) + len(written.tokens) < self._model.max_length
         chunk.parts, chunk.rest = split(written.tokens, chunk.tokenizer.timestamp_begin, chunk.duration, whole=whole)
         if chunk.words and any(_text_tokens(chunk, part) for part in chunk.parts):
-            return {"next": "align", "key": json.dumps(chunk.tokenizer.sot_sequence)}
+            return {"next": "align", "key": ""}
         return _ended(chunk, [_part(part) for part in chunk.parts])
 
     def _align(self, ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-        chunks = [self._chunks[number] for number in ids]
-        texts = [[token for part in chunk.parts for token in _text_tokens(chunk, part)] for chunk in chunks]
-        encoded, frames = _view([chunk.encoded for chunk in chunks]), [chunk.frames for chunk in chunks]
-        found = self._model.find_alignment(chunks[0].tokenizer, texts, encoded, frames)
-        for number, chunk, words in zip(ids, chunks, found, strict=True):
+        """Times of words, of one chunk at a time: together they are no faster, and what is padded changes them."""
+        for number in ids:
+            chunk = self._chunks[number]
             parts = [_part(part) for part in chunk.parts]
-            self._model.aligned = [words]
-            try:
-                self._model.add_word_timestamps(
-                    [parts], chunk.tokenizer, encoded, chunk.frames, _PREPENDED, _APPENDED, 0.0
-                )
-            finally:
-                self._model.aligned = None
+            encoded = _view([chunk.encoded])
+            self._model.add_word_timestamps([parts], chunk.tokenizer, encoded, chunk.frames, _PREPENDED, _APPENDED, 0.0)
             yield {"id": number, **_ended(chunk, parts)}
 
     def _prompt(self, tokenizer: Any, options: Mapping[str, Any]) -> list[int]:
