@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.models import MODELS_FOLDER, minilm_path, smollm2_path
+from tests.support.models import MINILM, MODELS_FOLDER, minilm_path, smollm2_path, whisper_tiny
 
 
 def bench(folder: Path, kind: str, *options: str) -> "subprocess.CompletedProcess[str]":
@@ -53,6 +53,27 @@ def test_a_short_run_of_embeddings(tmp_path: Path) -> None:
     table = (tmp_path / "results" / "embed-sqlite.md").read_text("utf-8")
     assert table.count("not measured") == len(compared)
     assert "no `--reference-python` has it" in table
+
+
+def test_a_short_run_of_recordings(tmp_path: Path) -> None:
+    whisper_tiny()
+    ran = bench(tmp_path, "speech")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "results" / "speech-whisper-tiny.en.json").read_text("utf-8"))
+    assert report["errors"] == 0
+    assert report["requests"] == 6, "one file and two, on both sides"
+    assert {measure["id"] for measure in report["measures"].values()} == {"P12"}
+    found = {name: measure["by_seed"] for name, measure in report["measures"].items()}
+    assert all(len(seeds) == 1 for seeds in found.values())
+    assert all(found[f"wrong words {side}"][0] < 50 for side in ("through", "by faster-whisper"))
+    assert found["peak memory of faster-whisper"][0] > 100
+
+
+def test_only_a_whisper_model_that_is_here_is_measured(tmp_path: Path) -> None:
+    minilm_path()
+    for name, said in ((MINILM, "another engine than whisper"), ("whisper-small", "There is no model")):
+        ran = bench(tmp_path, "speech", "--model", name)
+        assert (ran.returncode, said in ran.stderr) == (1, True), ran.stderr
 
 
 def test_a_reference_python_without_the_library_is_said_so(tmp_path: Path) -> None:
