@@ -17,8 +17,10 @@ from forebay.blobs.blobs import open_blobs
 from forebay.clock import Clock, SystemClock
 from forebay.config import Settings
 from forebay.errors import SetupError
+from forebay.gateway.audio import Places
 from forebay.gateway.auth import Authenticator
 from forebay.gateway.envelope import Envelope
+from forebay.gateway.hearing import Hearing
 from forebay.gateway.listener import Listener
 from forebay.gateway.online import Door
 from forebay.gateway.rates import Rates
@@ -33,9 +35,12 @@ from forebay.jobs.office import Office
 from forebay.jobs.response import ResponseEnds, ResponseWork, response_kind
 from forebay.jobs.retry import Delay, doubling
 from forebay.jobs.segments import SegmentStore
+from forebay.jobs.speech_lines import SpeechLines
+from forebay.jobs.transcription import TranscriptionWork, transcription_kind
 from forebay.jobs.webhook import webhook_kind
-from forebay.media.files import UploadedImages
+from forebay.media.files import UploadedImages, UploadedRecordings
 from forebay.media.images import Images
+from forebay.media.recordings import Recordings
 from forebay.model_config import UpstreamModel
 from forebay.outbound import Outbound
 from forebay.replicas.calls import Calls
@@ -45,6 +50,7 @@ from forebay.replicas.pull import Puller
 from forebay.replicas.supervisor import Supervisor
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.scheduler.transcriber import Transcriber
 from forebay.store.batches import BATCH, CHUNK, JOIN, BatchStore
 from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore
@@ -54,6 +60,7 @@ from forebay.store.jobs import JobStore
 from forebay.store.key_format import Role
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
 from forebay.store.responses import ResponseStore
+from forebay.store.transcriptions import TranscriptionStore
 from forebay.store.uploads import UploadStore
 from forebay.store.webhooks import WebhookStore
 from forebay.telemetry import Log, Metrics
@@ -73,8 +80,9 @@ class Greeting:
 class Stores:
     """Everything that lasts: the rooms of the filing room and the cellar. Shared by all of one process."""
 
-    def __init__(self, settings: Settings, database: Database, clock: Clock) -> None:
+    def __init__(self, settings: Settings, database: Database, clock: Clock, node: str) -> None:
         self.database = database
+        self.node = node
         self.blobs = open_blobs(settings)
         self.keys = KeyStore(database, clock)
         self.files = FileStore(database, clock, settings.files)
@@ -85,6 +93,20 @@ class Stores:
         self.batches = BatchStore(database, clock)
         self.idempotency = IdempotencyStore(database, clock)
         self.responses = ResponseStore(database, clock, settings.responses)
+        self.transcriptions = TranscriptionStore(database, clock, node)
+
+
+class Speech:
+    """What works on recordings, for both doors and for the lines of batches."""
+
+    def __init__(self, settings: Settings, stores: Stores, outbound: Outbound, clock: Clock) -> None:
+        folder = settings.data_dir / "recordings" / stores.node  # nobody else who lives has the name
+        stored = UploadedRecordings(stores.files, stores.blobs)
+        self.recordings = Recordings(
+            settings.audio, folder, outbound, stored, clock, free_bytes_min=settings.files.free_bytes_min
+        )
+        self.recordings.open()
+        self.transcriber = Transcriber(self.recordings, settings.audio.stretch_seconds)
 
 
 class Machine:
@@ -121,7 +143,7 @@ def build_office(
     machine: Machine,
     outbound: Outbound,
     calls: Calls,
-    node: str,
+    speech: Speech,
     clock: Clock,
     metrics: Metrics,
 ) -> Office:
@@ -129,10 +151,21 @@ def build_office(
     keep = settings.jobs.keep_seconds
     batches = _batch_work(settings, stores, machine, clock)
     admission = Admission(machine.catalog, machine.scheduler, settings, clock)
+    transcriptions = TranscriptionWork(
+        stores.jobs,
+        stores.transcriptions,
+        stores.blobs,
+        calls,
+        speech.recordings,
+        speech.transcriber,
+        admission,
+        clock,
+    )
     kinds: list[Kind] = [
         _batch_kind(batches, settings),
-        _chunk_kind(settings, stores, machine, calls, admission, clock, metrics),
+        _chunk_kind(settings, stores, machine, calls, admission, speech, clock, metrics),
         _response_kind(settings, stores, machine, calls, clock, metrics),
+        transcription_kind(transcriptions, settings.audio, _delay(settings)),
         webhook_kind(stores.webhooks, outbound, settings, clock),
     ]
 
@@ -157,13 +190,16 @@ def build_office(
     async def responses(now: float, rows: int) -> int:
         return await ResponseEnds(stores.responses).sweep(now, rows)
 
+    async def recordings(now: float, rows: int) -> int:
+        return await transcriptions.sweep(now, rows)
+
     return Office(
         stores.jobs,
         stores.webhooks,
         stores.dead_letters,
         kinds,
-        [finished_jobs, old_dead_letters, files, uploads, segments, responses, idempotency_keys],
-        node,
+        [finished_jobs, old_dead_letters, files, uploads, segments, responses, recordings, idempotency_keys],
+        stores.node,
         settings.jobs,
         clock,
         metrics,
@@ -203,11 +239,13 @@ def _chunk_kind(
     machine: Machine,
     calls: Calls,
     admission: Admission,
+    speech: Speech,
     clock: Clock,
     metrics: Metrics,
 ) -> Kind:
+    recorded = SpeechLines(speech.recordings, speech.transcriber, settings.audio)
     segments = SegmentStore(stores.jobs, stores.batches, stores.dead_letters, stores.blobs, clock)
-    lines = LineRunner(calls, admission, machine.assembler, settings, clock, metrics)
+    lines = LineRunner(calls, admission, machine.assembler, recorded, settings, clock, metrics)
     work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock)
     return Kind(
         CHUNK, work.perform, settings.jobs.chunks_at_once, _delay(settings), waits_for_it=True, after=work.after
@@ -229,7 +267,7 @@ def _delay(settings: Settings) -> Delay:
 class House:
     """One running server."""
 
-    def __init__(self, settings: Settings, environment: Mapping[str, str], stores: Stores, node: str) -> None:
+    def __init__(self, settings: Settings, environment: Mapping[str, str], stores: Stores) -> None:
         self.settings = settings
         self.keys = stores.keys
         self._clock = SystemClock()
@@ -241,7 +279,10 @@ class House:
         self._outbound = Outbound(settings.outbound, self._clock)
         self._images = Images(settings.media, self._outbound, UploadedImages(stores.files, stores.blobs), self._clock)
         calls = Calls(machine.catalog, self._images, settings.audio.diarization_model)
-        self._office = build_office(settings, stores, machine, self._outbound, calls, node, self._clock, metrics)
+        self._speech = Speech(settings, stores, self._outbound, self._clock)
+        self._office = build_office(
+            settings, stores, machine, self._outbound, calls, self._speech, self._clock, metrics
+        )
         self._door = Door(machine.scheduler, machine.assembler, Rates(self._clock), settings, self._clock, metrics)
         app = create_app(settings)
         state = app.state
@@ -251,6 +292,8 @@ class House:
         state.webhooks, state.dead_letters, state.outbound = stores.webhooks, stores.dead_letters, self._outbound
         state.idempotency, state.batches = stores.idempotency, stores.batches
         state.responses, state.response_ends = stores.responses, ResponseEnds(stores.responses)
+        state.transcriptions, state.audio_places = stores.transcriptions, Places(settings.audio.uploads_at_once)
+        state.hearing = Hearing(self._speech.recordings, self._speech.transcriber, settings.audio)
         state.desk, state.clock = self._office.desk, self._clock
         state.metrics, state.started_at = metrics, self._clock.now()
         state.authenticator = Authenticator(self.keys, settings.auth, settings.admin_key, self._clock)
@@ -291,6 +334,7 @@ class House:
             sweeping.cancel()
             supervising.cancel()
             await asyncio.wait([supervising, sweeping, loading])
+            await self._speech.recordings.close()
             await self._images.close()
             await self._outbound.close()
             self._log.info("server.stopped")
@@ -328,18 +372,18 @@ async def _first(watched: set[asyncio.Task[Any]], loading: asyncio.Task[Any] | N
 
 
 @asynccontextmanager
-async def open_stores(settings: Settings) -> AsyncIterator[tuple[Stores, Node]]:
-    """Open what lasts, and claim a name to hold leases under; close it at the end. Raises SetupError."""
+async def open_stores(settings: Settings) -> AsyncIterator[Stores]:
+    """Open what lasts under a name of this process alone; close it at the end. Raises SetupError."""
     problem = commit_points.arm(settings.rehearsal.kill_at)
     if problem is not None:
         raise SetupError(problem)
     database = await Database.open(settings)
     try:
-        stores = Stores(settings, database, SystemClock())
-        await stores.blobs.check()
         node = Node.claim(settings.data_dir)
         try:
-            yield stores, node
+            stores = Stores(settings, database, SystemClock(), node.name)
+            await stores.blobs.check()
+            yield stores
         finally:
             node.release()
     finally:
@@ -349,8 +393,8 @@ async def open_stores(settings: Settings) -> AsyncIterator[tuple[Stores, Node]]:
 @asynccontextmanager
 async def open_house(settings: Settings, environment: Mapping[str, str]) -> AsyncIterator[House]:
     """Open what lasts and build the rooms of a server."""
-    async with open_stores(settings) as (stores, node):
-        yield House(settings, environment, stores, node.name)
+    async with open_stores(settings) as stores:
+        yield House(settings, environment, stores)
 
 
 async def serve(
@@ -374,7 +418,7 @@ async def serve(
 async def work(settings: Settings, environment: Mapping[str, str], on_ready: Callable[[str], None]) -> None:
     """Run a worker apart from any server until SIGTERM or Ctrl-C. Raises SetupError if it cannot start."""
     clock, metrics = SystemClock(), Metrics()
-    async with open_stores(settings) as (stores, node):
+    async with open_stores(settings) as stores:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -383,11 +427,12 @@ async def work(settings: Settings, environment: Mapping[str, str], on_ready: Cal
         outbound = Outbound(settings.outbound, clock)
         images = Images(settings.media, outbound, UploadedImages(stores.files, stores.blobs), clock)
         calls = Calls(machine.catalog, images, settings.audio.diarization_model)
-        office = build_office(settings, stores, machine, outbound, calls, node.name, clock, metrics)
+        speech = Speech(settings, stores, outbound, clock)
+        office = build_office(settings, stores, machine, outbound, calls, speech, clock, metrics)
         supervising = asyncio.create_task(machine.supervisor.run())
         working = asyncio.create_task(office.run())
         stopping = asyncio.create_task(stop.wait())
-        on_ready(node.name)
+        on_ready(stores.node)
         try:
             await _first({supervising, working, stopping})
         finally:
@@ -397,6 +442,7 @@ async def work(settings: Settings, environment: Mapping[str, str], on_ready: Cal
             await asyncio.wait([working])
             supervising.cancel()
             await asyncio.wait([supervising])
+            await speech.recordings.close()
             await images.close()
             await outbound.close()
 

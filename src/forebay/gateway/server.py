@@ -15,7 +15,19 @@ from starlette.responses import Response
 from forebay.config import Settings
 from forebay.dialects.openai.errors import sanitise
 from forebay.errors import ForebayError, InvalidRequest, NotFound, RateLimited, ServerError
-from forebay.gateway import admin, batches, dead_letters, files, health, jobs, responses, uploads, webhooks
+from forebay.gateway import (
+    admin,
+    audio,
+    batches,
+    dead_letters,
+    files,
+    health,
+    jobs,
+    responses,
+    transcriptions,
+    uploads,
+    webhooks,
+)
 from forebay.gateway.answers import error_answer, json_answer, read_body, shape_at
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least, upstream_key
 from forebay.gateway.online import Door, look, trace_of, visit
@@ -74,6 +86,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(dead_letters.router)
     app.include_router(webhooks.router)
     app.include_router(responses.router)
+    app.include_router(audio.router)
+    app.include_router(transcriptions.router)
     app.add_exception_handler(ForebayError, _forebay_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)

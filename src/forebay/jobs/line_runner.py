@@ -7,6 +7,7 @@ such line: otherwise the innocent would be taken for the guilty.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from forebay.clock import Clock, new_id
@@ -31,6 +32,7 @@ from forebay.jobs.admission import Admission
 from forebay.jobs.lines import Place
 from forebay.jobs.retry import doubling
 from forebay.jobs.segments import Result
+from forebay.jobs.speech_lines import SpeechLines
 from forebay.replicas.calls import Calls
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.gather import Gathered
@@ -74,6 +76,7 @@ class LineRunner:
         calls: Calls,
         admission: Admission,
         assembler: Assembler,
+        speech: SpeechLines,
         settings: Settings,
         clock: Clock,
         metrics: Metrics,
@@ -81,6 +84,7 @@ class LineRunner:
         self._calls = calls
         self._admission = admission
         self._assembler = assembler
+        self._speech = speech
         self._clock = clock
         self._metrics = metrics
         limits = settings.batches
@@ -157,6 +161,8 @@ class LineRunner:
             return await self._answer(line, named, on_read)
 
     async def _answer(self, line: _Line, call: Call, on_read: OnRead) -> Gathered:
+        if call.speech is not None:
+            return await self._speech.answer(call, partial(self._stretch, line, on_read))
         if call.items is None:
             return await self._admitted(line, call, on_read)
 
@@ -164,6 +170,11 @@ class LineRunner:
             return (await self._admitted(line, part, on_read)).body
 
         return await self._assembler.answer(call, compute)
+
+    async def _stretch(self, line: _Line, on_read: OnRead, part: Call) -> bytes:
+        """One stretch of a recording. Raises Preempted."""
+        named = replace(part, request=replace(part.request, id=new_id("req")))
+        return (await self._admission.run(named, on_read=on_read, on_opened=line.opened)).body
 
     async def _admitted(self, line: _Line, call: Call, on_read: OnRead) -> Gathered:
         """Wait for a place as long as it takes, and run; again whenever the place was taken back."""
