@@ -4,9 +4,10 @@ import json
 import os
 import re
 import socket
-import threading
+import wave
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 from forebay.engines.start import CANNOT_START
 from tests.support import tiny_letters
 from tests.support.engines import KEY, Engine, eventually
+from tests.support.models import whisper_tiny
+from tests.support.speech import SAMPLE_SECONDS, sample_stm, sample_wav
 from tests.support.tiny_letters import RATE, said
 
 PATH = "/v1/audio/alignments"
@@ -312,6 +315,66 @@ def ended(engine: Engine, reason: str) -> None:
     assert "Traceback" not in engine.log
 
 
+@cache
+def reference() -> tuple[bytes, list[Any]]:
+    """The call and what was said in it, utterance by utterance."""
+    with wave.open(str(sample_wav())) as file:
+        samples = file.readframes(file.getnframes())
+    lines = [line.split(maxsplit=5) for line in sample_stm().read_text(encoding="utf-8").splitlines()]
+    return samples, [{"start": float(each[3]), "end": float(each[4]), "text": f" {each[5]}"} for each in lines]
+
+
+def test_words_of_a_call_lie_in_their_utterances(sphinx: Engine) -> None:
+    """All that was said in 30 s as one text: nothing but the sound tells where an utterance begins."""
+    samples, utterances = reference()
+    text = "".join(each["text"] for each in utterances)
+    (words,) = aligned(sphinx, [{"start": 0, "end": SAMPLE_SECONDS, "text": text}], samples)
+    assert all(0 < word["probability"] <= 1 for word in words)
+    for each in utterances:
+        own, words = words[: len(each["text"].split())], words[len(each["text"].split()) :]
+        assert own[0]["start"] == pytest.approx(each["start"], abs=0.3), each
+        assert own[-1]["end"] == pytest.approx(each["end"], abs=0.3), each
+
+
+def test_a_long_call_is_placed_as_its_parts_are(sphinx: Engine) -> None:
+    samples, utterances = reference()
+    text = "".join(each["text"] for each in utterances)
+    (words,) = aligned(sphinx, [{"start": 0, "end": 3 * SAMPLE_SECONDS, "text": text * 3}], samples * 3)
+    for turn in range(3):
+        for each in utterances:
+            own, words = words[: len(each["text"].split())], words[len(each["text"].split()) :]
+            assert own[0]["start"] == pytest.approx(each["start"] + turn * SAMPLE_SECONDS, abs=0.3), each
+            assert own[-1]["end"] == pytest.approx(each["end"] + turn * SAMPLE_SECONDS, abs=0.3), each
+
+
+def test_utterances_by_themselves_agree_with_the_whole(sphinx: Engine) -> None:
+    samples, utterances = reference()
+    text = "".join(each["text"] for each in utterances)
+    (whole_call,) = aligned(sphinx, [{"start": 0, "end": SAMPLE_SECONDS, "text": text}], samples)
+    apart = [word for words in aligned(sphinx, utterances, samples) for word in words]
+    late = [abs(one["start"] - other["start"]) for one, other in zip(whole_call, apart, strict=True)]
+    assert float(np.median(late)) <= 0.05
+    assert max(late) <= 0.6
+
+
+def test_words_are_where_the_attention_of_a_transcriber_has_them(sphinx: Engine) -> None:
+    from faster_whisper import WhisperModel
+
+    samples, _ = reference()
+    sound = np.frombuffer(samples, "<i2").astype(np.float32) / 32768
+    told, _ = WhisperModel(str(whisper_tiny()), device="cpu", compute_type="int8", cpu_threads=2).transcribe(
+        sound, language="en", word_timestamps=True, beam_size=1, temperature=0
+    )
+    segments = list(told)
+    asked = [{"start": each.start, "end": each.end, "text": each.text} for each in segments]
+    found = [word for words in aligned(sphinx, asked, samples) for word in words]
+    attention = [word for each in segments for word in each.words or ()]
+    assert [word["text"] for word in found] == [word.word for word in attention]
+    late = [abs(word["start"] - other.start) for word, other in zip(found, attention, strict=True)]
+    assert float(np.median(late)) <= 0.15
+    assert float(np.quantile(late, 0.9)) <= 0.6
+
+
 # Stopping
 
 
@@ -347,8 +410,8 @@ class Half:
 @pytest.mark.parametrize("backend", ["letters", "sphinx"])
 def test_a_cancelled_request_stops_soon_and_leaves_nothing(backend: str, request: pytest.FixtureRequest) -> None:
     engine: Engine = request.getfixturevalue(backend)
-    samples = np.random.default_rng(1).integers(-3000, 3000, 400 * RATE).astype("<i2")
-    segments = [{"start": 40 * at, "end": 40 * (at + 1), "text": " these are some words" * 20} for at in range(10)]
+    samples = np.random.default_rng(1).integers(-3000, 3000, 120 * RATE).astype("<i2")
+    segments = [{"start": at, "end": at + 40, "text": " these are some words" * 20} for at in range(80)]
     body = body_of(segments, samples)
     halves = [Half(engine, body) for _ in range(3)]
     eventually(lambda: engine.busy() == 3, 20)
@@ -356,6 +419,4 @@ def test_a_cancelled_request_stops_soon_and_leaves_nothing(backend: str, request
         assert max(pool.map(Half.stop, halves)) < 4  # 2 s are the aim; these machines are busy
     assert engine.busy() == 0
     assert engine.log.count("event=cancelled") >= 3
-    before = threading.active_count()
     aligned(engine, whole(" hello", samples[:RATE]), samples[:RATE])
-    assert threading.active_count() == before

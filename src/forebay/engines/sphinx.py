@@ -18,7 +18,7 @@ from forebay.speech import SAMPLE_BYTES, SAMPLE_RATE
 _FRAME_SECONDS = 0.01
 _FRAME_BYTES = int(_FRAME_SECONDS * SAMPLE_RATE) * SAMPLE_BYTES
 _WHOLE_FRAMES_MAX = 3000  # what is longer is worked through in windows
-_WINDOW_FRAMES = 2000  # the interpreter stands still while the library computes one: about 0.4 s
+_WINDOW_FRAMES = 1500  # the interpreter stands still while the library computes one: about 0.3 s
 _SURE_SHARE = 0.75  # of a window; words that end later may only be there because the window ends
 _WORDS_MAX = 300  # at once; nobody says more in 30 s
 _WORD_CHARS_MAX = 64
@@ -38,6 +38,7 @@ class Sphinx:
         except ImportError:
             refuse_to_start("The package `pocketsphinx` is not installed. Run `pip install 'forebay[pocketsphinx]'`.")
         self._library = pocketsphinx
+        self._wanted = Wanted()
         self._open()
 
     def _open(self) -> None:
@@ -49,6 +50,7 @@ class Sphinx:
 
         Words that cannot have been said there share the time that is left. Raises Unwanted when nobody waits any more.
         """
+        self._wanted = wanted
         if len(self._added) > _ADDED_MAX:
             self._open()
         names = [self._name(word) for word in words]
@@ -56,8 +58,6 @@ class Sphinx:
         found: list[Heard | None] = [None] * len(words)
         frames, frame = len(samples) // _FRAME_BYTES, 0
         while spoken and frame < frames:
-            if wanted.gone:
-                raise Unwanted
             tried, last = spoken[:_WORDS_MAX], frames
             if frames - frame > _WHOLE_FRAMES_MAX or len(tried) < len(spoken):
                 last = min(frames, frame + _WINDOW_FRAMES)
@@ -146,6 +146,9 @@ class Sphinx:
         ]
 
     def _feed(self, part: bytes) -> None:
+        """Let the library listen. Raises Unwanted."""
+        if self._wanted.gone:
+            raise Unwanted
         self._decoder.start_utt()
         self._decoder.process_raw(part, full_utt=True)
 
