@@ -149,9 +149,9 @@ class SpeakersOptions(Section):
         1.6, description="Length of what one vector is computed of."
     )
     step_seconds: Annotated[float, Field(ge=0.05, le=30)] = Field(
-        0.8, description="From the beginning of one window to the next."
+        0.4, description="From the beginning of one window to the next; at most the length of one."
     )
-    speakers_max: Annotated[int, Field(ge=1, le=100)] = Field(
+    speakers_max: Annotated[int, Field(ge=1, le=64)] = Field(
         20, description="Most speakers that are told apart where a request does not say how many there are."
     )
 
@@ -159,6 +159,12 @@ class SpeakersOptions(Section):
     def capabilities(self) -> tuple[Capability, ...]:
         """What the model can be asked for."""
         return (Capability.DIARIZATION,)
+
+    @model_validator(mode="after")
+    def _without_gaps(self) -> Self:
+        if self.step_seconds > self.window_seconds:
+            raise ValueError("`step_seconds` is at most `window_seconds`, or something would not be heard")
+        return self
 
 
 class AlignerOptions(Section):
@@ -170,6 +176,9 @@ class AlignerOptions(Section):
     )
     language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = Field(
         None, description="Language of the model, such as `en`; others are refused. Any if absent."
+    )
+    batch_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        60, description="Of recordings that are listened to at once, with `ctc`."
     )
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
 
