@@ -8,6 +8,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from forebay.config import Settings
+from forebay.engines import aligner, speakers, whisper
 from forebay.inference import Capability
 from forebay.model_config import Model
 from forebay.replicas import catalog as catalogue
@@ -77,14 +78,19 @@ def test_an_aligner_may_have_no_file_at_all(tmp_path: Path) -> None:
     assert _catalog(tmp_path, model).present("m")
     assert _spec(model, None) == (
         "forebay.engines.aligner",
-        {"name": "m", "model_path": "", "slots": 3, "backend": "pocketsphinx", "language": "en", "threads": 0},
-    )
+        {
+            "name": "m", "model_path": "", "slots": 3, "backend": "pocketsphinx", "language": "en", "batch_seconds": 60,
+            "threads": 0,
+        },
+    )  # fmt: skip
 
 
 def test_an_aligner_of_a_hub_brings_its_letters(tmp_path: Path) -> None:
     model = _model(engine="aligner", source="hf:owner/wav2vec2@0f1e/onnx/model.onnx")
     catalog = _catalog(tmp_path, model)
-    assert [each.path.name for each in catalog.files("m")] == ["model.onnx", "vocab.json"]
+    assert [each.path.name for each in catalog.files("m")] == [
+        "model.onnx", "vocab.json", "preprocessor_config.json",
+    ]  # fmt: skip
     assert _spec(model, catalog.path("m"))[1]["model_path"] == str(catalog.path("m"))
 
 
@@ -97,6 +103,10 @@ def test_an_aligner_of_a_hub_brings_its_letters(tmp_path: Path) -> None:
         ({"engine": "aligner", "source": "file:a", "options": {"backend": "pocketsphinx"}}, "leave `source` out"),
         ({"engine": "whisper", "source": "file:a", "files": {"b": {"source": "file:b"}}}, "leave `files` out"),
         ({"engine": "whisper", "source": "file:a", "options": {"compute_type": "int4"}}, "int8_float16"),
+        (
+            {"engine": "speakers", "source": "file:a", "options": {"window_seconds": 1, "step_seconds": 2}},
+            "would not be heard",
+        ),
         (
             {"engine": "upstream", "options": {"base_url": "http://a", "capabilities": ["transcription"]}},
             "the engines `whisper`",
@@ -118,6 +128,19 @@ def test_each_engine_serves_its_own_and_tells_figures() -> None:
         model = catalogue.DEFAULT_MODELS[name]
         assert capabilities_of(model) == capabilities
         assert (traits_of(model).probe_path, traits_of(model).metrics_path) == ("/slots", "/metrics")
+
+
+@pytest.mark.parametrize(
+    ("said", "spec"),
+    [
+        ({"engine": "whisper", "source": "file:a"}, whisper.Spec),
+        ({"engine": "speakers", "source": "file:a"}, speakers.Spec),
+        ({"engine": "aligner", "source": "file:a"}, aligner.Spec),
+    ],
+)
+def test_an_engine_takes_what_it_is_given_and_has_the_same_defaults(said: dict[str, Any], spec: Any) -> None:
+    given = _spec(_model(**said), Path("/models/a"))[1]
+    assert spec(**given) == spec(name="m", model_path=given["model_path"], slots=3)
 
 
 def test_an_aligner_whose_program_is_not_installed_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:

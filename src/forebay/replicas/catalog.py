@@ -352,7 +352,7 @@ def _companions(model: FolderModel) -> tuple[str, ...]:
             known = any(key.startswith("vocabulary.") for key in files)
             return ("config.json", _TOKENIZER) if known else ("config.json", _TOKENIZER, "vocabulary.txt")
         case _:
-            return ("vocab.json",)
+            return ("vocab.json", "preprocessor_config.json")
 
 
 def _place(name: str, source: Source, model: Model) -> Path:

@@ -166,7 +166,7 @@ def command_for(
         case SpeakersModel():
             return _ours("speakers", _speech_spec(name, model, slots, path), key)
         case AlignerModel():
-            return _ours("aligner", _speech_spec(name, model, slots, path), key)
+            return _ours("aligner", _speech_spec(name, model, slots, path) | cooldown, key)
         case FakeModel(options=fake):
             return _ours(
                 "fake", {"name": name, "slots": slots, **fake.model_dump(mode="json")} | _tokens_max(model), key
