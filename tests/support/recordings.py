@@ -6,7 +6,7 @@ import wave
 from array import array
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 RATE = 16_000
@@ -15,8 +15,10 @@ LOUD, QUIET, SILENT = 12_000, 2_000, 0
 
 def wav(seconds: float, *levels: int) -> bytes:
     """A recording of hums, in which each of `levels` has an equal share of the time."""
-    share = round(seconds * RATE / max(1, len(levels)))
-    hums = (hum(share, level or 0, period=20 + place) for place, level in enumerate(levels or (LOUD,)))
+    levels = levels or (LOUD,)
+    borders = [round(seconds * RATE * place / len(levels)) for place in range(len(levels) + 1)]
+    shares = [end - begin for begin, end in pairwise(borders)]
+    hums = (hum(shares[place], level, period=20 + place) for place, level in enumerate(levels))
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:
         sound.setnchannels(1)
