@@ -20,6 +20,7 @@ from forebay.inference import Capability
 from forebay.store.database import Database
 from forebay.store.key_format import Role, make_key
 from forebay.store.keys import KeyStore
+from tests.support.recordings import data_url, wav
 from tests.support.server import ADMIN_KEY, FAKE, Server, eventually, serving
 from tests.support.wire import Reply, get, post, wire
 
@@ -30,6 +31,7 @@ RESPONSE = b'{"model": "fake", "input": "[[fake tokens=1]]"}'
 COMPLETION = b'{"model": "fake", "prompt": "[[fake tokens=1]]"}'
 RANKING = b'{"model": "fake", "query": "a", "documents": ["b"]}'
 MESSAGE = b'{"model": "fake", "max_tokens": 5, "messages": [{"role": "user", "content": "[[fake tokens=1]]"}]}'
+RECORDING = b'{"model": "fake", "url": "%b"}' % data_url(wav(1)).encode()
 BODIES = {
     "/v1/responses": RESPONSE,
     "/v1/messages": MESSAGE,
@@ -40,6 +42,8 @@ BODIES = {
     "/v1/completions": COMPLETION,
     "/v1/embeddings": b'{"model": "fake", "input": "a"}',
     **dict.fromkeys(("/v1/rerank", "/rerank", "/v2/rerank"), RANKING),
+    **dict.fromkeys(("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/diarizations"), RECORDING),
+    "/v1/audio/alignments": RECORDING.replace(b"{", b'{"transcript": "a", '),
 }
 FILLED_IN = {"name": "fake", "name:path": "fake"}
 
