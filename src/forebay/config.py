@@ -367,8 +367,8 @@ class AudioSettings(Section):
     decode_seconds_max: Annotated[int, Field(ge=1, le=86_400)] = Field(
         600, description="Processor time for decoding one recording; the wait for it is twice as long at most."
     )
-    decode_memory_bytes_max: Annotated[int, Field(ge=128 * 2**20, le=2**36)] = Field(
-        1024 * 2**20, description="Address space for decoding one recording."
+    decode_memory_bytes_max: Annotated[int, Field(ge=256 * 2**20, le=2**36)] = Field(
+        512 * 2**20, description="Address space for decoding one recording; what needs more gets 413."
     )
     stretch_seconds: Annotated[int, Field(ge=30, le=600)] = Field(
         240,

@@ -33,7 +33,6 @@ _END = 128
 _RATE_MIN, _RATE_MAX = 1000, 768_000
 _CHANNELS_MAX = 64  # more than that the resampler does not take
 _FAILED_FRAMES_MAX = 200  # damaged ones, beyond as many as could be decoded
-_DEMUX_FAILURES_MAX = 50
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 # What a recording has is decoded by these or not at all: pictures and films are not, not even to learn their size.
@@ -259,6 +258,8 @@ class Decoding:
             if not container.streams.audio:
                 raise Refused(NO_AUDIO)
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise Refused(BROKEN)
             stream.codec_context.thread_count = 1
             duration = float(container.duration or 0) / av.time_base
             for packet in _packets(container, stream):
@@ -346,7 +347,7 @@ class Resampler:
         self._graph.push(frame)
         while True:
             try:
-                out = self._graph.pull()
+                out: Any = self._graph.pull()
             except (av.error.BlockingIOError, EOFError):
                 return
             yield memoryview(out.planes[0])[: out.samples * SAMPLE_BYTES]
@@ -377,13 +378,17 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
     while True:
         try:
             packet = next(packets)
-        except StopIteration:
+        except (
+            StopIteration,
+            IndexError,
+        ):  # the latter at the end of one in which further streams turned up on the way
             return
         except MemoryError:
             raise
         except av.FFmpegError:
             return
-        yield packet
+        if packet.stream.index == stream.index:
+            yield packet
 
 
 def _warm_up() -> None:

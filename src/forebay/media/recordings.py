@@ -23,7 +23,7 @@ from forebay.speech import SAMPLE_BYTES, SAMPLE_RATE
 _PIECE_BYTES = 2**20
 _BASE64_CHARS = 4 * 2**18  # a multiple of four
 _DATA = re.compile(
-    r"data:(?:audio|video)/[a-z0-9.+-]{1,64}(?:;[a-z0-9-]{1,32}=[a-z0-9.,+\"-]{1,64}){0,4};base64,", re.I
+    r"data:(?:audio|video)/[a-z0-9.+-]{1,64}(?:;[a-z0-9-]{1,32}=[a-z0-9.,+\"-]{1,64}){0,4};base64,", re.IGNORECASE
 )
 _DATA_HEAD_CHARS = 1024
 
