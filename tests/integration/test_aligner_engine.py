@@ -227,7 +227,7 @@ def test_out_of_memory_makes_batches_smaller_and_one_piece_alone_fails(model: Pa
         (b"{" * 100_000 + b"\n", b"", "JSON"),
         ({}, b"\0\0", "segments"),
         ({"segments": []}, b"\0\0", "segments"),
-        ({"segments": [{}] * 10_001}, b"\0\0", "segments"),
+        ({"segments": [{}] * 20_001}, b"\0\0", "segments"),
         ({"segments": [3]}, b"\0\0", "Segment 0"),
         ({"segments": [{"start": 0, "end": 0, "text": 3}]}, b"\0\0", "Segment 0"),
         ({"segments": [{"start": True, "end": 1, "text": ""}]}, b"\0\0", "Segment 0"),
@@ -237,8 +237,8 @@ def test_out_of_memory_makes_batches_smaller_and_one_piece_alone_fails(model: Pa
         ({"segments": [{"start": 0, "end": 0.7, "text": ""}]}, b"\0\0", "inside"),
         ({"segments": [{"start": 0.2, "end": 0.1, "text": ""}]}, b"\0\0", "inside"),
         ({"segments": [{"start": at, "end": 0.2, "text": ""} for at in (0.1, 0)]}, bytes(32_000), "Sort"),
-        ({"segments": [{"start": 0, "end": 0, "text": "a" * 20_001}]}, b"\0\0", "characters"),
-        ({"segments": [{"start": 0, "end": 0, "text": "a" * 20_000}] * 51}, b"\0\0", "characters"),
+        ({"segments": [{"start": 0, "end": 0, "text": "a" * 65_537}]}, b"\0\0", "characters"),
+        ({"segments": [{"start": 0, "end": 0, "text": "a" * 65_536}] * 17}, b"\0\0", "characters"),
         ({"segments": [{"start": 0, "end": 0, "text": ""}]}, b"\0", "16-bit"),
         ({"segments": [{"start": 0, "end": 0, "text": ""}], "interpolate": "cubic"}, b"\0\0", "interpolate"),
         ({"segments": [{"start": 0, "end": 0, "text": ""}], "interpolate": []}, b"\0\0", "interpolate"),
@@ -263,7 +263,7 @@ def test_another_language_is_refused_by_a_model_that_has_one(sphinx: Engine) -> 
 
 
 HOSTILE = (
-    "", " ", "\0", "\ud800", "<s> </s> <sil>", "(2) hello(2)", "forebay#0", "'", "'''", "-" * 19_999, "a" * 20_000, "é" * 9_000,
+    "", " ", "\0", "\ud800", "<s> </s> <sil>", "(2) hello(2)", "forebay#0", "'", "'''", "-" * 19_999, "a" * 65_536, "é" * 9_000,
     "़" * 5_000, "１２３ ９", "9" * 500, "1,2,3,,4", "\U000e0041" * 50, "مرحبا بالعالم", "🙂" * 100, "a\nb\r\nc\td", "x " * 9_000,
 )  # fmt: skip
 
@@ -420,3 +420,12 @@ def test_a_cancelled_request_stops_soon_and_leaves_nothing(backend: str, request
     assert engine.busy() == 0
     assert engine.log.count("event=cancelled") >= 3
     aligned(engine, whole(" hello", samples[:RATE]), samples[:RATE])
+
+
+def test_a_step_that_nobody_waits_for_is_broken_off(tmp_path: Path) -> None:
+    samples, _ = said(TEXT, 0.4, 60)
+    with running(tiny_letters.save(tmp_path, layers=150), threads=1) as engine:
+        half = Half(engine, body_of(whole(TEXT, samples), samples))
+        eventually(lambda: metric(engine, "listening_batches_total") == 1, 20)
+        assert half.stop() < 3  # of a minute that the step would take; 2 s are the aim
+        assert engine.busy() == 0

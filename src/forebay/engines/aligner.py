@@ -21,10 +21,10 @@ from forebay.engines.threads import Threads, Wanted, all_ended
 from forebay.engines.word_times import Heard, timed, words_of
 from forebay.speech import SAMPLE_BYTES, SAMPLE_RATE, Segment, segment_to_wire
 
-_HEADER_BYTES_MAX = 4 * 2**20
-_SEGMENTS_MAX = 10_000
-_TEXT_CHARS_MAX = 20_000
-_TEXTS_CHARS_MAX = 1_000_000
+_HEADER_BYTES_MAX = 8 * 2**20
+_SEGMENTS_MAX = 20_000
+_TEXT_CHARS_MAX = 65_536
+_TEXTS_CHARS_MAX = 2**20
 _TIME_SLACK_SECONDS = 0.5  # by which a time may lie behind the end of the recording; what is behind it is cut
 _SEGMENTS_AT_ONCE = 8  # of one request: what waits for others meanwhile is little
 _REASON_CHARS_MAX = 300

@@ -19,10 +19,11 @@ _SOUNDS = {
     "w": "W", "x": "K S", "y": "IY", "z": "Z",
 }  # fmt: skip
 _SOUND = re.compile("|".join(sorted(_SOUNDS, key=len, reverse=True)))
+_SOFT_C = re.compile(r"c(?=[eiy])")
 _DOUBLE = re.compile(r"([b-df-hj-np-tv-z])\1")
 _PART = re.compile(r"[a-z]+(?:'[a-z]+)*|[0-9]+")
 _DIGIT_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3})")
-_NAMED = {"%": " percent", "&": " and ", "@": " at ", "+": " plus ", "°": " degrees"}
+_NAMED = {"%": " percent", "&": " and ", "@": " at ", "+": " plus "}
 
 _SMALL = [
     "zero",
@@ -80,7 +81,7 @@ def phones(word: str, lookup: Lookup) -> str:
 
 
 def _by_letters(part: str) -> str:
-    return " ".join(_SOUNDS[each] for each in _SOUND.findall(_DOUBLE.sub(r"\1", part)))
+    return " ".join(_SOUNDS[each] for each in _SOUND.findall(_SOFT_C.sub("s", _DOUBLE.sub(r"\1", part))))
 
 
 def number_words(digits: str) -> list[str]:
