@@ -324,37 +324,32 @@ def reference() -> tuple[bytes, list[Any]]:
     return samples, [{"start": float(each[3]), "end": float(each[4]), "text": f" {each[5]}"} for each in lines]
 
 
+def in_their_utterances(words: list[Any], later: float) -> None:
+    for each in reference()[1]:
+        own, words = words[: len(each["text"].split())], words[len(each["text"].split()) :]
+        assert own[0]["start"] == pytest.approx(each["start"] + later, abs=0.3), each
+        assert own[-1]["end"] == pytest.approx(each["end"] + later, abs=0.3), each
+
+
 def test_words_of_a_call_lie_in_their_utterances(sphinx: Engine) -> None:
     """All that was said in 30 s as one text: nothing but the sound tells where an utterance begins."""
     samples, utterances = reference()
     text = "".join(each["text"] for each in utterances)
     (words,) = aligned(sphinx, [{"start": 0, "end": SAMPLE_SECONDS, "text": text}], samples)
     assert all(0 < word["probability"] <= 1 for word in words)
-    for each in utterances:
-        own, words = words[: len(each["text"].split())], words[len(each["text"].split()) :]
-        assert own[0]["start"] == pytest.approx(each["start"], abs=0.3), each
-        assert own[-1]["end"] == pytest.approx(each["end"], abs=0.3), each
+    in_their_utterances(words, 0)
+    apart = [word for each in aligned(sphinx, utterances, samples) for word in each]
+    late = [abs(one["start"] - other["start"]) for one, other in zip(words, apart, strict=True)]
+    assert float(np.median(late)) <= 0.05
+    assert max(late) <= 0.6
 
 
 def test_a_long_call_is_placed_as_its_parts_are(sphinx: Engine) -> None:
     samples, utterances = reference()
     text = "".join(each["text"] for each in utterances)
-    (words,) = aligned(sphinx, [{"start": 0, "end": 3 * SAMPLE_SECONDS, "text": text * 3}], samples * 3)
-    for turn in range(3):
-        for each in utterances:
-            own, words = words[: len(each["text"].split())], words[len(each["text"].split()) :]
-            assert own[0]["start"] == pytest.approx(each["start"] + turn * SAMPLE_SECONDS, abs=0.3), each
-            assert own[-1]["end"] == pytest.approx(each["end"] + turn * SAMPLE_SECONDS, abs=0.3), each
-
-
-def test_utterances_by_themselves_agree_with_the_whole(sphinx: Engine) -> None:
-    samples, utterances = reference()
-    text = "".join(each["text"] for each in utterances)
-    (whole_call,) = aligned(sphinx, [{"start": 0, "end": SAMPLE_SECONDS, "text": text}], samples)
-    apart = [word for words in aligned(sphinx, utterances, samples) for word in words]
-    late = [abs(one["start"] - other["start"]) for one, other in zip(whole_call, apart, strict=True)]
-    assert float(np.median(late)) <= 0.05
-    assert max(late) <= 0.6
+    (words,) = aligned(sphinx, [{"start": 0, "end": 2 * SAMPLE_SECONDS, "text": text * 2}], samples * 2)
+    in_their_utterances(words[: len(words) // 2], 0)
+    in_their_utterances(words[len(words) // 2 :], SAMPLE_SECONDS)
 
 
 def test_words_are_where_the_attention_of_a_transcriber_has_them(sphinx: Engine) -> None:
