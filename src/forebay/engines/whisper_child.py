@@ -36,6 +36,7 @@ class Child:
 
     process: asyncio.subprocess.Process
     model: Model
+    killed: bool = False
 
     async def ask(self, head: Mapping[str, Any], data: bytes = b"") -> dict[str, Any]:
         """Have one step done; its answer. One at a time. Raises Ended."""
@@ -51,6 +52,7 @@ class Child:
 
     def kill(self) -> None:
         """End it, whatever it is doing."""
+        self.killed = True
         if self.process.returncode is None:
             self.process.kill()
 

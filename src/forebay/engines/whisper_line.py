@@ -16,6 +16,7 @@ from forebay.engines.whisper_chunks import Chunk
 _ROUNDS_MAX = 8
 _PEERS = 2.0  # who has at most so many times as much left is worth waiting for
 _NEWEST = 0.3
+_UNKNOWN = 2  # chunks in the first step of all
 ENCODE, GENERATE, ALIGN = "encode", "generate", "align"
 
 
@@ -74,10 +75,10 @@ class Line:
                 turn.waiting.append(entry)
                 turn.waiting.sort(key=lambda each: each.place)
 
-    def finished(self, entry: Entry) -> None:
-        """Note that a chunk is done."""
-        if turn := self._turns.get(entry.request):
-            turn.left -= entry.chunk.samples
+    def finished(self, request: int, samples: int) -> None:
+        """Note that so much of a request is done."""
+        if turn := self._turns.get(request):
+            turn.left -= samples
 
     def leave(self, request: int) -> list[Entry]:
         """Forget a request; the chunks of it that waited."""
@@ -160,7 +161,7 @@ class Pace:
         """How many chunks, up to `limit`, a step may have that is to take at most `seconds`; 1 at least."""
         known = self._each[stage]
         if not known:
-            return min(limit, 1) if seconds <= 0 else limit
+            return min(limit, _UNKNOWN)
         for count in range(limit, 1, -1):
             smaller = [size for size in known if size <= count] or [min(known)]
             if count * known[max(smaller)] <= seconds:  # a chunk takes less time among more

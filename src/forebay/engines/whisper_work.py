@@ -76,7 +76,7 @@ class _Job:
     listener: Listener
     language: str | None
     found: list[list[Segment]]
-    open: list[int]
+    open: set[int]
     since: float
     held: list[Entry] = field(default_factory=list)
     told: int = 0
@@ -112,7 +112,6 @@ class Work:
         self._forget: list[int] = []
         self._arrived = asyncio.Event()
         self._step: list[Entry] = []
-        self._killed = False
         self._child: Child
 
     async def start(self) -> Model:
@@ -150,7 +149,7 @@ class Work:
     def _admit(self, request: Request, pcm: NDArray[np.int16], chunks: Sequence[Chunk], listener: Listener) -> _Job:
         number = next(self._numbers)
         now = time.monotonic()
-        job = _Job(number, request, pcm, listener, request.language, [[] for _ in chunks], [1] * len(chunks), now)
+        job = _Job(number, request, pcm, listener, request.language, [[] for _ in chunks], set(range(len(chunks))), now)
         self._jobs[number] = job
         self._line.join(number, sum(chunk.samples for chunk in chunks))
         entries = [Entry(next(self._numbers), number, place, chunk, place == 0) for place, chunk in enumerate(chunks)]
@@ -180,7 +179,6 @@ class Work:
 
     def _kill(self, step: list[Entry]) -> None:
         if self._step is step:
-            self._killed = True
             self._child.kill()
 
     async def _out_of_step(self, job: _Job) -> None:
@@ -219,7 +217,6 @@ class Work:
         stage = entries[0].stage
         self._note(entries, begun)
         self._step = entries
-        self._killed = False
         try:
             answer = await self._child.ask(*self._message(stage, entries))
         except Ended as ended:
@@ -292,14 +289,16 @@ class Work:
             self._line.add([entry])
             return
         self._forget.append(entry.number)
-        self._line.finished(entry)
-        self.figures.audio_seconds += entry.chunk.samples / SAMPLE_RATE
         job.found[entry.place] += (entry.chunk.placed(segment_from_wire(each)) for each in told["segments"])
+        done = entry.chunk.samples
         if told["rest"] is not None and entry.again < _AGAIN_MAX:
             rest = entry.chunk.rest(told["rest"])
+            done -= rest.samples
             self._line.add([Entry(next(self._numbers), job.number, entry.place, rest, again=entry.again + 1)])
         else:
-            job.open[entry.place] = 0
+            job.open.discard(entry.place)
+        self._line.finished(job.number, done)
+        self.figures.audio_seconds += done / SAMPLE_RATE
         self._tell(job)
 
     def _know_language(self, job: _Job, language: str, probability: float) -> None:
@@ -310,7 +309,7 @@ class Work:
 
     def _tell(self, job: _Job) -> None:
         """Hand on the segments of the chunks that are done, in order."""
-        while job.told < len(job.found) and not job.open[job.told]:
+        while job.told < len(job.found) and job.told not in job.open:
             if job.found[job.told]:
                 job.listener.segments(job.found[job.told])
             job.told += 1
@@ -340,7 +339,7 @@ class Work:
         for entry in entries:
             entry.begin_again()
         self._line.begin_again()
-        if self._killed:
+        if self._child.killed:
             self._again(entries, "", "")
         else:
             sys.stderr.write(f"event=compute_ended code={code} chunks={len(entries)}\n")
