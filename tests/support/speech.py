@@ -27,6 +27,12 @@ def sample_stm() -> Path:
     return pulled(f"{_SAMPLE}.stm", "f861f3004927e1c4429199f9695bfd252def75d7d5e4bdf735d3d85fd4a667f7")
 
 
+def sample_utterances() -> list[tuple[float, float, str]]:
+    """What was said from when to when, in order."""
+    rows = [line.split(maxsplit=5) for line in sample_stm().read_text(encoding="utf-8").splitlines()]
+    return sorted((float(row[3]), float(row[4]), row[5]) for row in rows)
+
+
 def sample_words() -> str:
     """All words of the call in order."""
     lines = sample_stm().read_text(encoding="utf-8").splitlines()

@@ -197,6 +197,7 @@ def test_one_of_several_languages_is_that_of_the_recording() -> None:
     [
         ({}, False, Look()),
         ({"response_format": "verbose_json"}, False, Look()),
+        ({"response_format": "vtt"}, True, Look()),
         ({"timestamp_granularities": ["word"]}, True, Look(words=True, segments=False)),
         ({"timestamp_granularities": ["word", "segment"]}, True, Look(words=True)),
         ({"timestamp_granularities": ["segment"]}, False, Look()),

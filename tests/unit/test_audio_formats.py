@@ -187,14 +187,16 @@ def test_a_text_cannot_end_its_cue() -> None:
     assert (cue.speaker, cue.text) == ("x> <y", plain)
 
 
-def test_long_segments_are_cut_between_words() -> None:
+@pytest.mark.parametrize("timed", [True, False])
+def test_long_segments_are_cut_between_words(timed: bool) -> None:
     words = tuple(Word(place * 0.5, place * 0.5 + 0.4, f" word{place}") for place in range(60))
-    segment = Segment(0, 30, "".join(word.text for word in words), words=words)
+    segment = Segment(0, 30, "".join(word.text for word in words), words=words if timed else ())
     cues = read_srt(shown(replace(SPOKEN, segments=(segment,)), "srt"))
     assert len(cues) > 4
     assert all(cue.end - cue.start <= 7.001 for cue in cues)
     assert all(len(line) <= 42 for cue in cues for line in cue.lines)
     assert " ".join(cue.text for cue in cues) == segment.text.strip()
+    assert cues[-1].end == (29.9 if timed else 30.0)
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=200) | st.sampled_from(

@@ -212,10 +212,11 @@ def transcription_call(body: TranscriptionBody, context: Context) -> Call:
     diarize = _diarize_of(body, context, implied=form == "diarized_json")
     align = _align_of(body)
     times, logprobs = body.timestamp_granularities or ("segment",), bool(body.include)
+    cut = form in {"srt", "vtt"}  # between words
     speech = SpeechTask(
         "transcribe",
         options=_options(body),
-        words="word" in times or logprobs or align is not None or diarize is not None,
+        words="word" in times or cut or logprobs or align is not None or diarize is not None,
         align=align,
         diarize=diarize,
         source=_source(body, context),

@@ -11,7 +11,7 @@ from forebay.speech import Segment, Word
 
 _LINE_CHARS = 42
 _CUE_CHARS = 2 * _LINE_CHARS
-_CUE_MILLISECONDS = 7000  # that somebody is given to read one; segments without words are not cut
+_CUE_MILLISECONDS = 7000  # that one stands at most
 _SENTENCE_ENDS = (".", "?", "!", "…", "。", "？", "！")  # the full-width ones of Chinese and Japanese
 
 
@@ -98,16 +98,27 @@ def _raw_cues(segments: Iterable[Segment]) -> Iterator[_Cue]:
 
 def _pieces(segment: Segment) -> Iterator[tuple[float, float, str]]:
     """A segment as it is, or cut between words where it is too long to be read at once."""
-    if not segment.words or (len(segment.text) <= _CUE_CHARS and not _too_long(segment.start, segment.end)):
+    words = segment.words or tuple(_spread(segment))
+    if not words or (len(segment.text) <= _CUE_CHARS and not _too_long(segment.start, segment.end)):
         yield segment.start, segment.end, segment.text
         return
     piece: list[Word] = []
-    for word in segment.words:
+    for word in words:
         if piece and _is_full(piece, word):
             yield piece[0].start, piece[-1].end, "".join(each.text for each in piece)
             piece = []
         piece.append(word)
     yield piece[0].start, piece[-1].end, "".join(each.text for each in piece)
+
+
+def _spread(segment: Segment) -> Iterator[Word]:
+    """Words of a segment that has no times for them, each with as much of its time as it has letters."""
+    texts = segment.text.split()
+    share = (segment.end - segment.start) / max(1, sum(map(len, texts)))
+    start = segment.start
+    for text in texts:
+        yield Word(start, start + share * len(text), f" {text}")
+        start += share * len(text)
 
 
 def _is_full(piece: list[Word], word: Word) -> bool:

@@ -33,7 +33,12 @@ _TOO_LONG_SAID = (_MAXIMUM, "is too large to process")  # the latter of llama.cp
 _OUT_OF_MEMORY = "out_of_memory"
 _TOO_LONG = ("exceed_context_size_error", "context_length_exceeded")
 _TOO_LARGE = re.compile(r"\((\d{1,9}) tokens\) is too large to process.{0,80}?(\d{1,9})\)")
-_ITEM_FIELDS = frozenset({"dimensions", "documents", "input", "query"})  # named by engines as callers know them
+_FIELDS = frozenset(  # named by engines as callers know them
+    {
+        *("dimensions", "documents", "input", "query"),
+        *("language", "model", "segments", "speakers_min", "suppress_tokens", "vad_offset"),
+    }
+)
 
 
 def body_of(error: ForebayError) -> dict[str, Any]:
@@ -137,7 +142,7 @@ def _detail(body: bytes) -> dict[str, Any]:
 def _refusal(detail: dict[str, Any], message: str, param: str | None = None, code: str | None = None) -> InvalidRequest:
     """What the engine says is wrong with the request, and with which of its contents."""
     named, index = detail.get("param"), detail.get("index")
-    if not isinstance(named, str) or named not in _ITEM_FIELDS:
+    if not isinstance(named, str) or named not in _FIELDS:
         return InvalidRequest(message, param=param, code=code)
     error = InvalidRequest(message, param=named, code=code)
     error.index = index if isinstance(index, int) and index >= 0 else None
