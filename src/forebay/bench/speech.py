@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 from pydantic_core import to_json
 
-from forebay.bench.memory import Memory, watched
+from forebay.bench.processes import Memory, spent_seconds, watched
 from forebay.bench.program import Program, running
 from forebay.bench.report import Measure, Report
 from forebay.bench.stage import served
@@ -81,6 +81,8 @@ def measures(size: Size) -> dict[str, Measure]:
         Measure("P12", "wrong words by faster-whisper", "%"),
         Measure("P12", f"wrong words of {many} at once through", "%"),
         Measure("P12", f"wrong words of {many} by faster-whisper", "%"),
+        Measure("P12", "CPU time of one file, through / faster-whisper", ""),
+        Measure("P12", f"CPU time of {many}, through / faster-whisper", ""),
         Measure("P12", "peak memory of the server and its processes", "MiB"),
         Measure("P12", "peak memory of faster-whisper", "MiB"),
     ]
@@ -99,7 +101,7 @@ async def run(settings: Settings, name: str, seeds: int, size: Size, say: Callab
         watched(pid) as of_server,
         watched(program.pid) as of_program,
     ):
-        bench = _Bench(sample, through, program, report, of_server, of_program)
+        bench = _Bench(sample, through, program, report, pid, of_server, of_program)
         say("load both")
         await bench.warm_up()
         for seed in range(1, seeds + 1):
@@ -129,6 +131,7 @@ class _Side:
     """What one side has done in all rounds of a part."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     of_audio: float = 0.0
     wrong: int = 0
     words: int = 0
@@ -159,6 +162,7 @@ class _Bench:
     through: Ask
     program: Program
     report: Report
+    server_pid: int
     of_server: Memory
     of_program: Memory
     version: str = ""
@@ -186,7 +190,8 @@ class _Bench:
             seconds_of_audio = sum(map(_seconds, files))
             for name in ("through", "direct") if first else ("direct", "through"):
                 side: _Side = getattr(part, name)
-                began = now()
+                pid = self.server_pid if name == "through" else self.program.pid
+                began, cpu = now(), spent_seconds(pid)
                 if name == "through":
                     texts = await asyncio.gather(*map(self.through, files))
                     side.seconds += now() - began
@@ -194,6 +199,7 @@ class _Bench:
                     answer = await self._direct(files)
                     texts, seconds = answer["texts"], answer["seconds"]
                     side.seconds += seconds
+                side.cpu_seconds += spent_seconds(pid) - cpu
                 side.of_audio += seconds_of_audio
                 self._judge(side, texts)
 
@@ -221,6 +227,8 @@ class _Bench:
         add("wrong words by faster-whisper", one.direct.wrong_percent)
         add(f"wrong words of {files} at once through", many.through.wrong_percent)
         add(f"wrong words of {files} by faster-whisper", many.direct.wrong_percent)
+        add("CPU time of one file, through / faster-whisper", one.through.cpu_seconds / one.direct.cpu_seconds)
+        add(f"CPU time of {files}, through / faster-whisper", many.through.cpu_seconds / many.direct.cpu_seconds)
         add("peak memory of the server and its processes", self.of_server.peak_bytes / 2**20)
         add("peak memory of faster-whisper", self.of_program.peak_bytes / 2**20)
 

@@ -1,4 +1,4 @@
-"""How much memory a process and all that it has started take, and the most that they took together.
+"""What a process and all that it has started take: memory, the most of it that they took together, and CPU time.
 
 It refuses to know what they do. It needs /proc.
 """
@@ -40,14 +40,26 @@ async def watched(pid: int) -> AsyncIterator[Memory]:
 
 def resident_bytes(pid: int) -> int:
     """What it has resident, with all its descendants; those that have just ended count nothing."""
-    folder = Path(f"/proc/{pid}")
     try:
-        pages = int((folder / "statm").read_text(encoding="ascii").split()[1])
-        children = [
-            int(child)
-            for thread in (folder / "task").iterdir()
-            for child in (thread / "children").read_text(encoding="ascii").split()
-        ]
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
     except (OSError, IndexError):
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident_bytes, children))
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident_bytes, _children(pid)))
+
+
+def spent_seconds(pid: int) -> float:
+    """CPU time of it and of all its descendants, also of those that have ended and that somebody has waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    own = sum(int(field) for field in fields[11:15])
+    return own / os.sysconf("SC_CLK_TCK") + sum(map(spent_seconds, _children(pid)))
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        return [int(child) for each in threads for child in (each / "children").read_text(encoding="ascii").split()]
+    except OSError:
+        return []

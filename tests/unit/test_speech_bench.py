@@ -1,12 +1,13 @@
-"""How the benchmark of recordings counts wrong words, and how it sees the memory of processes."""
+"""How the benchmark of recordings counts wrong words, and how it sees the memory and the CPU time of processes."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from forebay.bench.memory import resident_bytes
+from forebay.bench.processes import resident_bytes, spent_seconds
 from forebay.bench.speech import words_of, wrong_words
 
 
@@ -43,3 +44,19 @@ def test_the_memory_of_a_process_is_that_of_its_children_too() -> None:
             parent.stdin.close()
     assert resident_bytes(parent.pid) == 0
     assert resident_bytes(os.getpid()) > 0
+
+
+def test_the_cpu_time_of_a_process_is_that_of_its_children_too_whether_they_live_or_not() -> None:
+    burn = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}]); input()"
+    with subprocess.Popen([sys.executable, "-c", starts], stdin=subprocess.PIPE) as parent:
+        try:
+            while spent_seconds(parent.pid) < 0.3:
+                assert parent.poll() is None
+            while Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text():
+                assert parent.poll() is None
+            assert spent_seconds(parent.pid) >= 0.3
+        finally:
+            assert parent.stdin
+            parent.stdin.close()
+    assert spent_seconds(parent.pid) == 0
