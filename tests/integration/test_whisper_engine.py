@@ -162,10 +162,10 @@ def test_words_lie_in_order_inside_of_their_segments_and_of_the_sound(engine: En
 
 def test_times_are_those_of_the_stretch_and_not_of_what_was_said(engine: Engine) -> None:
     silence = np.zeros(20 * SECOND, np.int16)
-    said = _sample()[12 * SECOND : 20 * SECOND]
+    said = _sample()[22 * SECOND :]
     twice = np.concatenate([silence, said, silence, said])
     heard = _heard(engine, twice, words=True, options={"temperatures": [0]})
-    starts = [word.start for segment in heard for word in segment.words if "Sheila" in word.text]
+    starts = [word.start for segment in heard for word in segment.words if "Yankee" in word.text]
     assert len(starts) == 2, _text(heard)
     assert starts[1] - starts[0] == pytest.approx(28, abs=0.5)
     assert heard[0].start > 19.5
