@@ -104,11 +104,11 @@ async def unharmed(server: Server) -> AsyncIterator[Callable[[], None]]:
 
     What it gives is to be called after each batch of requests, of which there are more than three.
     """
-    engine, sizes = server.engine_pids(), list[int]()
+    engine, sizes = server.engine_pids("forebay.engines.fake"), list[int]()
     yield lambda: sizes.append(server.rss())
     grown = sizes[-1] - sizes[2]  # the first batches fill caches and the allocator's pools
     print(f"grown {grown / MEBIBYTE:.1f} MiB of {sizes[2] / MEBIBYTE:.0f}")
-    assert server.engine_pids() == engine
+    assert server.engine_pids("forebay.engines.fake") == engine
     assert await server.metric("forebay_engine_starts_total", model="fake") == 1
     assert grown < max(20 * MEBIBYTE, sizes[2] // 20)
     assert not unforeseen(server.log), unforeseen(server.log)
