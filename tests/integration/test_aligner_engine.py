@@ -370,6 +370,16 @@ def test_words_are_where_the_attention_of_a_transcriber_has_them(sphinx: Engine)
     assert float(np.quantile(late, 0.9)) <= 0.6
 
 
+def test_a_short_request_does_not_wait_for_a_long_one(sphinx: Engine) -> None:
+    samples, utterances = reference()
+    text = "".join(each["text"] for each in utterances)
+    long = Half(sphinx, body_of([{"start": 0, "end": 300, "text": text * 10}], samples * 10))
+    eventually(lambda: sphinx.busy() == 1, 20)
+    aligned(sphinx, utterances[:1], samples)
+    assert sphinx.busy() == 1
+    long.stop()
+
+
 # Stopping
 
 

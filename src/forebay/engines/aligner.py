@@ -26,8 +26,8 @@ _SEGMENTS_MAX = 20_000
 _TEXT_CHARS_MAX = 65_536
 _TEXTS_CHARS_MAX = 2**20
 _TIME_SLACK_SECONDS = 0.5  # by which a time may lie behind the end of the recording; what is behind it is cut
-_SEGMENTS_AT_ONCE = 8  # of one request: what waits for others meanwhile is little
 _REASON_CHARS_MAX = 300
+_END = object()
 _RULES = ("nearest", "linear", "ignore")
 
 
@@ -62,6 +62,9 @@ class Order:
 class Backend(Protocol):
     """A way to find words in a recording."""
 
+    segments_at_once: int
+    """Of one request: as many as it computes together, and what waits for others meanwhile is little."""
+
     @property
     def figures(self) -> Mapping[str, float]:
         """What the metrics show of it."""
@@ -78,8 +81,9 @@ class Backend(Protocol):
 
 
 class SphinxBackend:
-    """PocketSphinx, one segment at a time: it computes on one core at most."""
+    """PocketSphinx, one window at a time, of each request in turn: it computes on one core at most."""
 
+    segments_at_once = 1
     figures: Mapping[str, float] = {}
 
     def __init__(self) -> None:
@@ -94,7 +98,11 @@ class SphinxBackend:
         """Where each word was heard."""
         first, last = (round(each * SAMPLE_RATE) * SAMPLE_BYTES for each in (segment.start, segment.end))
         part = bytes(samples[first:last])
-        return await self._threads.run(lambda: self._sphinx.place(words, part, segment.start, wanted), wanted)
+        found: list[Heard | None] = []
+        windows = self._sphinx.place(words, part, segment.start, wanted, found)
+        while await self._threads.run(lambda: next(windows, _END), wanted) is not _END:
+            pass
+        return found
 
 
 @dataclass(slots=True)
@@ -157,7 +165,7 @@ class Engine:
         try:
             for segment in order.segments:
                 pending.append(asyncio.create_task(self._one(segment, order, wanted)))
-                if len(pending) == _SEGMENTS_AT_ONCE:
+                if len(pending) == self._backend.segments_at_once:
                     self._tell(visit, await pending.popleft())
             while pending:
                 self._tell(visit, await pending.popleft())

@@ -26,6 +26,8 @@ _SAMPLES_MIN = SAMPLE_RATE // 25  # in less there is no frame to speak of
 class CtcBackend:
     """One model of letters. Made in the loading thread; `place` runs in the event loop."""
 
+    segments_at_once = 8
+
     def __init__(
         self,
         model: Path,

@@ -6,7 +6,7 @@ works for all, since the library holds the interpreter while it computes.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from forebay.engines.pronunciation import phones, spelled
@@ -45,37 +45,44 @@ class Sphinx:
         self._decoder = self._library.Decoder(**_SETTINGS)
         self._added: dict[str, str] = {}
 
-    def place(self, words: Sequence[str], samples: bytes, start: float, wanted: Wanted) -> list[Heard | None]:
-        """Where each word was heard in `samples`, which begin at `start`; None for one that has no sound.
+    def place(
+        self, words: Sequence[str], samples: bytes, start: float, wanted: Wanted, found: list[Heard | None]
+    ) -> Iterator[None]:
+        """Fill in where each word was heard in `samples`, which begin at `start`; None for one that has no sound.
 
-        Words that cannot have been said there share the time that is left. Raises Unwanted when nobody waits any more.
+        It yields after each window, so that others have their turn. Words that cannot have been said there share the time
+        that is left. Raises Unwanted when nobody waits any more.
         """
-        self._wanted = wanted
-        if len(self._added) > _ADDED_MAX:
-            self._open()
-        names = [self._name(word) for word in words]
-        spoken = [place for place, name in enumerate(names) if name]
-        found: list[Heard | None] = [None] * len(words)
+        spoken = [place for place, word in enumerate(words) if self._name(word)]
+        found[:] = [None] * len(words)
         frames, frame = len(samples) // _FRAME_BYTES, 0
         while spoken and frame < frames:
+            self._wanted = wanted
             tried, last = spoken[:_WORDS_MAX], frames
+            names = self._names([words[each] for each in tried])
             if frames - frame > _WHOLE_FRAMES_MAX or len(tried) < len(spoken):
                 last = min(frames, frame + _WINDOW_FRAMES)
-                count, last = self._reach([names[each] for each in tried], samples, frame, last)
+                count, last = self._reach(names, samples, frame, last)
                 tried = tried[:count]
             offset = start + frame * _FRAME_SECONDS
-            heard = self._align([names[each] for each in tried], samples, frame, last, offset) if tried else []
+            heard = self._align(names[: len(tried)], samples, frame, last, offset) if tried else []
             if heard is None:
                 heard = spread([words[each] for each in tried], offset, start + last * _FRAME_SECONDS)
             for place, each in zip(tried, heard, strict=True):
                 found[place] = each
             spoken, frame = spoken[len(tried) :], last
             wanted.proceed()
+            yield
         begin = max((each.end for each in found if each), default=start)
         left = spread([words[each] for each in spoken], begin, max(begin, start + frames * _FRAME_SECONDS))
         for place, each in zip(spoken, left, strict=True):
             found[place] = each
-        return found
+
+    def _names(self, words: Sequence[str]) -> list[str]:
+        """What the dictionary calls them now."""
+        if len(self._added) > _ADDED_MAX:
+            self._open()
+        return [self._name(word) for word in words]
 
     def _name(self, word: str) -> str:
         """What the dictionary calls a word, which is added where it is not known; empty for one without a sound."""
