@@ -302,7 +302,7 @@ async def test_an_engine_that_fails_is_asked_again_and_then_no_more(server: Serv
 
     async def refused() -> bool:
         found = await job_of(server, job_id)
-        return found["status"] == "failed" and found["error"]["code"] == "recording_gone"
+        return bool(found["status"] == "failed" and found["error"]["code"] == "recording_gone")
 
     await eventually(refused, what="the end of a job whose recording is gone")
 
