@@ -8,6 +8,7 @@ read, and an empty file for mono samples, 16 kHz, signed 16-bit, little-endian. 
 works, and at the end 128 and the verdict. Limits come as JSON in the first argument.
 """
 
+import contextlib
 import ctypes
 import errno
 import io
@@ -97,8 +98,9 @@ def main() -> None:
     _warm_up()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     server = socket.socket(fileno=0)
-    while (work := _receive(server)) is not None:
-        server.send(bytes((_END + _run(work, limits, libc, server),)))
+    with contextlib.suppress(OSError):  # the server has gone
+        while (work := _receive(server)) is not None:
+            server.send(bytes((_END + _run(work, limits, libc, server),)))
 
 
 def _receive(server: socket.socket) -> Work | None:
@@ -187,7 +189,7 @@ def _teller(writer: int) -> Callable[[int], None]:
 
     def tell(percent: int) -> None:
         nonlocal last
-        if percent > last:  # never back, for a recording may claim anything of its length
+        if percent > last:
             last = percent
             os.write(writer, bytes((min(percent, 99),)))
 
@@ -261,10 +263,10 @@ class Decoding:
             if stream.codec_context is None:
                 raise Refused(BROKEN)
             stream.codec_context.thread_count = 1
-            duration = float(container.duration or 0) / av.time_base
             for packet in _packets(container, stream):
                 self._decode(packet)
-                self._tell(self._percent(packet, duration))
+                # By its place in the file: what a recording claims of its length may be anything.
+                self._tell(int(100 * (packet.pos or 0) / self._source.bytes))
             self._flush()
         if not self._frames:
             raise Refused(BROKEN)
@@ -299,11 +301,6 @@ class Decoding:
             for samples in self._resampler.samples(None):
                 self._sink.write(samples)
             self._resampler = None
-
-    def _percent(self, packet: Any, duration: float) -> int:
-        if duration > 0:
-            return int(100 * self._sink.samples / SAMPLE_RATE / duration)
-        return int(100 * (packet.pos or 0) / max(1, self._source.bytes))
 
 
 class Resampler:

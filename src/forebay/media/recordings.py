@@ -26,6 +26,7 @@ _DATA = re.compile(
     r"data:(?:audio|video)/[a-z0-9.+-]{1,64}(?:;[a-z0-9-]{1,32}=[a-z0-9.,+\"-]{1,64}){0,4};base64,", re.IGNORECASE
 )
 _DATA_HEAD_CHARS = 1024
+_NOT_BASE64 = "Its base64 is not valid: write it in one line, with its padding and without percent-encoding."
 
 
 class StoredFiles(Protocol):
@@ -143,7 +144,7 @@ class Recordings:
         """Write what `ref` refers to into the spool.
 
         Raises InvalidRequest (`url_not_allowed`, `media_invalid`), PayloadTooLarge (`media_too_large`), NotFound,
-        Unreachable, InsufficientStorage and StoreUnavailable; an error names the field.
+        Unreachable, InsufficientStorage and StoreUnavailable.
         """
         url = ref.url or ""
         if ref.file_id is not None:
@@ -160,14 +161,16 @@ class Recordings:
         match = _DATA.match(url, 0, _DATA_HEAD_CHARS)
         if match is None:
             raise invalid("Write it as `data:audio/wav;base64,…`.")
+        if (len(url) - match.end()) % 4:
+            raise invalid(_NOT_BASE64)
         for start in range(match.end(), len(url), _BASE64_CHARS):
             end = start + _BASE64_CHARS
             try:
                 data = binascii.a2b_base64(url[start:end].encode("ascii"), strict_mode=True)
             except ValueError:
-                raise invalid("Its base64 is not valid: write it in one line, with its padding.") from None
+                raise invalid(_NOT_BASE64) from None
             if end < len(url) and len(data) * 4 != _BASE64_CHARS * 3:
-                raise invalid("Its base64 is not valid: there is padding inside it.")
+                raise invalid(_NOT_BASE64)  # padding inside it
             await spool.write(data)
 
     async def _get(self, spool: Spool, url: str) -> None:

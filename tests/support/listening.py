@@ -1,0 +1,43 @@
+"""Recordings as the server has them, without a server: on a folder, with real uploads and a real way out."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from forebay.blobs.blobs import open_blobs
+from forebay.clock import SystemClock
+from forebay.config import AudioSettings, OutboundSettings, Settings
+from forebay.media.files import UploadedRecordings
+from forebay.media.recordings import Recordings
+from forebay.outbound import Outbound
+from forebay.store.database import Database
+from forebay.store.files import FileStore
+
+
+@asynccontextmanager
+async def recordings(folder: Path, *, free_bytes_min: int = 0, **settings: Any) -> AsyncIterator[Recordings]:
+    """With further settings of `[audio]`. Files are those of the database in `folder`."""
+    clock = SystemClock()
+    whole = Settings(data_dir=folder)
+    database = await Database.open(whole)
+    way_out = Outbound(OutboundSettings(allowed_networks=("127.0.0.1/32",)), clock)
+    stored = UploadedRecordings(FileStore(database, clock), open_blobs(whole))
+    made = Recordings(
+        AudioSettings(**settings), folder / "audio", way_out, stored, clock, free_bytes_min=free_bytes_min
+    )
+    made.open()
+    try:
+        yield made
+    finally:
+        await made.close()
+        await way_out.close()
+        await database.close()
+
+
+async def samples(recordings: Recordings, content: bytes, **options: Any) -> bytes:
+    """All samples of a file."""
+    async with recordings.spool() as spool:
+        await spool.write(content)
+        async with recordings.decode(spool, **options) as recording:
+            return await recording.read(0, recording.samples)
