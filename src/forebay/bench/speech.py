@@ -153,7 +153,15 @@ class _Part:
     direct: _Side = field(default_factory=_Side)
 
 
-Ask = Callable[[Path], Awaitable[str]]
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """What came of a file: its text, or what went wrong."""
+
+    text: str
+    trouble: str = ""
+
+
+Ask = Callable[[Path], Awaitable[_Heard]]
 
 
 @dataclass(slots=True)
@@ -193,23 +201,23 @@ class _Bench:
                 pid = self.server_pid if name == "through" else self.program.pid
                 began, cpu = now(), spent_seconds(pid)
                 if name == "through":
-                    texts = await asyncio.gather(*map(self.through, files))
+                    heard = await asyncio.gather(*map(self.through, files))
                     side.seconds += now() - began
                 else:
                     answer = await self._direct(files)
-                    texts, seconds = answer["texts"], answer["seconds"]
-                    side.seconds += seconds
+                    heard = [_Heard(text) for text in answer["texts"]]
+                    side.seconds += answer["seconds"]
                 side.cpu_seconds += spent_seconds(pid) - cpu
                 side.of_audio += seconds_of_audio
-                self._judge(side, texts)
+                self._judge(side, heard)
 
     async def _direct(self, files: Sequence[Path]) -> dict[str, Any]:
         return await self.program.ask({"paths": [str(path) for path in files], "options": _OPTIONS})
 
-    def _judge(self, side: _Side, texts: Sequence[str]) -> None:
-        for text in texts:
-            self.report.count(["" if text else "no text came"])
-            side.wrong += wrong_words(self.sample.words, words_of(text))
+    def _judge(self, side: _Side, heard: Sequence[_Heard]) -> None:
+        for each in heard:
+            self.report.count([each.trouble])
+            side.wrong += wrong_words(self.sample.words, words_of(each.text))
             side.words += len(self.sample.words)
 
     def _add(self, one: _Part, many: _Part, size: Size) -> None:
@@ -352,7 +360,7 @@ async def _asking(name: str, url: str, key: str) -> AsyncIterator[Ask]:
     headers = {"Authorization": f"Bearer {key}"}
     async with aiohttp.ClientSession(url, headers=headers, timeout=timeout) as session:
 
-        async def ask(path: Path) -> str:
+        async def ask(path: Path) -> _Heard:
             form = aiohttp.FormData()
             said = {"model": name, "language": _LANGUAGE, "beam_size": "5", "response_format": "verbose_json"}
             for field_name, value in said.items():
@@ -364,7 +372,7 @@ async def _asking(name: str, url: str, key: str) -> AsyncIterator[Ask]:
             async with session.post(TRANSCRIPTIONS, data=form) as answer:
                 body = await answer.json()
             if answer.status != 200:
-                raise SetupError(f"The server answered {answer.status}: {body['error']['message']}")
-            return str(body["text"])
+                return _Heard("", f"the server answered {answer.status}: {body['error']['message']}")
+            return _Heard(str(body["text"]))
 
         yield ask
