@@ -29,8 +29,8 @@ def der(reference: Sequence[Turn], found: Sequence[Turn], collar: float = 0.0) -
     """How wrong `found` is; nothing counts within `collar` seconds of a boundary of the reference."""
     pieces = list(_pieces(reference, found, collar))
     theirs = sorted({speaker for _, _, speaker in reference})
-    ours: list[str | None] = sorted({speaker for _, _, speaker in found})
-    ours += [None] * (len(theirs) - len(ours))
+    ours = sorted({speaker for _, _, speaker in found})
+    ours += [""] * (len(theirs) - len(ours))  # nobody
     together = {
         (a, b): sum(length for length, said, heard in pieces if a in said and b in heard) for a in theirs for b in ours
     }

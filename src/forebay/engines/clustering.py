@@ -14,11 +14,11 @@ Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.intp]
 Check = Callable[[], None]
 
-_MINIS_MAX = 1000
+_MINIS_MAX = 500
 _MINI_ROUNDS = 3
 _ROWS_AT_ONCE = 4096
 _WINDOWS_MIN = 6  # fewer are of one voice
-_NEIGHBOURS = 0.3  # of all windows, those that one is joined to
+_NEIGHBOURS = 0.15  # of all windows, those that one is joined to
 _SEEDS = 8
 _ROUNDS_MAX = 30
 _SMALL = 1e-12
@@ -26,10 +26,12 @@ _SMALL = 1e-12
 # How many voices: what lasts from one window to the next that shares no sound with it is the voice; what was said does
 # not last. Measured with GE2E on one voice: lasting 0.010 to 0.025, persistence below 0.13, spread 0.03 to 0.069; on two
 # voices on the telephone: lasting from 0.025, persistence from 0.23.
-_STEP_SECONDS = 0.2
+_STEP_SECONDS = 0.4
 _HOLE_SECONDS = 1.0  # windows that are further apart are not of one stretch of speech
 _LASTING_SURE = 0.03
 _LASTING = 0.0195
+_LASTING_FURTHER = 0.01
+_NOISE_TIMES = 1.85
 _PERSISTENCE = 0.15
 _SPREAD_SURE = 0.072
 
@@ -52,7 +54,8 @@ def voices_in(windows: Windows, check: Check) -> int:
     apart = lasting[0] >= _LASTING_SURE or (lasting[0] >= _LASTING and persistence >= _PERSISTENCE)
     if not apart and spread < _SPREAD_SURE:
         return 1
-    return 1 + max(1, int((lasting >= _LASTING).sum()))
+    noise = max(_LASTING_FURTHER, _NOISE_TIMES * -float(lasting[-1]))  # by chance it is below 0 as often as above
+    return 2 + int((lasting[1:] >= noise).sum())
 
 
 def _statistics(windows: Windows, check: Check) -> tuple[float, npt.NDArray[np.float64], float]:
@@ -113,7 +116,10 @@ def told_apart(vectors: Floats, count: int, check: Check) -> Labels:
 def centres_of(vectors: Floats, labels: Labels, count: int) -> Floats:
     """The mean vector of each voice at length 1; zeros for a voice that nothing is of."""
     sums = np.zeros((count, vectors.shape[1]), dtype=np.float32)
-    np.add.at(sums, labels, vectors)
+    order = np.argsort(labels, kind="stable")
+    used, begins = np.unique(labels[order], return_index=True)
+    if len(used):
+        sums[used] = np.add.reduceat(vectors[order], begins, axis=0)
     return unit(sums)
 
 
