@@ -30,6 +30,7 @@ from forebay.errors import (
     Overloaded,
     PayloadTooLarge,
     ServerError,
+    ShuttingDown,
     Unreachable,
 )
 from forebay.media.recordings import Recordings
@@ -321,6 +322,20 @@ async def test_a_child_that_dies_was_given_too_much_or_something_broken(made: Re
         with pytest.raises(ForebayError) as refused:
             await decoding
         assert refused.value.code == expected
+
+
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+def test_the_end_of_the_server_ends_the_decoding(tmp_path: Path, runner: object) -> None:
+    async def ended() -> None:
+        begun = asyncio.Event()
+        async with recordings(tmp_path) as made:
+            decoding = asyncio.create_task(samples(made, opus_of(HOUR, 1), on_progress=lambda _: begun.set()))
+            await begun.wait()
+        with pytest.raises(ShuttingDown):
+            await decoding
+        assert not programs()
+
+    runner(ended())  # type: ignore[operator]
 
 
 async def test_limits_of_length_time_and_size(tmp_path: Path) -> None:

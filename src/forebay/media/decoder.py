@@ -16,7 +16,15 @@ from enum import IntEnum
 
 from forebay.clock import Clock
 from forebay.config import AudioSettings, environment_for_others
-from forebay.errors import ForebayError, InsufficientStorage, InvalidRequest, Overloaded, PayloadTooLarge, ServerError
+from forebay.errors import (
+    ForebayError,
+    InsufficientStorage,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    ServerError,
+    ShuttingDown,
+)
 from forebay.speech import SAMPLE_RATE
 
 _WAITING_MAX = 64  # recordings whose turn has not come; they lie on the disk meanwhile
@@ -45,11 +53,13 @@ class Decoder:
         self._clock = clock
         self._places = asyncio.Semaphore(settings.decodes_at_once)
         self._waiting = 0
+        self._closed = False
         self._idle: list[_Program] = []
         self._busy: set[_Program] = set()
 
     async def close(self) -> None:
-        """End every program."""
+        """End every program, whatever it is at, and start none."""
+        self._closed = True
         programs = [*self._idle, *self._busy]
         self._idle.clear()
         for program in programs:
@@ -79,6 +89,8 @@ class Decoder:
 
     async def _verdict(self, recording: int, samples: int, samples_max: int, on_percent: Callable[[int], None]) -> int:
         for program in (self._take(), None):  # one that was killed by somebody else is nobody's mistake, once
+            if self._closed:
+                raise ShuttingDown
             os.ftruncate(samples, 0)
             os.lseek(samples, 0, os.SEEK_SET)
             with contextlib.suppress(OSError):
@@ -123,6 +135,7 @@ class _Program:
     def __init__(self, process: asyncio.subprocess.Process, ours: socket.socket) -> None:
         self._process = process
         self._socket = ours
+        self._asked = False
 
     @property
     def lives(self) -> bool:
@@ -133,15 +146,22 @@ class _Program:
         """Its verdict. Raises OSError if it has ended."""
         socket.send_fds(self._socket, [struct.pack(">Q", samples_max)], [recording, samples])
         loop = asyncio.get_running_loop()
-        while said := await loop.sock_recv(self._socket, 4096):
-            if said[-1] >= _END:
-                return said[-1] - _END
-            on_percent(said[-1])
+        self._asked = True
+        try:
+            while said := await loop.sock_recv(self._socket, 4096):
+                if said[-1] >= _END:
+                    return said[-1] - _END
+                on_percent(said[-1])
+        finally:
+            self._asked = False
         raise ConnectionResetError
 
     def kill(self) -> None:
-        """End it, and the child that decodes."""
-        self._socket.close()
+        """End it, and the child that decodes; whoever waits for its answer is told."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if not self._asked:
+            self._socket.close()
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
