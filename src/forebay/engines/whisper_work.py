@@ -227,10 +227,9 @@ class Work:
         if "error" in answer:
             self._mishap(entries, answer["error"], str(answer.get("reason", "")))
             return
-        seconds = time.monotonic() - begun
-        self.figures.step_seconds += seconds
+        self.figures.step_seconds += time.monotonic() - begun
         if not entries[0].alone:
-            self._pace.note(stage, len(entries), seconds)
+            self._pace.note(stage, len(entries), answer["seconds"])
         for entry, told in zip(entries, answer["chunks"], strict=True):
             self._take(entry, told)
 
