@@ -400,6 +400,55 @@ async def test_many_at_once_are_bounded_and_those_accepted_finish() -> None:
         await nothing_left(server)
 
 
+async def test_a_recording_that_was_let_in_waits_for_its_further_stretches() -> None:
+    """Others take every place that it gives back in between; it is not turned away half-way."""
+    config = CONFIG.replace("preload = true", "preload = true\nslots = 1\nqueue_places = 1")
+    content = wav(270, *range(300, 12_000, 100))
+    async with serving(
+        config.replace("online_seconds_max = 60", "online_seconds_max = 600"), environment=LOG
+    ) as server:
+        hearing = await started(server, content, prompt="[[fake token_ms=10]]")
+        others = [asyncio.create_task(_hammer(server, hearing)) for _ in range(6)]
+        status, text = await hearing
+        served, refused = (sum(each) for each in zip(*await asyncio.gather(*others), strict=True))
+        print(f"beside one recording of 9 stretches: {served} served, {refused} turned away")
+        assert status == 200, text
+        assert len(json.loads(text)["text"].split()) == 4 * 135
+        assert served > 9
+        assert refused > served
+
+
+async def _hammer(server: Server, until: "asyncio.Task[Any]") -> tuple[int, int]:
+    """Ask for something short, over and over; how often it was answered and how often turned away."""
+    counts = Counter[int]()
+    while not until.done():
+        async with await server.chat("[[fake tokens=2 token_ms=5]]") as response:
+            await response.read()
+            counts[response.status] += 1
+    return counts[200], counts[429]
+
+
+async def test_another_model_stands_in() -> None:
+    config = CONFIG + '[models.broken]\nengine = "fake"\nfallback = ["fake"]\noptions.fail_start = "exit"\n'
+    async with serving(config, environment=LOG) as server:
+        url = server.url + TRANSCRIPTIONS
+        data = form(TWO, {"model": "broken", "stream": True})
+        async with server.session.post(url, data=data, headers=server.headers) as response:
+            assert response.status == 200
+            assert response.headers["x-served-by"] == "fake"
+            assert "transcript.text.done" in await response.text()
+
+
+async def test_a_file_that_is_too_large_or_too_long() -> None:
+    config = CONFIG.replace("online_seconds_max = 60", "online_seconds_max = 60\nbytes_max = 300000\nseconds_max = 5")
+    async with serving(config, environment=LOG) as server:
+        assert await refusal(server, TRANSCRIPTIONS, wav(6)) == (413, "media_too_large", "file")
+        assert await refusal(server, TRANSCRIPTIONS, wav(60)) == (413, "media_too_large", "file")
+        status, answer = await as_json(server, {"url": data_url(wav(6))})
+        assert (status, answer["error"]["code"], answer["error"]["param"]) == (413, "media_too_large", "url")
+        await nothing_left(server)
+
+
 async def test_the_rate_of_a_key_counts_the_length_of_what_is_heard(server: Server) -> None:
     key = await server.create_key("rated", "member", "--tokens-per-minute", "100")
     headers = {"Authorization": f"Bearer {key}"}

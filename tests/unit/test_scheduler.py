@@ -312,6 +312,28 @@ async def test_a_full_line_turns_away_with_a_time_to_come_back(hall: tuple[Room,
     assert scheduler.load(MODEL) == (0, 0)
 
 
+async def test_a_further_part_finds_room_in_a_full_line(hall: tuple[Room, Scheduler, FakeClock]) -> None:
+    _, scheduler, _ = hall
+    visitors = [Visitor(scheduler, request(n)) for n in range(3)]
+    await settle()
+
+    async def go_on() -> None:
+        async with scheduler.admit(request(9), further=True):
+            pass
+
+    going_on = asyncio.create_task(go_on())
+    late = Visitor(scheduler, request(4))
+    await settle()
+    assert scheduler.load(MODEL) == (1, 3)
+    assert isinstance(late.error, Overloaded)
+    for visitor in visitors:
+        assert not going_on.done()
+        visitor.leave()
+        await settle()
+    assert going_on.done()
+    assert scheduler.load(MODEL) == (0, 0)
+
+
 async def test_the_wait_in_line_ends_with_queue_timeout(hall: tuple[Room, Scheduler, FakeClock]) -> None:
     _, scheduler, clock = hall
     holder, waiter = Visitor(scheduler, request(1)), Visitor(scheduler, request(2))

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from forebay.config import Settings
 from forebay.dialects.openai.audio_forms import LARGE, fields_of, json_of
-from forebay.errors import Overloaded, RateLimited
+from forebay.errors import CallerError, Overloaded, RateLimited
 from forebay.gateway.answers import error_answer, read_body
 from forebay.gateway.auth import Principal, may_create, principal, upstream_key
 from forebay.gateway.hearing import Hearing, SpeechAnswer
@@ -150,7 +150,11 @@ class RecordingAnswer(Response):
         async def take(form: Form, data: bytes) -> None:
             if "model" in form.fields:
                 catalog.get(form.fields["model"])  # a mistake that is known early spares the rest
-            await spool.write(data)
+            try:
+                await spool.write(data)
+            except CallerError as error:
+                error.param = _FILE
+                raise
 
         names = fields_of(ENDPOINTS[self._path].body)
         form = await read_form(request, _FILE, names, take, _rules(names, settings))

@@ -25,8 +25,6 @@ from forebay.replicas.connection import EngineStream
 from forebay.scheduler.transcriber import Kept, Transcriber
 from forebay.speech import Segment, Transcript
 
-_TRY_AGAIN_SECONDS = 1.0  # where a line does not say when
-
 HandOver = Callable[[], Awaitable[Response]]  # makes a job of the request, whose recording is in its spool
 
 
@@ -151,13 +149,11 @@ class SpeechAnswer(OnlineAnswer):
         while True:
             try:
                 return await self._run(visit, part, send)
-            except Overloaded as error:
-                clock, model = self._door.clock, self._catalog.get(self._call.request.model)
+            except Overloaded:
+                model = self._catalog.get(self._call.request.model)
                 in_line = bool(visit.admitted_at) and visit.waiting is Waiting.LINE
-                if not in_line or clock.monotonic() > visit.admitted_at + model.request_timeout_seconds:
+                if not in_line or self._door.clock.monotonic() > visit.admitted_at + model.request_timeout_seconds:
                     raise
-                pause = clock.jitter(error.retry_after_seconds or _TRY_AGAIN_SECONDS)
-            await self._door.clock.sleep(pause)
 
     async def _gather(self, visit: Visit, call: Call, stream: EngineStream, send: Send) -> bytes:
         """Read a part to its end, and send on what it says by the way."""

@@ -291,7 +291,8 @@ class OnlineAnswer(Response):
         """Admit and run `call`, which is that of the visit or a part of it; the body, if it is not a stream."""
         door, body, model = self._door, b"", self._catalog.get(call.request.model)
         visit.waiting = Waiting.LINE
-        async with door.scheduler.admit(call.request) as permit:
+        further = call.speech is not None and bool(visit.admitted_at)
+        async with door.scheduler.admit(call.request, further=further) as permit:
             visit.admitted_at = visit.admitted_at or door.clock.monotonic()
             visit.waiting = Waiting.FIRST_BYTES
             self._note_place(permit)

@@ -116,13 +116,14 @@ class Scheduler:
         for name, hall in self._halls.items():
             self._measure(name, hall)
 
-    def admit(self, request: Request) -> AbstractAsyncContextManager[Permit]:
+    def admit(self, request: Request, *, further: bool = False) -> AbstractAsyncContextManager[Permit]:
         """Join the line or raise Overloaded; leave it when the block ends, however it ends.
 
-        Raises also Quarantined, ModelNotReady, EngineUnavailable and ShuttingDown.
+        A `further` part of something that was let in before finds room in a full line, too; the caller bounds how many
+        there are. Raises also Quarantined, ModelNotReady, EngineUnavailable and ShuttingDown.
         """
         assert request.priority is not Priority.BATCH, "batch work takes no place in the line"
-        return self._admitted(request)
+        return self._admitted(request, further=further)
 
     def admit_when_room(self, request: Request) -> AbstractAsyncContextManager[Permit]:
         """The same for batch work, which waits without a limit until online traffic leaves room for it.
@@ -133,9 +134,9 @@ class Scheduler:
         return self._admitted(request)
 
     @asynccontextmanager
-    async def _admitted(self, request: Request) -> AsyncIterator[Permit]:
+    async def _admitted(self, request: Request, *, further: bool = False) -> AsyncIterator[Permit]:
         hall = self._halls[request.model]
-        ticket, place = self._join(hall, request)
+        ticket, place = self._join(hall, request, further=further)
         try:
             replica = await self._wait(hall, ticket)
         except BaseException:
@@ -187,7 +188,7 @@ class Scheduler:
 
     # Changes of state: none of these awaits.
 
-    def _join(self, hall: _Hall, request: Request) -> tuple[Ticket, int]:
+    def _join(self, hall: _Hall, request: Request, *, further: bool) -> tuple[Ticket, int]:
         """(1) closed; (2) quarantined; (3) no hope of a replica; (4) room at once; (5) room in line; (6) full."""
         try:
             self._let_in(request)
@@ -208,7 +209,7 @@ class Scheduler:
             return ticket, 0
         if ticket.batch:
             return ticket, len(hall.line) + len(hall.backlog)
-        if self._overfull(hall):
+        if not further and self._overfull(hall):
             self._quit(hall, ticket)
             self._metrics.rejections.labels(request.model, "queue_full").inc()
             raise Overloaded(retry_after_seconds=self._retry_after(hall))
