@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from forebay.engines.start import CANNOT_START
-from tests.support import tiny_letters
+from tests.support import tiny_letters, tiny_onnx
 from tests.support.engines import KEY, Engine, eventually
 from tests.support.models import whisper_tiny
 from tests.support.speech import SAMPLE_SECONDS, sample_stm, sample_wav
@@ -307,6 +307,18 @@ def test_a_model_that_does_not_fit_is_refused_at_the_start(
 
 def test_an_unknown_backend_is_refused_at_the_start() -> None:
     ended(Engine("aligner", {"name": "a", "backend": "ear"}), "`ctc` or `pocketsphinx`")
+
+
+def test_a_package_that_is_not_installed_is_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pocketsphinx.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ended(Engine("aligner", {"name": "a", "backend": "pocketsphinx"}), "pip install 'forebay[pocketsphinx]'")
+
+
+def test_a_model_of_texts_is_none_of_letters(tmp_path: Path) -> None:
+    tiny_letters.save(tmp_path)
+    path = tiny_onnx.encoder(tmp_path / "model.onnx", 99)
+    ended(Engine("aligner", {"name": "a", "model_path": str(path)}), "no model of letters")
 
 
 def ended(engine: Engine, reason: str) -> None:
