@@ -68,6 +68,11 @@ class SpeechTask:
     source: AudioRef | None = None
     background: bool = False
 
+    @property
+    def further_models(self) -> tuple[str, ...]:
+        """The models that it takes beside that of its request."""
+        return tuple(each.model for each in (self.align, self.diarize) if each is not None)
+
 
 def part_body(header: Mapping[str, Any], samples: bytes) -> bytes:
     """The body of a request to a speech engine: a line of JSON, and what it is about."""

@@ -95,6 +95,8 @@ class SpeechAnswer(OnlineAnswer):
             if recording is None:
                 await self._pass_on(visit, send)
                 return
+            if self._call.speech is not None:  # what comes last is not to be found missing after all the rest
+                self._door.scheduler.expect(self._call.speech.further_models)
             self._told = _Told(shape.events() if self._call.stream else None)
             transcript = await self._hear(visit, recording, send)
         visit.progress = Progress(usage_in_tokens(transcript))

@@ -133,6 +133,11 @@ class Scheduler:
         assert request.priority is Priority.BATCH, "only batch work waits behind the line"
         return self._admitted(request)
 
+    def expect(self, models: Iterable[str]) -> None:
+        """Have `models` up for what comes later. Raises ModelNotReady and EngineUnavailable if nobody should wait for one."""
+        for model in models:
+            self._fleet.summon(model)
+
     @asynccontextmanager
     async def _admitted(self, request: Request, *, further: bool = False) -> AsyncIterator[Permit]:
         hall = self._halls[request.model]
