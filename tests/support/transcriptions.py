@@ -81,7 +81,9 @@ async def until_at(server: Server, job_id: str, stage: str, percent: float = 0, 
     """Wait until a job is at a stage, and that far."""
 
     async def reached() -> bool:
-        progress = (await job_of(server, job_id))["progress"]
+        job = await job_of(server, job_id)
+        progress = job["progress"]
+        assert progress["stage"] == stage or job["status"] not in ENDED, job
         return progress["stage"] == stage and (progress["percent"] or 0) >= percent
 
     await eventually(reached, within_seconds=within_seconds, what=f"stage {stage} of {job_id}")
