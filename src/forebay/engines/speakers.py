@@ -26,7 +26,7 @@ from forebay.engines.start import check_types, read_spec, refuse_to_start
 from forebay.engines.threads import Threads, Unwanted, Wanted, all_ended
 from forebay.engines.torch_weights import NotWeights
 from forebay.engines.turns import Region, turns
-from forebay.engines.vad import Vad, VadOptions, regions
+from forebay.engines.vad import WINDOW_SAMPLES, Vad, VadOptions, regions
 from forebay.engines.whisper_chunks import consumed, until
 from forebay.speech import SAMPLE_RATE, turn_to_wire
 
@@ -35,6 +35,8 @@ _REASON_CHARS_MAX = 300
 _FULL_SCALE = 32768.0
 _SPEECH = VadOptions(min_silence_ms=100, pad_ms=60)  # the times of speech are answers here, so they have no margins
 _LIFE_SECONDS = 5.0
+_PART_WINDOWS = 1875  # a minute: of what speech is looked for in at once
+_LEAD_WINDOWS = 64  # two seconds: what the network hears before, to know where it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,7 @@ class Spec:
     window_seconds: float = 1.6
     step_seconds: float = 0.4
     speakers_max: int = 20
+    rehearse_windows_max: int = 0  # a batch of more windows runs out of memory; 0 never does
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -94,7 +97,7 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compute something once, so that the first request finds everything in its place."""
-        heard = self._hear(Stretch(np.zeros(2 * SAMPLE_RATE, np.int16), last=True))
+        heard = self._hear(Stretch(np.zeros(2 * SAMPLE_RATE, np.int16), last=True), Wanted())
         self._model.vectors(heard.mels[None, : self._window])
 
     @property
@@ -112,7 +115,7 @@ class Engine:
             stretch = read_stretch(visit.body)
             note["audio_seconds"] = round(len(stretch.pcm) / SAMPLE_RATE, 2)
             wanted = Wanted()
-            heard = await self._threads.run(lambda: self._hear(stretch), wanted)
+            heard = await self._threads.run(lambda: self._hear(stretch, wanted), wanted)
             note["windows"] = len(heard.frames)
             await self._tell_vectors(visit, heard, wanted)
             self._figures.windows += len(heard.frames)
@@ -156,24 +159,35 @@ class Engine:
 
     def _compute(self, heard: _Heard, frames: Sequence[int], wanted: Wanted) -> Floats:
         _check(wanted)
+        if 0 < self._spec.rehearse_windows_max < len(frames):
+            raise OutOfMemory
         windows = [heard.mels[frame : frame + self._window] * heard.gains[frame] for frame in frames]
         return self._model.vectors(np.stack(windows))
 
-    def _hear(self, stretch: Stretch) -> _Heard:
+    def _hear(self, stretch: Stretch, wanted: Wanted) -> _Heard:
         """Find speech, and the windows to take voices from, in a thread."""
         pcm = stretch.pcm
-        likely = self._vad.probabilities(pcm)
+        likely = np.concatenate(list(self._likely(stretch, wanted)))
         end = len(pcm) if stretch.last else consumed(likely, _SPEECH.offset, len(pcm))
         speech = until(regions(likely, _SPEECH, len(pcm)), end)
         margin = self._window * HOP_SAMPLES
         samples = np.pad(pcm.astype(np.float32) / _FULL_SCALE, margin)
         frames = [frame for region in speech for frame in self._frames(*region)]
+        _check(wanted)
         mels = mel_frames(samples)
         gains = np.ones(len(mels), dtype=np.float32)
         for frame in frames:
             gains[frame] = gain(samples[frame * HOP_SAMPLES : frame * HOP_SAMPLES + margin]) ** 2
         seconds = [(begin / SAMPLE_RATE, stop / SAMPLE_RATE) for begin, stop in speech]
         return _Heard(seconds, frames, mels, gains, end)
+
+    def _likely(self, stretch: Stretch, wanted: Wanted) -> Iterator[Floats]:
+        """How likely somebody speaks, a minute at a time."""
+        for first in range(0, -(-len(stretch.pcm) // WINDOW_SAMPLES), _PART_WINDOWS):
+            _check(wanted)
+            lead = min(first, _LEAD_WINDOWS)
+            part = slice((first - lead) * WINDOW_SAMPLES, (first + _PART_WINDOWS) * WINDOW_SAMPLES)
+            yield self._vad.probabilities(stretch.pcm[part])[lead:]
 
     def _frames(self, begin: int, end: int) -> Iterator[int]:
         """Where the windows of a region begin, in frames of the stretch with a window of silence around it.
