@@ -446,3 +446,19 @@ def test_a_step_that_nobody_waits_for_is_broken_off(tmp_path: Path) -> None:
         eventually(lambda: metric(engine, "listening_batches_total") == 1, 20)
         assert half.stop() < 3  # of a minute that the step would take; 2 s are the aim
         assert engine.busy() == 0
+
+
+def test_what_others_want_of_a_step_that_is_broken_off_is_computed_again(tmp_path: Path) -> None:
+    samples, times = said(TEXT, 0.4, 9)
+    with running(tiny_letters.save(tmp_path, layers=30), threads=1) as engine, ThreadPoolExecutor(1) as pool:
+        first = Half(engine, body_of(whole(TEXT, samples), samples))
+        eventually(lambda: metric(engine, "listening_batches_total") == 1, 20)
+        gone = Half(engine, body_of(whole(TEXT, samples) * 2, samples))
+        kept = pool.submit(aligned, engine, whole(TEXT, samples), samples)
+        eventually(lambda: metric(engine, "items_waiting") == 3, 20)
+        first.stop()
+        eventually(lambda: metric(engine, "items_waiting") == 0, 20)
+        assert metric(engine, "listening_batches_total") == 2
+        assert gone.stop() < 3
+        for words in kept.result():
+            near(words, times)

@@ -190,10 +190,10 @@ class Listener:
         return [found[place] for place in range(len(batch))]
 
     def stop_unwanted(self) -> None:
-        """Break off what is computed for nobody."""
+        """Break off what is computed for somebody who has gone; what others want of it is computed again."""
         with self._lock:
             for group, options in self._running.values():
-                if all(piece.ear.wanted.gone for piece in group):
+                if _unwanted(group):
                     options.terminate = True
 
     def _logits(self, group: list[Piece]) -> npt.NDArray[Any]:
@@ -217,12 +217,16 @@ class Listener:
         with self._lock:
             self._running[id(options)] = group, options
         try:
-            if all(piece.ear.wanted.gone for piece in group):
-                raise StepFailed("nobody waits for it")
+            if _unwanted(group):
+                raise StepFailed("somebody has gone")
             return run_session(self._session, self._output, fed, options)
         finally:
             with self._lock:
                 del self._running[id(options)]
+
+
+def _unwanted(group: Sequence[Piece]) -> bool:
+    return any(piece.ear.wanted.gone for piece in group)
 
 
 def _letters(piece: Piece, logits: Emissions) -> Letters:
