@@ -28,7 +28,7 @@ preload = true
 slots = 8
 options = {{ context = 512 }}
 """
-LINES, LINES_LONG = 250, 1000
+LINES, LINES_LONG = 200, 1000
 FORMAT = {
     "type": "json_schema",
     "json_schema": {

@@ -15,7 +15,7 @@ from tests.support.processes import family, lives
 from tests.support.server import Server, eventually, serving
 from tests.support.steady_load import NETWORK, steady_load
 
-LEASE_SECONDS = 6
+LEASE_SECONDS = 3
 LEASE_SECONDS_LONG = 15  # the default
 CONFIG = f"""
 default_models = false
@@ -33,7 +33,7 @@ slots = 8
 LINES = 24  # in three chunks
 LINE = "[[fake echo=1 token_ms=50]]"  # 0.2 s: one worker does 1.7 batches a second, whatever the processor does
 PACE = 1.0  # well below that
-BACKLOG = 40
+BACKLOG, BACKLOG_LONG = 28, 40
 KILLS = 10
 RESCUE_SECONDS = 5.0
 RATE_MIN = 0.95
@@ -121,7 +121,7 @@ async def pair(postgres: OwnPostgres, server: Server, environment: Mapping[str, 
 
 @pytest.mark.timeout(900)
 async def test_one_of_two_is_killed(tmp_path: Path, prove: bool) -> None:
-    lease_seconds = LEASE_SECONDS_LONG if prove else LEASE_SECONDS
+    lease_seconds, backlog = (LEASE_SECONDS_LONG, BACKLOG_LONG) if prove else (LEASE_SECONDS, BACKLOG)
     async with own_postgres() as postgres:
         environment = {"FOREBAY_DATABASE_URL": postgres.url, "FOREBAY_LOG_FORMAT": "json"}
         idle = {**environment, "FOREBAY_JOBS_ENABLED": "false"}
@@ -130,10 +130,10 @@ async def test_one_of_two_is_killed(tmp_path: Path, prove: bool) -> None:
             pair(postgres, server, environment) as workers,
             steady_load(server, PACE, LINES, LINE) as load,
         ):
-            before = await load.drain(BACKLOG)
+            before = await load.drain(backlog)
             await load.offer_during(workers.kill(KILLS))
             assert len(workers.workers) == 1
-            after = await load.drain_as_fast(BACKLOG, RATE_MIN * before)
+            after = await load.drain_as_fast(backlog, RATE_MIN * before)
             workers.unharmed()
             await load.check()
             print(

@@ -11,6 +11,7 @@ import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 import pytest_asyncio
@@ -39,6 +40,8 @@ per_project_max = 40
 turns_max = 5
 background_at_once = 3
 live_per_project_max = 30
+[scheduler]
+headroom_seconds = 0.2
 [supervisor]
 backoff_seconds_min = 0.05
 [jobs]
@@ -48,6 +51,7 @@ prune_seconds = 1
 allowed_networks = ["127.0.0.2/32"]
 """
 )
+ANSWER_SECONDS = 60.0
 ENDED = {"completed", "incomplete", "failed", "cancelled"}
 TOOL: Any = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": False}
 
@@ -437,15 +441,19 @@ async def test_mutated_requests_are_the_callers_fault(server: Server, prove: boo
     limit = asyncio.Semaphore(16)
 
     async def one(data: bytes) -> int:
-        async with (
-            limit,
-            server.session.post(f"{server.url}/v1/responses", data=data, headers=server.headers) as answer,
-        ):
-            text = (await answer.read()).decode()
-            assert answer.status < 500, (answer.status, text, data[:2000])
-            if answer.status >= 400:
-                assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
-            return answer.status
+        async with limit:
+            try:
+                async with (
+                    asyncio.timeout(ANSWER_SECONDS),
+                    server.session.post(f"{server.url}/v1/responses", data=data, headers=server.headers) as answer,
+                ):
+                    text = (await answer.read()).decode()
+            except (TimeoutError, aiohttp.ClientError) as error:
+                raise AssertionError(f"{error!r} for {data[:2000]!r}; {server.log[-4000:]}") from error
+        assert answer.status < 500, (answer.status, text, data[:2000], unforeseen(server.log))
+        if answer.status >= 400:
+            assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
+        return answer.status
 
     bodies = [spoiled(chance, copy.deepcopy(chance.choice(RESPONSES))) for _ in range(3000 if prove else 300)]
     statuses = await asyncio.gather(*map(one, bodies))

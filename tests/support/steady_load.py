@@ -18,6 +18,7 @@ NETWORK = "127.0.0.2"  # where the receiver of the webhooks is
 _AGAIN_SECONDS = 0.25
 _GIVE_UP_SECONDS = 60.0
 _AT_ONCE = 8
+_DRAINS_MAX = 3
 
 
 class SteadyLoad:
@@ -54,9 +55,13 @@ class SteadyLoad:
         return count / (time.monotonic() - began)
 
     async def drain_as_fast(self, count: int, before: float) -> float:
-        """The same; once more if it was slower than `before`, in case that somebody else kept the machine busy."""
-        rate = await self.drain(count)
-        return rate if rate >= before else max(rate, await self.drain(count))
+        """The same; again if it was slower than `before`, in case that somebody else kept the machine busy."""
+        rate = 0.0
+        for _ in range(_DRAINS_MAX):
+            rate = max(rate, await self.drain(count))
+            if rate >= before:
+                break
+        return rate
 
     async def _offer(self, more: Callable[[], bool]) -> None:
         began = time.monotonic()
