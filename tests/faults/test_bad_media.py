@@ -111,7 +111,7 @@ async def test_hours_in_few_bytes(tmp_path: Path, prove: bool) -> None:
     """8.7 hours of Opus in 25 MB; by default only the first of them are decoded, with a limit that is lower."""
     bomb = opus_of(8.7 * 3600)
     assert 24_000_000 < len(bomb) < 25_000_000
-    settings = {} if prove else {"seconds_max": 1800}
+    settings = {} if prove else {"seconds_max": 600}
     async with recordings(tmp_path, **settings) as made:
         await samples(made, hum("mp3"))
         async with growth(_memory) as grown:

@@ -64,6 +64,9 @@ _DECODERS = (
 )
 
 
+_OURS = ("s16", "mono", SAMPLE_RATE)
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one recording may cost."""
@@ -308,29 +311,33 @@ class Resampler:
 
     def __init__(self, frame: Any) -> None:
         self._form = _form(frame)
+        self._graph = None if self._form == _OURS else self._filters(frame)
+
+    def _filters(self, frame: Any) -> Any:
         if not _RATE_MIN <= frame.sample_rate <= _RATE_MAX or not 1 <= frame.layout.nb_channels <= _CHANNELS_MAX:
             raise Refused(BROKEN)
-        self._graph = av.filter.Graph()
-        self._graph.threads = 1  # there can be no more
+        graph = av.filter.Graph()
+        graph.threads = 1  # there can be no more
         nodes = [
-            self._graph.add(
+            graph.add(
                 "abuffer",
                 sample_rate=str(frame.sample_rate),
                 sample_fmt=frame.format.name,
                 channel_layout=frame.layout.name,
                 time_base=f"1/{frame.sample_rate}",
             ),
-            *self._mix(frame.layout),
-            self._graph.add("aformat", sample_rates=str(SAMPLE_RATE), sample_fmts="s16", channel_layouts="mono"),
-            self._graph.add("abuffersink"),
+            *self._mix(graph, frame.layout),
+            graph.add("aformat", sample_rates=str(SAMPLE_RATE), sample_fmts="s16", channel_layouts="mono"),
+            graph.add("abuffersink"),
         ]
-        self._graph.link_nodes(*nodes).configure()
+        graph.link_nodes(*nodes).configure()
+        return graph
 
-    def _mix(self, layout: Any) -> list[Any]:
+    def _mix(self, graph: Any, layout: Any) -> list[Any]:
         """Channels of which nobody said where they are count alike."""
         if any(channel.name == "NONE" for channel in layout.channels) or layout.name.endswith("channels"):
             share = "+".join(f"{1 / layout.nb_channels:.6f}*c{number}" for number in range(layout.nb_channels))
-            return [self._graph.add("pan", f"mono|c0={share}")]
+            return [graph.add("pan", f"mono|c0={share}")]
         return []
 
     def fits(self, frame: Any) -> bool:
@@ -339,6 +346,10 @@ class Resampler:
 
     def samples(self, frame: Any) -> Iterator[memoryview]:
         """What comes out when `frame` goes in; the rest for None."""
+        if self._graph is None:
+            if frame is not None:
+                yield memoryview(frame.planes[0])[: frame.samples * SAMPLE_BYTES]
+            return
         if frame is not None:
             frame.pts = None  # what a recording claims of its times must move nothing
         self._graph.push(frame)
