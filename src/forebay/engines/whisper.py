@@ -30,6 +30,7 @@ from forebay.speech import SAMPLE_RATE, Segment, segment_to_wire
 _REASON_CHARS_MAX = 300
 _ENCODE_AT_ONCE_CPU = 2  # more are no faster
 _FINAL_SECONDS = 5
+_VAD_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,8 @@ class Engine:
         self._spec = spec
         self._vad = Vad()
         self._vad.probabilities(np.zeros(SAMPLE_RATE, np.int16))
-        self._threads = ThreadPoolExecutor(2, "vad")
+        self._threads = ThreadPoolExecutor(_VAD_THREADS, "vad")
+        self._visits = 0
         self._work, self.model = asyncio.run_coroutine_threadsafe(self._start(), loop).result()
 
     async def _start(self) -> tuple[Work, Model]:
@@ -106,11 +108,12 @@ class Engine:
 
     async def _transcribe(self, visit: Visit) -> Answer:
         begun, samples, ended, reason = time.monotonic(), 0, "cancelled", ""
+        self._visits += 1
         try:
             request = read(visit.body, self.model)
             pcm = np.frombuffer(request.samples, "<i2")
             samples = len(pcm)
-            plan = await asyncio.get_running_loop().run_in_executor(self._threads, self._plan, request, pcm)
+            plan = await self._planned(request, pcm)
             await self._answer(visit, request, pcm, plan)
             ended = "finished"
         except Failed as failed:
@@ -120,6 +123,7 @@ class Engine:
             ended, reason = "refused", f" reason={_line(str(refused))}"
             raise
         finally:
+            self._visits -= 1
             seconds, audio = time.monotonic() - begun, samples / SAMPLE_RATE
             _say(f"event={ended} {visit.ids} audio_seconds={audio:.2f} seconds={seconds:.4f}{reason}")
         return b""
@@ -131,6 +135,16 @@ class Engine:
         await self._work.run(request, pcm, plan.chunks, teller)
         speech = [[round(begin / SAMPLE_RATE, 3), round(end / SAMPLE_RATE, 3)] for begin, end in plan.speech]
         teller.tell({"type": "done", "consumed": plan.consumed, "speech": speech})
+
+    async def _planned(self, request: Request, pcm: NDArray[np.int16]) -> _Plan:
+        """What to work on. Cancelled, it returns when no thread is busy with that."""
+        plan = self._threads.submit(self._plan, request, pcm)
+        try:
+            return await asyncio.wrap_future(plan)
+        except asyncio.CancelledError:
+            if not plan.cancel():
+                await asyncio.wait([asyncio.wrap_future(plan)])
+            raise
 
     def _plan(self, request: Request, pcm: NDArray[np.int16]) -> _Plan:
         """Find out what to work on, in a thread."""
@@ -146,14 +160,14 @@ class Engine:
         return _Plan(collect(speech, longest), _joined(speech), end)
 
     async def _slots(self, visit: Visit) -> Answer:
-        busy = self._work.running
+        busy = self._visits
         return json.dumps([{"id": slot, "is_processing": slot < busy} for slot in range(self._spec.slots)]).encode()
 
     async def _metrics(self, visit: Visit) -> Answer:
         figures = {f"{name}_total": value for name, value in asdict(self._work.figures).items()}
         gauges = {
             "items_waiting": self._work.waiting,
-            "requests_running": self._work.running,
+            "requests_running": self._visits,
             "batch_budget_chunks": self._work.budget,
         }
         return "".join(f"forebay_engine_{name} {value}\n" for name, value in {**figures, **gauges}.items())

@@ -126,11 +126,6 @@ class Work:
         """Chunks that no step has now."""
         return self._line.waiting + sum(len(job.held) for job in self._jobs.values())
 
-    @property
-    def running(self) -> int:
-        """Requests that are not finished."""
-        return len(self._jobs)
-
     async def run(self, request: Request, pcm: NDArray[np.int16], chunks: Sequence[Chunk], listener: Listener) -> None:
         """Write what is said in `chunks`. Cancelled, it returns when the compute process has none of them. Raises Failed."""
         job = self._admit(request, pcm, chunks, listener)

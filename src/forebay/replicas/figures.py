@@ -18,15 +18,18 @@ NAMES = {
     "forebay_engine_requests_total": "Requests of which a batch took something.",
     "forebay_engine_wait_seconds_total": "Time until a batch first took something of a request, summed over requests.",
     "forebay_engine_batches_total": "Batches.",
-    "forebay_engine_items_total": "Texts in batches.",
+    "forebay_engine_items_total": "Texts in batches, or chunks of recordings.",
     "forebay_engine_tokens_total": "Tokens in batches, without padding.",
     "forebay_engine_padded_tokens_total": "Tokens in batches, with padding.",
     "forebay_engine_step_seconds_total": "Time spent on batches that were computed.",
     "forebay_engine_out_of_memory_total": "Batches that needed more memory than there was.",
     "forebay_engine_cancelled_total": "Requests given up before their end.",
-    "forebay_engine_items_waiting": "Texts that no batch has taken yet.",
+    "forebay_engine_items_waiting": "Texts or chunks of recordings that no batch has taken yet.",
     "forebay_engine_requests_running": "Requests that are not finished.",
     "forebay_engine_batch_budget_tokens": "Padded tokens that a batch may have now.",
+    "forebay_engine_batch_budget_chunks": "Chunks of recordings that a batch may have now.",
+    "forebay_engine_audio_seconds_total": "Seconds of speech that were written down.",
+    "forebay_engine_child_restarts_total": "Compute processes that ended or were ended, and started again.",
 }
 _SECONDS = 1.0
 _BYTES_MAX = 65_536
