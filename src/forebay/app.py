@@ -160,6 +160,7 @@ def build_office(
         speech.transcriber,
         admission,
         clock,
+        metrics,
     )
     kinds: list[Kind] = [
         _batch_kind(batches, settings),

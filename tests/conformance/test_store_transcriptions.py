@@ -52,7 +52,7 @@ async def handed_in(
     store: TranscriptionStore, jobs: JobStore, cellar: Blobs, name: str = "t", *, own: bool = True
 ) -> None:
     """A transcription with its job, whose recording came with it if `own`."""
-    new = NewTranscription(name, DEFAULT_PROJECT, PATH, b"{}")
+    new = NewTranscription(name, DEFAULT_PROJECT, PATH, b"{}", b"[]", own)
     if own:
         await store.begin(new)
         await cellar.put(recording_key(name), b"sound")
@@ -81,10 +81,10 @@ async def test_what_is_submitted_is_there_for_an_attempt(
 ) -> None:
     await handed_in(store, jobs, cellar, "own")
     await handed_in(store, jobs, cellar, "elsewhere", own=False)
-    for name, own in (("own", True), ("elsewhere", False)):
+    for name in ("own", "elsewhere"):
         found = await store.get(name)
         assert found is not None
-        assert (found.path, found.request, found.has_recording, found.recording_gone) == (PATH, b"{}", own, False)
+        assert (found.path, found.request) == (PATH, b"{}")
     assert await store.get("nothing") is None
     async with store.database.begin() as transaction:
         assert await store.unfinished(transaction, DEFAULT_PROJECT) == 2
@@ -92,7 +92,7 @@ async def test_what_is_submitted_is_there_for_an_attempt(
 
 
 async def test_what_is_not_submitted_goes(store: TranscriptionStore, jobs: JobStore, cellar: Blobs) -> None:
-    new = NewTranscription("t", DEFAULT_PROJECT, PATH, b"{}")
+    new = NewTranscription("t", DEFAULT_PROJECT, PATH, b"{}", b"[]", has_sound=True)
     await store.begin(new)
     await cellar.put(recording_key("t"), b"sound")
     await store.discard(cellar, "t")
@@ -159,7 +159,7 @@ async def test_a_result_takes_the_place_of_its_stretches(
         await store.finish(transaction, "t", 12.5, b"{}")
     found = await store.result(DEFAULT_PROJECT, "t")
     assert found is not None
-    assert (found.path, found.request, found.transcript) == (PATH, b"{}", b"{}")
+    assert (found.shown, found.transcript) == (b"[]", b"{}")
     assert await store.result("other", "t") is None
     assert not await store.stretches("t")
     job = await jobs.get(DEFAULT_PROJECT, "t")
@@ -180,7 +180,7 @@ async def test_a_recording_goes_with_the_end_of_its_job(
     assert not await recordings(cellar)
     found = await store.get("t")
     assert found is not None
-    assert found.recording_gone
+    assert found.request is None
     assert not await store.stretches("t")
     await store.close(cellar, "t")
 
@@ -205,7 +205,7 @@ async def test_what_a_dead_process_has_begun_is_swept_by_the_next_of_its_name(
     store: TranscriptionStore, cellar: Blobs, clock: FakeClock
 ) -> None:
     for name in ("a", "b"):
-        await store.begin(NewTranscription(name, DEFAULT_PROJECT, PATH, b"{}"))
+        await store.begin(NewTranscription(name, DEFAULT_PROJECT, PATH, b"{}", b"[]", has_sound=True))
         await cellar.put(recording_key(name), b"sound")
     assert await store.sweep(cellar, clock.now(), 10) == 0
     clock.advance(1)

@@ -288,8 +288,8 @@ async def test_what_cannot_be_heard_fails_for_a_reason(server: Server) -> None:
     letters = (await server.get(f"/v1/dead-letters?job_id={job_id}"))["data"]
     assert [letter["error"]["code"] for letter in letters] == ["media_invalid"]
     await until_nothing_is_left(server)
-    gone = await until_ended(server, await handed_in(server, None, file_id="file_none"))
-    assert (gone["status"], gone["error"]["code"]) == ("failed", "not_found")
+    status, refusal, _ = await post(server, None, file_id="file_none")
+    assert (status, refusal["error"]["code"]) == (404, "not_found")
 
 
 async def test_an_engine_that_fails_is_asked_again_and_then_no_more(server: Server) -> None:
@@ -315,6 +315,32 @@ async def test_a_project_has_so_many_at_once(server: Server, keys: dict[str, str
     for job_id in made:
         await server.post(f"/v1/jobs/{job_id}/cancel", keys["many"])
     await until_nothing_is_left(server)
+
+
+async def test_no_sound_stays_behind_in_a_request(server: Server, url: str | None) -> None:
+    clip = data_url(speech(6))
+    known = {"diarize": True, "known_speaker_names": ["Ann"], "known_speaker_references": [clip]}
+    file = await upload(server, speech(4), purpose="user_data")
+    requests: dict[str, dict[str, Any]] = {
+        "clip": {"file_id": file["id"], **known},
+        "recording": {"url": data_url(speech(4))},
+        "place": {"file_id": file["id"]},
+    }
+    for name, fields in requests.items():
+        job_id = await ended(server, None, **fields)
+        query = f"SELECT request FROM transcriptions WHERE id = '{job_id}'"
+
+        async def kept(query: str = query) -> bool:
+            return (await rows(server, query, url))[0][0] is not None
+
+        if name == "place":
+            assert await kept()
+        else:
+
+            async def gone() -> bool:
+                return not await kept()
+
+            await eventually(gone, what=f"a request without its {name}")
 
 
 async def test_a_result_goes_with_its_job(server: Server, url: str | None) -> None:

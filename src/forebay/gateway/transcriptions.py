@@ -38,6 +38,7 @@ from forebay.store.webhooks import new_secret
 
 _ACCEPTED = 202
 _FULL_SECONDS = 30.0
+_SHOWN = ("response_format", "include")  # what says how a result is written
 _OF_THE_DOOR = ("file_id", "url", "stream", "background", "webhook_url")
 
 
@@ -53,6 +54,7 @@ class _Handed:
     new: NewTranscription
     model: str
     webhook_url: str | None
+    file_id: str | None
     size: int | None = None
 
 
@@ -62,7 +64,7 @@ async def in_background(
     """Make a job of a request about a recording, once for each Idempotency-Key: 202, the job, and where it is.
 
     `raw` is the JSON body that was asked at `path`, and `call` what it was made into. `spool` holds the recording; with
-    none it lies where the body says. Raises InvalidRequest, Overloaded, InsufficientStorage and StoreUnavailable.
+    none it lies where the body says. Raises InvalidRequest, NotFound, Overloaded, InsufficientStorage and StoreUnavailable.
     """
     door: Door = request.app.state.door
     handed = _handed(caller, call, path, raw, spool)
@@ -82,8 +84,21 @@ def _handed(caller: Principal, call: Call, path: str, raw: bytes, spool: Spool |
     kept = {name: value for name, value in body.items() if name not in _OF_THE_DOOR}
     if spool is None:
         kept |= {name: body[name] for name in ("file_id", "url") if body.get(name) is not None}
-    new = NewTranscription(new_id("job"), caller.project_id, path, to_json(kept))
-    return _Handed(new, call.request.model, webhook_url)
+    shown = {name: body[name] for name in _SHOWN if body.get(name) is not None}
+    new = NewTranscription(
+        new_id("job"),
+        caller.project_id,
+        path,
+        to_json(kept),
+        to_json(shown),
+        has_sound=spool is not None or _brings_sound(kept),
+    )
+    return _Handed(new, call.request.model, webhook_url, kept.get("file_id"))
+
+
+def _brings_sound(body: dict[str, Any]) -> bool:
+    """Whether there is sound in the body itself."""
+    return bool(body.get("known_speaker_references")) or str(body.get("url", ""))[:5].lower() == "data:"
 
 
 async def _hand_in(request: Request, caller: Principal, handed: _Handed, raw: bytes, spool: Spool | None) -> Response:
@@ -95,6 +110,8 @@ async def _hand_in(request: Request, caller: Principal, handed: _Handed, raw: by
     async def check() -> None:
         state.door.rates.check(caller, 0)
         await desk.check_room()
+        if handed.file_id is not None:
+            await state.files.get(caller.project_id, handed.file_id)  # a mistake that is known early spares the job
         if spool is not None:
             await store.begin(handed.new)
             handed.size = await _store(blobs, handed.new.id, spool)
@@ -197,7 +214,7 @@ async def _result(store: TranscriptionStore, job: Job) -> Result:
 
 def _rendered(found: Result, form: str | None) -> tuple[str, bytes]:
     """Hours of speech take their time, so this runs in a thread."""
-    asked: dict[str, Any] = from_json(found.request)
+    asked: dict[str, Any] = from_json(found.shown)
     transcript = transcript_from_wire(from_json(found.transcript))
     shown = written(transcript, form or asked.get("response_format", "json"), _look(asked, transcript))
     return shown.content_type, shown.body

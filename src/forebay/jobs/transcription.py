@@ -5,9 +5,10 @@ anew, and goes on after the last stretch that was kept.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 from pydantic_core import from_json, to_json
 
@@ -15,6 +16,7 @@ from forebay.blobs.blobs import Blobs
 from forebay.clock import Clock, new_id
 from forebay.commit_points import reach
 from forebay.config import AudioSettings
+from forebay.dialects.openai.audio_events import usage_in_tokens
 from forebay.dialects.openai.call import Call
 from forebay.dialects.speech import SpeechTask
 from forebay.errors import (
@@ -56,6 +58,7 @@ from forebay.store.transcriptions import (
     TranscriptionStore,
     recording_key,
 )
+from forebay.telemetry import Metrics
 
 QUEUED = "queued"
 FETCHING = "fetching"
@@ -68,6 +71,11 @@ _TELL_SECONDS = 0.5  # how often progress is written down at most
 _KEEP_SECONDS = 1.0  # before a stretch is written again after the store was away
 # About how long each takes beside the others.
 _SHARES = {FETCHING: 1, DECODING: 4, TRANSCRIBING: 60, ALIGNING: 15, DIARIZING: 20}
+
+
+def names_recording(body: Mapping[str, Any]) -> bool:
+    """Whether the body of a request says where its recording is; otherwise that comes with it."""
+    return any(body.get(name) is not None for name in ("file_id", "url"))
 
 
 class Plan:
@@ -103,6 +111,7 @@ class TranscriptionWork:
         transcriber: Transcriber,
         admission: Admission,
         clock: Clock,
+        metrics: Metrics,
     ) -> None:
         self._jobs = jobs
         self._store = store
@@ -112,13 +121,14 @@ class TranscriptionWork:
         self._transcriber = transcriber
         self._admission = admission
         self._clock = clock
+        self._metrics = metrics
 
     async def perform(self, lease: Lease, run: Run) -> Outcome:
         """One attempt."""
         asked = await self._store.get(lease.id)
         if asked is None:
             return Cancelled()  # it was removed
-        if asked.recording_gone:
+        if asked.request is None:
             raise InvalidRequest(
                 "The recording went when its job ended. Send it again as a new request.", code="recording_gone"
             )
@@ -128,7 +138,7 @@ class TranscriptionWork:
             request_id=new_id("req"),
             project=asked.project_id,
             priority=Priority.BATCH,
-            with_recording=asked.has_recording,
+            with_recording=not names_recording(from_json(asked.request)),
         )
         try:
             transcript = await self._worked_on(lease, run, asked, call)
@@ -136,7 +146,7 @@ class TranscriptionWork:
             return Snoozed(trouble.retry_after_seconds or _BUSY_SECONDS)
         except ShuttingDown:
             return Snoozed(0)
-        return await self._done(lease, transcript)
+        return await self._done(lease, call.request.model, transcript)
 
     async def after(self, job: Job, state: JobState) -> None:
         """For the process in which an attempt has ended."""
@@ -148,11 +158,15 @@ class TranscriptionWork:
         """What other processes have left, and what has outlived its job; how many are removed."""
         return await self._store.sweep(self._blobs, now, rows)
 
-    async def _done(self, lease: Lease, transcript: Transcript) -> Outcome:
+    async def _done(self, lease: Lease, model: str, transcript: Transcript) -> Outcome:
         content = await asyncio.to_thread(lambda: to_json(transcript_to_wire(transcript)))
         if len(content) > RESULT_BYTES_MAX:
             error = InvalidRequest("The transcript is larger than what is kept. Send the recording in parts.")
             return Failed(error, retryable=False)
+
+        used = usage_in_tokens(transcript)
+        self._metrics.prompt_tokens.labels(model).inc(used.prompt_tokens)
+        self._metrics.completion_tokens.labels(model).inc(used.completion_tokens)
 
         async def write(transaction: Transaction) -> None:
             await self._store.finish(transaction, lease.id, transcript.duration, content)

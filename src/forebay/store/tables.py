@@ -298,8 +298,8 @@ response_events = sa.Table(
     sa.Column("events", sa.LargeBinary, nullable=False),  # JSON: a list
 )
 
-# What a job of kind `transcription` with the same id has to do and has found; it goes when its job is gone. Its recording,
-# where that is a blob of its own, goes when the job ends.
+# What a job of kind `transcription` with the same id has to do and has found; it goes when its job is gone. What holds sound
+# goes when the job ends: its recording where that is a blob of its own, and the request that brought sound along.
 transcriptions = sa.Table(
     "transcriptions",
     metadata,
@@ -307,15 +307,16 @@ transcriptions = sa.Table(
     sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False),
     sa.Column("node", sa.String(64), nullable=False),  # who takes the recording in
     sa.Column("submitted", sa.Boolean, nullable=False),  # whether there is, or was, a job
-    sa.Column("recording", sa.String(16), nullable=False),  # none, kept, removing, removed: of its own
-    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("sound", sa.String(16), nullable=False),  # none, kept, removing, removed
+    sa.Column("bytes", sa.BigInteger, nullable=False),  # of its recording
     sa.Column("path", sa.String(64), nullable=False),  # the endpoint that was asked
-    sa.Column("request", sa.LargeBinary, nullable=False),  # JSON: the body
+    sa.Column("request", sa.LargeBinary),  # JSON: the body, as long as it may be run
+    sa.Column("shown", sa.LargeBinary, nullable=False),  # JSON: what of the body says how the result is written
     sa.Column("duration", sa.Double),  # of the recording in seconds, once it is decoded
     sa.Column("result", sa.LargeBinary),  # JSON: the transcript
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Index("ix_transcriptions_project", "project_id", "created_at", "id"),
-    sa.Index("ix_transcriptions_recording", "recording"),
+    sa.Index("ix_transcriptions_sound", "sound"),
     sa.Index("ix_transcriptions_submitted", "submitted"),
 )
 

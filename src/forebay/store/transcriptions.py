@@ -1,9 +1,9 @@
 """Transcriptions as rows: taken in, submitted, worked on stretch by stretch, kept as long as their job.
 
-It refuses to write for an attempt that no longer has the job, and to forget a recording: a row outlives its blob at both
-ends, so that whatever a crash leaves behind is found by `sweep`.
+It refuses to write for an attempt that no longer has the job, and to forget what holds sound: a row outlives its blob at
+both ends, so that whatever a crash leaves behind is found by `sweep`.
 
-    recording: none, or kept -> removing -> removed
+    sound: none, or kept -> removing -> removed
 """
 
 from collections.abc import Sequence
@@ -29,24 +29,28 @@ _HAS_NONE, _KEPT, _REMOVING, _REMOVED = "none", "kept", "removing", "removed"
 
 @dataclass(frozen=True, slots=True)
 class NewTranscription:
-    """A transcription that is handed in. `request` is its JSON body."""
+    """A transcription that is handed in.
+
+    `request` is its JSON body, and `shown` what of it says how the result is written. With `has_sound` its recording is a
+    blob of its own, or sound is in the request: that goes when the job ends.
+    """
 
     id: str
     project_id: str
     path: str
     request: bytes
+    shown: bytes
+    has_sound: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Transcription:
-    """What an attempt needs to know. `recording_gone`: it had a recording of its own, which was removed."""
+    """What an attempt needs to know. There is no `request` any more if it brought sound and its job had ended."""
 
     id: str
     project_id: str
     path: str
-    request: bytes
-    has_recording: bool
-    recording_gone: bool
+    request: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,10 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a finished job has found: the transcript as JSON, and the request that it answers."""
+    """What a finished job has found: the transcript as JSON, and how it was asked to be written."""
 
-    path: str
-    request: bytes
+    shown: bytes
     transcript: bytes
-    created_at: float
 
 
 class TranscriptionStore:
@@ -80,9 +82,9 @@ class TranscriptionStore:
     # Making.
 
     async def begin(self, new: NewTranscription) -> None:
-        """A row for a recording that is about to be stored. Whoever does not submit it calls `discard`."""
+        """A row for one whose recording is about to be stored. Whoever does not submit it calls `discard`."""
         async with self.database.begin() as transaction:
-            await transaction.execute(sa.insert(transcriptions).values(self._row(new, _KEPT, submitted=False)))
+            await transaction.execute(sa.insert(transcriptions).values(self._row(new, submitted=False)))
 
     async def submit(self, transaction: Transaction, new: NewTranscription, size: int | None = None) -> None:
         """Say that there is a job, in the transaction that makes it. `size` is that of a recording that was begun and stored.
@@ -90,23 +92,24 @@ class TranscriptionStore:
         Raises NotFound if it was swept.
         """
         if size is None:
-            await transaction.execute(sa.insert(transcriptions).values(self._row(new, _HAS_NONE, submitted=True)))
+            await transaction.execute(sa.insert(transcriptions).values(self._row(new, submitted=True)))
             return
-        begun = (transcriptions.c.id == new.id, transcriptions.c.recording == _KEPT)
+        begun = (transcriptions.c.id == new.id, transcriptions.c.sound == _KEPT)
         query = sa.update(transcriptions).where(*begun).values(submitted=True, bytes=size)
         if (await transaction.execute(query)).rowcount != 1:
             raise NotFound("The recording took too long to be stored. Send it again.")
 
-    def _row(self, new: NewTranscription, recording: str, *, submitted: bool) -> dict[str, Any]:
+    def _row(self, new: NewTranscription, *, submitted: bool) -> dict[str, Any]:
         return {
             "id": new.id,
             "project_id": new.project_id,
             "node": self._node,
             "submitted": submitted,
-            "recording": recording,
+            "sound": _KEPT if new.has_sound else _HAS_NONE,
             "bytes": 0,
             "path": new.path,
             "request": new.request,
+            "shown": new.shown,
             "created_at": self._clock.now(),
         }
 
@@ -131,8 +134,8 @@ class TranscriptionStore:
             row = (await connection.execute(query)).one_or_none()
         if row is None:
             return None
-        gone = row.recording in {_REMOVING, _REMOVED}
-        return Transcription(row.id, row.project_id, row.path, row.request, row.recording == _KEPT, gone)
+        request = None if row.sound in {_REMOVING, _REMOVED} else row.request
+        return Transcription(row.id, row.project_id, row.path, request)
 
     async def stretches(self, transcription_id: str) -> list[Stretch]:
         """What is finished of it, in order within each stage."""
@@ -167,7 +170,7 @@ class TranscriptionStore:
             .where(jobs.c.id == lease.id, jobs.c.attempt == lease.attempt, jobs.c.state == JobState.RUNNING)
             .values(
                 stage=stage,
-                total=WHOLE,
+                total=WHOLE if done else 0,  # nothing is no pace to go by
                 completed=sa.case((jobs.c.completed < done, done), else_=jobs.c.completed),
                 progress_at=self.database.now(self._clock),
             )
@@ -195,28 +198,28 @@ class TranscriptionStore:
         )
         async with self.database.read() as connection:
             row = (await connection.execute(query)).one_or_none()
-        return None if row is None else Result(row.path, row.request, row.result, row.created_at)
+        return None if row is None else Result(row.shown, row.result)
 
     # Removing.
 
     async def close(self, blobs: Remover, transcription_id: str) -> None:
-        """Remove the recording of a job that has ended; a sweep does so as well."""
+        """Remove what holds sound of a job that has ended; a sweep does so as well."""
         if await self._mark(transcriptions.c.id == transcription_id, _has_ended()):
             await self._remove(blobs, transcription_id)
 
     async def sweep(self, blobs: Remover, now: float, rows_max: int) -> int:
-        """Remove recordings of jobs that have ended, rows of jobs that are gone, and what was begun and left; how many.
+        """Remove what holds sound of jobs that have ended, rows of jobs that are gone, and what was begun and left; how many.
 
         What was begun under this node's name before this process was left by one that is dead.
         """
         for ended in (_has_ended(), self._is_left(now), _is_gone()):
             await self._mark(ended, limit=rows_max)
-        query = sa.select(transcriptions.c.id).where(transcriptions.c.recording == _REMOVING).limit(rows_max)
+        query = sa.select(transcriptions.c.id).where(transcriptions.c.sound == _REMOVING).limit(rows_max)
         found = await self._ids(query)
         for each in found:
             await self._remove(blobs, each)
         useless = sa.select(transcriptions.c.id).where(
-            transcriptions.c.recording.in_((_HAS_NONE, _REMOVED)), sa.or_(self._is_left(now), _is_gone())
+            transcriptions.c.sound.in_((_HAS_NONE, _REMOVED)), sa.or_(self._is_left(now), _is_gone())
         )
         old = await self._ids(useless.limit(rows_max))
         if old:
@@ -233,21 +236,21 @@ class TranscriptionStore:
             return (await connection.scalars(query)).all()
 
     async def _mark(self, *conditions: sa.ColumnElement[bool], limit: int = 1) -> bool:
-        """Say of kept recordings that they are to be removed; whether there were any."""
-        chosen = sa.select(transcriptions.c.id).where(transcriptions.c.recording == _KEPT, *conditions).limit(limit)
+        """Say of those with sound that it is to be removed; whether there were any."""
+        chosen = sa.select(transcriptions.c.id).where(transcriptions.c.sound == _KEPT, *conditions).limit(limit)
         if not (found := await self._ids(chosen)):
             return False
         query = sa.update(transcriptions).where(
-            transcriptions.c.id.in_(sorted(found)), transcriptions.c.recording == _KEPT, *conditions
+            transcriptions.c.id.in_(sorted(found)), transcriptions.c.sound == _KEPT, *conditions
         )
         async with self.database.begin() as transaction:
-            return bool((await transaction.execute(query.values(recording=_REMOVING))).rowcount)
+            return bool((await transaction.execute(query.values(sound=_REMOVING))).rowcount)
 
     async def _remove(self, blobs: Remover, transcription_id: str) -> None:
         await blobs.delete(recording_key(transcription_id))
-        mine = (transcriptions.c.id == transcription_id, transcriptions.c.recording == _REMOVING)
+        mine = (transcriptions.c.id == transcription_id, transcriptions.c.sound == _REMOVING)
         async with self.database.begin() as transaction:
-            await transaction.execute(sa.update(transcriptions).where(*mine).values(recording=_REMOVED))
+            await transaction.execute(sa.update(transcriptions).where(*mine).values(sound=_REMOVED, request=None))
             # Without its recording nobody goes on with it.
             await transaction.execute(sa.delete(stretches).where(stretches.c.transcription_id == transcription_id))
             begun = (transcriptions.c.id == transcription_id, ~transcriptions.c.submitted)

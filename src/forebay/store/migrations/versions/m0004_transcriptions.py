@@ -17,16 +17,17 @@ def upgrade() -> None:
         sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False),
         sa.Column("node", sa.String(64), nullable=False),
         sa.Column("submitted", sa.Boolean, nullable=False),
-        sa.Column("recording", sa.String(16), nullable=False),
+        sa.Column("sound", sa.String(16), nullable=False),
         sa.Column("bytes", sa.BigInteger, nullable=False),
         sa.Column("path", sa.String(64), nullable=False),
-        sa.Column("request", sa.LargeBinary, nullable=False),
+        sa.Column("request", sa.LargeBinary),
+        sa.Column("shown", sa.LargeBinary, nullable=False),
         sa.Column("duration", sa.Double),
         sa.Column("result", sa.LargeBinary),
         sa.Column("created_at", sa.Double, nullable=False),
     )
     op.create_index("ix_transcriptions_project", "transcriptions", ["project_id", "created_at", "id"])
-    op.create_index("ix_transcriptions_recording", "transcriptions", ["recording"])
+    op.create_index("ix_transcriptions_sound", "transcriptions", ["sound"])
     op.create_index("ix_transcriptions_submitted", "transcriptions", ["submitted"])
     op.create_table(
         "stretches",
