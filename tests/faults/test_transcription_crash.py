@@ -20,6 +20,7 @@ from tests.support.transcriptions import (
     speech,
     text_of,
     until_at,
+    until_ended,
     until_nothing_is_left,
 )
 
@@ -117,6 +118,16 @@ async def test_what_a_crash_leaves_is_swept_or_finished(tmp_path: Path, point: s
         jobs = (await server.get("/v1/jobs?kind=transcription"))["data"]
         assert [job["status"] for job in jobs] == ([] if point == "recording_stored" else ["completed"])
         assert len(await rows(server, "SELECT id FROM transcriptions")) == len(jobs)
+
+
+async def test_a_job_ends_at_its_deadline(tmp_path: Path) -> None:
+    hurried = CONFIG.replace("[audio]", "[audio]\nbackground_seconds_max = 2")
+    async with serving(hurried, folder=tmp_path) as server:
+        job_id = await handed_in(server, speech(20), prompt="[[fake token_ms=2000]]")
+        job = await until_ended(server, job_id)
+        assert (job["status"], job["error"]["code"]) == ("expired", "job_expired")
+        assert job["finished_at"] - job["created_at"] <= 4
+        await until_nothing_is_left(server)
 
 
 async def unfinished(server: Server) -> bool:

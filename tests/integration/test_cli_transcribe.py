@@ -11,7 +11,7 @@ import pytest_asyncio
 from tests.integration.test_cli_batch import ON_TERMINAL, forebay
 from tests.support.server import Server, serving
 from tests.support.terminal import CTRL_C, on_terminal
-from tests.support.transcriptions import result, speech, until_ended, until_nothing_is_left
+from tests.support.transcriptions import speech, until_ended, until_nothing_is_left
 
 CONFIG = """
 default_models = false
@@ -115,7 +115,13 @@ async def test_what_is_handed_in_goes_on_alone(server: Server, talk: Path) -> No
     job_id = ended.out.strip()
     assert re.fullmatch(r"job_[0-9a-f]{32}", job_id)
     assert (await until_ended(server, job_id))["status"] == "completed"
-    assert json.loads((await result(server, job_id, "json"))[1])["text"]
+    printed = await forebay(server, "jobs", "result", job_id, "--format", "json", folder=talk.parent)
+    assert json.loads(printed.out)["text"]
+    kept = await forebay(server, "jobs", "result", job_id, "-o", "said.json", folder=talk.parent)
+    assert kept.status == 0
+    assert (talk.parent / "said.json").read_text() == printed.out
+    refused = await forebay(server, "jobs", "result", job_id, "--format", "docx", folder=talk.parent)
+    assert (refused.status, "This result can be written as" in refused.err) == (1, True)
 
 
 async def test_a_bar_shows_how_far_it_is_and_ctrl_c_cancels(server: Server, talk: Path) -> None:

@@ -4,12 +4,14 @@ It refuses to touch the database: it asks the server, as everybody else.
 """
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from forebay.cli.api_client import LOCAL_SERVER, ApiClient, KeyFile, ServerUrl, ask, path_of
 from forebay.cli.progress import time_left
+from forebay.cli.results import print_out, write_whole
 from forebay.cli.tables import clock_time, print_table
 
 app = typer.Typer(help="List, show, cancel and retry jobs.", no_args_is_help=True)
@@ -63,6 +65,24 @@ def retry(job: JobId, url: ServerUrl = LOCAL_SERVER, key_file: KeyFile = None) -
     """Try a job again that was given up, cancelled or too late."""
     found = ask(url, key_file, lambda client: client.call("POST", path_of("jobs", job, "retry")))
     typer.echo(f"The job is {found['status']}.", err=True)
+
+
+@app.command()
+def result(
+    job: JobId,
+    form: Annotated[str | None, typer.Option("--format", help="How it is written, such as srt or json.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write here instead of to standard output.")] = None,
+    url: ServerUrl = LOCAL_SERVER,
+    key_file: KeyFile = None,
+) -> None:
+    """Fetch what a finished transcription has found."""
+
+    async def work(client: ApiClient) -> None:
+        async with client.request("GET", path_of("jobs", job, "result", format=form)) as response:
+            pieces = response.content.iter_chunked(2**18)
+            await (print_out(pieces) if out is None else write_whole(pieces, out))
+
+    ask(url, key_file, work)
 
 
 def _row(job: dict[str, Any]) -> tuple[str, ...]:
