@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,6 +371,21 @@ async def test_a_disk_without_room(tmp_path: Path) -> None:
                 pass
         made._files._free_bytes_min = 0
         await eventually(lambda: not programs(), within_seconds=2, what="the end of the decoding")
+
+
+async def test_a_disk_that_is_full_to_its_last_byte(tmp_path: Path) -> None:
+    disk = tmp_path / "audio"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        async with recordings(tmp_path) as made:
+            for content in (wav(content=bytes(3 * MIB)), opus_of(300, 1)):  # full as it is sent, and as it is decoded
+                assert type(await refusal(made, content)) is InsufficientStorage
+            assert len(await samples(made, hum("mp3"))) == 64_000
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 async def test_few_at_once_and_a_line_that_ends(tmp_path: Path) -> None:
