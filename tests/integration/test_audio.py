@@ -302,6 +302,15 @@ async def test_what_is_no_form(server: Server) -> None:
             assert (response.status, (await response.json())["error"]["code"]) == (400, code)
 
 
+async def test_forms_have_bounds(server: Server) -> None:
+    many = {"keywords": ["x"] * 1600}
+    assert await refusal(server, TRANSCRIPTIONS, TWO, **many) == (400, "invalid_multipart", None)
+    assert await refusal(server, TRANSCRIPTIONS, TWO, keywords=["x"] * 1000) == (400, "invalid_value", "keywords")
+    large = {"known_speaker_names": ["a"] * 3, "known_speaker_references": ["data:," + "x" * 3_000_000] * 3}
+    status, code, param = await refusal(server, TRANSCRIPTIONS, TWO, diarize=True, **large)
+    assert (status, code, param) == (413, "payload_too_large", "known_speaker_references[]")
+
+
 async def test_a_wrong_model_is_told_before_the_recording_has_come(server: Server) -> None:
     address = urlsplit(server.url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)

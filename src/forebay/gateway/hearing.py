@@ -4,6 +4,7 @@ It refuses to work on for a caller who has gone, and to keep one waiting for a r
 sense: such a one becomes a job.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -101,10 +102,11 @@ class SpeechAnswer(OnlineAnswer):
             transcript = await self._hear(visit, recording, send)
         visit.progress = Progress(usage_in_tokens(transcript))
         if self._told.events is None:
-            answer = shape.written(transcript)
+            answer = await asyncio.to_thread(shape.written, transcript)  # thousands of words take their time
             await self._send_whole(visit, send, answer.body, answer.content_type)
         else:
-            await self._send_events(visit, send, self._told.take() + self._told.events.ended(transcript))
+            ending = await asyncio.to_thread(self._told.events.ended, transcript)
+            await self._send_events(visit, send, self._told.take() + ending)
             await self._send(visit, send, {"type": "http.response.body", "body": b""})
 
     @property
