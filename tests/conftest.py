@@ -1,6 +1,12 @@
 """Options of the whole suite."""
 
+import os
+
 import pytest
+
+# Threads of NumPy's for matrices as small as ours wait for each other, on a busy machine for tens of times as long as they
+# compute. NumPy looks at this when it is first imported, which is after this.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

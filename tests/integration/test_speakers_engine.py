@@ -377,7 +377,7 @@ def test_figures_and_slots_are_shown(engine: Engine, heard: Voices) -> None:
         connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
         text = connection.getresponse().read().decode()
     figures = dict(line.split() for line in text.splitlines())
-    assert float(figures["forebay_engine_windows_total"]) >= len(heard.windows)
+    assert float(figures["forebay_engine_items_total"]) >= len(heard.windows)
     assert float(figures["forebay_engine_audio_seconds_total"]) >= 30
     assert figures["forebay_engine_requests_running"] == "0"
     assert [each["is_processing"] for each in engine.get("/slots")[1]] == [False] * 4

@@ -1,42 +1,20 @@
-"""Who spoke when, behind HTTP, in a process of its own: vectors of voices from sound, and turns from vectors.
+"""Who spoke when, behind HTTP, in a process of its own.
 
-It refuses to keep anything between two requests, and to compute on for who has gone.
+It refuses to let NumPy start threads: several for one product of small matrices wait for each other more than they compute.
 """
 
 import asyncio
-import base64
-import json
+import os
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-
-from forebay.engines.clustering import Floats
-from forebay.engines.connection import Answer, Refused, Route, Visit
-from forebay.engines.ge2e import DIMENSIONS, HOP_SAMPLES, Ge2e, gain, mel_frames
-from forebay.engines.onnx_model import cores
-from forebay.engines.serving import OutOfMemory, Service, run
-from forebay.engines.speakers_orders import SPEAKERS_MAX, Order, Stretch, read_order, read_stretch
+from forebay.engines.serving import Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
-from forebay.engines.threads import Threads, Unwanted, Wanted, all_ended
-from forebay.engines.torch_weights import NotWeights
-from forebay.engines.turns import Region, turns
-from forebay.engines.vad import WINDOW_SAMPLES, Vad, VadOptions, regions
-from forebay.engines.whisper_chunks import consumed, until
-from forebay.speech import SAMPLE_RATE, turn_to_wire
 
-_WINDOWS_AT_ONCE = 32
-_REASON_CHARS_MAX = 300
-_FULL_SCALE = 32768.0
-_SPEECH = VadOptions(min_silence_ms=100, pad_ms=60)  # the times of speech are answers here, so they have no margins
-_LIFE_SECONDS = 5.0
-_PART_WINDOWS = 1875  # a minute: of what speech is looked for in at once
-_LEAD_WINDOWS = 64  # two seconds: what the network hears before, to know where it is
+_SPEAKERS_MAX = 100
+_WINDOW_SECONDS = (0.2, 30)
+_STEP_SECONDS_MIN = 0.05
+_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,253 +34,30 @@ class Spec:
         check_types(self)
 
 
-@dataclass(slots=True)
-class _Figures:
-    """Sums since the start."""
-
-    requests: int = 0
-    windows: int = 0
-    audio_seconds: float = 0.0
-    turns: int = 0
-    out_of_memory: int = 0
-    cancelled: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Heard:
-    """What of a stretch has voices: the regions with speech, the first frame of each window, and up to where that is."""
-
-    regions: list[Region]
-    frames: list[int]
-    mels: Floats
-    gains: Floats
-    consumed: int
-
-
-class Engine:
-    """The routes of one loaded model. Made in the loading thread; the routes run in the event loop."""
-
-    def __init__(self, spec: Spec) -> None:
-        self._spec = spec
-        self._vad = Vad()
-        self._model = Ge2e(Path(spec.model_path), 1)
-        self._cores = spec.threads or cores()
-        self._threads = Threads(self._cores)
-        self._at_once = _WINDOWS_AT_ONCE
-        self._figures = _Figures()
-        self._running = 0
-        self._window = max(1, round(spec.window_seconds * SAMPLE_RATE / HOP_SAMPLES))
-        self._step = max(1, round(spec.step_seconds * SAMPLE_RATE / HOP_SAMPLES))
-        self._warm_up()
-
-    def _warm_up(self) -> None:
-        """Compute something once, so that the first request finds everything in its place."""
-        heard = self._hear(Stretch(np.zeros(2 * SAMPLE_RATE, np.int16), last=True), Wanted())
-        self._model.vectors(heard.mels[None, : self._window])
-
-    @property
-    def routes(self) -> Mapping[tuple[str, str], Route]:
-        """What this engine answers."""
-        return {
-            ("GET", "/slots"): self._slots,
-            ("GET", "/metrics"): self._metrics,
-            ("POST", "/v1/audio/voices"): self._voices,
-            ("POST", "/v1/audio/speakers"): self._speakers,
-        }
-
-    async def _voices(self, visit: Visit) -> Answer:
-        with self._noted(visit) as note:
-            stretch = read_stretch(visit.body)
-            note["audio_seconds"] = round(len(stretch.pcm) / SAMPLE_RATE, 2)
-            wanted = Wanted()
-            heard = await self._threads.run(lambda: self._hear(stretch, wanted), wanted)
-            note["windows"] = len(heard.frames)
-            await self._tell_vectors(visit, heard, wanted)
-            self._figures.windows += len(heard.frames)
-            self._figures.audio_seconds += heard.consumed / SAMPLE_RATE
-        visit.tell(json.dumps({"type": "done", "consumed": heard.consumed}).encode())
-        return b""
-
-    async def _tell_vectors(self, visit: Visit, heard: _Heard, wanted: Wanted) -> None:
-        """One record for as many windows as the threads compute at once."""
-        found, place = heard.regions, 0
-        while True:
-            parts = []
-            for _ in range(self._cores):
-                parts.append(heard.frames[place : place + self._at_once])
-                place += len(parts[-1])
-            work = [asyncio.ensure_future(self._vectors(heard, part, wanted)) for part in parts if part]
-            try:
-                vectors = [row for rows in await asyncio.gather(*work) for row in rows]
-            finally:
-                wanted.gone = any(not each.done() for each in work)
-                for each in work:
-                    each.cancel()
-                await all_ended(work)
-            visit.tell(self._record(found, [frame for part in parts for frame in part], vectors))
-            found = []
-            if place >= len(heard.frames):
-                return
-
-    async def _vectors(self, heard: _Heard, frames: Sequence[int], wanted: Wanted) -> list[Floats]:
-        """The vectors of windows; in halves, as long as memory runs out."""
-        try:
-            return list(await self._threads.run(lambda: self._compute(heard, frames, wanted), wanted))
-        except (OutOfMemory, MemoryError):
-            self._figures.out_of_memory += 1
-            if len(frames) == 1:
-                raise _no_memory("This recording needs more memory than there is.") from None
-        half = len(frames) // 2
-        self._at_once = max(1, min(self._at_once, half))
-        _say(f"event=batch_halved windows={self._at_once}")
-        return [row for part in (frames[:half], frames[half:]) for row in await self._vectors(heard, part, wanted)]
-
-    def _compute(self, heard: _Heard, frames: Sequence[int], wanted: Wanted) -> Floats:
-        _check(wanted)
-        if 0 < self._spec.rehearse_windows_max < len(frames):
-            raise OutOfMemory
-        windows = [heard.mels[frame : frame + self._window] * heard.gains[frame] for frame in frames]
-        return self._model.vectors(np.stack(windows))
-
-    def _hear(self, stretch: Stretch, wanted: Wanted) -> _Heard:
-        """Find speech, and the windows to take voices from, in a thread."""
-        pcm = stretch.pcm
-        likely = np.concatenate(list(self._likely(stretch, wanted)))
-        end = len(pcm) if stretch.last else consumed(likely, _SPEECH.offset, len(pcm))
-        speech = until(regions(likely, _SPEECH, len(pcm)), end)
-        margin = self._window * HOP_SAMPLES
-        samples = np.pad(pcm.astype(np.float32) / _FULL_SCALE, margin)
-        frames = [frame for region in speech for frame in self._frames(*region)]
-        _check(wanted)
-        mels = mel_frames(samples)
-        gains = np.ones(len(mels), dtype=np.float32)
-        for frame in frames:
-            gains[frame] = gain(samples[frame * HOP_SAMPLES : frame * HOP_SAMPLES + margin]) ** 2
-        seconds = [(begin / SAMPLE_RATE, stop / SAMPLE_RATE) for begin, stop in speech]
-        return _Heard(seconds, frames, mels, gains, end)
-
-    def _likely(self, stretch: Stretch, wanted: Wanted) -> Iterator[Floats]:
-        """How likely somebody speaks, a minute at a time."""
-        for first in range(0, -(-len(stretch.pcm) // WINDOW_SAMPLES), _PART_WINDOWS):
-            _check(wanted)
-            lead = min(first, _LEAD_WINDOWS)
-            part = slice((first - lead) * WINDOW_SAMPLES, (first + _PART_WINDOWS) * WINDOW_SAMPLES)
-            yield self._vad.probabilities(stretch.pcm[part])[lead:]
-
-    def _frames(self, begin: int, end: int) -> Iterator[int]:
-        """Where the windows of a region begin, in frames of the stretch with a window of silence around it.
-
-        They reach a quarter of a window over both ends; one window is in the middle of a region that is shorter.
-        """
-        first, last = begin // HOP_SAMPLES + self._window, end // HOP_SAMPLES + self._window
-        if last - first <= self._window:
-            yield (first + last - self._window) // 2
-            return
-        low, high = first - self._window // 4, last + self._window // 4 - self._window
-        count = max(1, -(-(high - low) // self._step))
-        yield from (low + (high - low) * each // count for each in range(count + 1))
-
-    def _record(self, found: Sequence[Region], frames: Sequence[int], vectors: Sequence[Floats]) -> bytes:
-        second = SAMPLE_RATE // HOP_SAMPLES
-        begins = [(frame - self._window) / second for frame in frames]
-        record = {
-            "type": "voices",
-            "regions": [[round(begin, 3), round(end, 3)] for begin, end in found],
-            "windows": [[round(begin, 2), round(begin + self._window / second, 2)] for begin in begins],
-            "vectors": base64.b64encode(np.array(vectors, dtype="<f2").tobytes()).decode(),
-            "dimensions": DIMENSIONS,
-        }
-        return json.dumps(record).encode()
-
-    async def _speakers(self, visit: Visit) -> Answer:
-        with self._noted(visit) as note:
-            wanted = Wanted()
-            work = asyncio.ensure_future(self._threads.run(lambda: self._turns(visit.body, wanted), wanted))
-            try:
-                while not (await asyncio.wait([work], timeout=_LIFE_SECONDS))[0]:
-                    visit.tell(b"")
-                order, found = await work
-            finally:
-                work.cancel()
-                await all_ended([work])
-            note["windows"], note["turns"] = len(order.windows.vectors), len(found)
-            self._figures.turns += len(found)
-        names = list(dict.fromkeys(turn["speaker"] for turn in found))
-        visit.tell(json.dumps({"type": "turns", "turns": found, "speakers": names}).encode())
-        visit.tell(b'{"type":"done"}')
-        return b""
-
-    def _turns(self, body: bytes, wanted: Wanted) -> tuple[Order, list[dict[str, Any]]]:
-        try:
-            order = read_order(body, DIMENSIONS, self._spec.speakers_max)
-            found = turns(order.regions, order.windows, order.count, order.known, lambda: _check(wanted))
-        except MemoryError:
-            raise _no_memory("This recording has more voices than there is memory for.") from None
-        return order, [turn_to_wire(turn) for turn in found]
-
-    @contextmanager
-    def _noted(self, visit: Visit) -> Iterator[dict[str, Any]]:
-        """Count a request, and say in the log how it has ended; what is put into the dictionary is said as well."""
-        note: dict[str, Any] = {}
-        begun, ended = time.monotonic(), "cancelled"
-        self._figures.requests += 1
-        self._running += 1
-        try:
-            yield note
-            ended = "finished"
-        except Refused as refused:
-            ended = "refused" if refused.status < 500 else "failed"
-            note["reason"] = _line(str(refused))
-            raise
-        finally:
-            self._running -= 1
-            self._figures.cancelled += ended == "cancelled"
-            more = "".join(f" {name}={value}" for name, value in note.items())
-            _say(f"event={ended} {visit.ids} path={visit.path} seconds={time.monotonic() - begun:.4f}{more}")
-
-    async def _slots(self, visit: Visit) -> Answer:
-        busy = self._running
-        return json.dumps([{"id": slot, "is_processing": slot < busy} for slot in range(self._spec.slots)]).encode()
-
-    async def _metrics(self, visit: Visit) -> Answer:
-        figures = {f"{name}_total": value for name, value in asdict(self._figures).items()}
-        gauges = {"requests_running": self._running, "batch_windows": self._at_once}
-        return "".join(f"forebay_engine_{name} {value}\n" for name, value in {**figures, **gauges}.items())
-
-
-def _check(wanted: Wanted) -> None:
-    if wanted.gone:
-        raise Unwanted
-
-
-def _no_memory(message: str) -> Refused:
-    return Refused(500, message, "out_of_memory", "server_error")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"speakers: {text}\n")
-
-
-def _line(text: str) -> str:
-    """Printable characters of `text` on one line, cut."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:_REASON_CHARS_MAX]
-
-
 def main() -> None:
     """Load the model and serve until SIGTERM."""
     spec, key = read_spec(Spec, "The speakers engine")
-    if spec.slots < 1 or not 1 <= spec.speakers_max <= SPEAKERS_MAX:
-        refuse_to_start(f"{spec.name} needs at least 1 slot, and a `speakers_max` from 1 to {SPEAKERS_MAX}.")
-    if not 0.2 <= spec.window_seconds <= 30 or not 0.05 <= spec.step_seconds <= spec.window_seconds:
+    if spec.slots < 1 or not 1 <= spec.speakers_max <= _SPEAKERS_MAX:
+        refuse_to_start(f"{spec.name} needs at least 1 slot, and a `speakers_max` from 1 to {_SPEAKERS_MAX}.")
+    shortest, longest = _WINDOW_SECONDS
+    if (
+        not shortest <= spec.window_seconds <= longest
+        or not _STEP_SECONDS_MIN <= spec.step_seconds <= spec.window_seconds
+    ):
         refuse_to_start(f"{spec.name} needs windows of 0.2 to 30 s, and steps of 0.05 s to the length of a window.")
 
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))  # NumPy looks at them when it is imported, which is below
+
     def load(loop: asyncio.AbstractEventLoop) -> Service:
+        from forebay.engines.speakers_engine import Engine
+        from forebay.engines.torch_weights import NotWeights
+
         try:
             engine = Engine(spec)
         except (NotWeights, OSError) as error:
             reason = "its weights cannot be opened" if isinstance(error, OSError) else str(error)
             refuse_to_start(f"{spec.name} cannot start: {reason}")
-        _say(f"event=ready model={spec.name} dimensions={DIMENSIONS}")
+        sys.stderr.write(f"speakers: event=ready model={spec.name}\n")
         return engine
 
     run(key, load)
