@@ -92,7 +92,8 @@ async def until_at(server: Server, job_id: str, stage: str, percent: float = 0, 
 async def progress_of(server: Server, job_id: str) -> AsyncIterator[dict[str, Any]]:
     """The job whenever it changes, until it has ended."""
     url = f"{server.url}/v1/jobs/{job_id}/events"
-    async with server.session.get(url, headers=server.headers) as response:
+    forever = aiohttp.ClientTimeout(total=None)
+    async with server.session.get(url, headers=server.headers, timeout=forever) as response:
         async for line in response.content:
             if line.startswith(b"data: "):
                 yield json.loads(line[6:])
