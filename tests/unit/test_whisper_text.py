@@ -30,6 +30,7 @@ def test_what_was_begun_and_not_written_is_heard_again() -> None:
     parts, rest = split(tokens, T, 10, whole=True)
     assert (_times(parts), rest) == ([(0, 2)], 2)
     assert split(tokens, T, 2.5, whole=True)[1] is None
+    assert split(tokens, T, 6, whole=True, rest_min=5)[1] is None
 
 
 def test_words_without_an_end_reach_to_the_end_of_the_chunk() -> None:

@@ -37,7 +37,8 @@ from forebay.engines.whisper_text import Part, Tries, Try, split
 _PR_SET_PDEATHSIG = 1
 _FULL_SCALE = 32768.0
 _FRAMES_MAX = 3000
-_FRAMES_A_SECOND = 100
+_REST_SECONDS_MIN = 1.0
+_UNSURE_REST_SECONDS_MIN = 5.0  # of sound that may be silence; the model would make something up
 _PROMPT_TOKENS_MAX = 223
 _PREPENDED = "\"'“¿([{-"
 _APPENDED = "\"'.。,，!！?？:：”)]}、"
@@ -179,7 +180,9 @@ class Model:
         if chunk.tries.silent(written):
             return _ended(chunk, [])
         whole = len(chunk.prompt) + len(written.tokens) < self._model.max_length
-        chunk.parts, chunk.rest = split(written.tokens, chunk.tokenizer.timestamp_begin, chunk.duration, whole=whole)
+        rest_min = _REST_SECONDS_MIN if chunk.tries.options["vad"] else _UNSURE_REST_SECONDS_MIN
+        timestamps = chunk.tokenizer.timestamp_begin
+        chunk.parts, chunk.rest = split(written.tokens, timestamps, chunk.duration, whole=whole, rest_min=rest_min)
         if chunk.words and any(_text_tokens(chunk, part) for part in chunk.parts):
             return {"next": "align", "key": ""}
         return _ended(chunk, [_part(part) for part in chunk.parts])

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _TOKEN_SECONDS = 0.02
-_REST_SECONDS_MIN = 1.0  # what is shorter is not worth another run
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,9 @@ class Part:
     tokens: tuple[int, ...]
 
 
-def split(tokens: Sequence[int], timestamps: int, duration: float, *, whole: bool) -> tuple[list[Part], float | None]:
+def split(
+    tokens: Sequence[int], timestamps: int, duration: float, *, whole: bool, rest_min: float = 1.0
+) -> tuple[list[Part], float | None]:
     """The segments in `tokens`, and from where on something is left to be heard; None where nothing is.
 
     A segment ends where two times follow one another. What comes after the last two is a segment up to the end, unless
@@ -97,7 +98,7 @@ def split(tokens: Sequence[int], timestamps: int, duration: float, *, whole: boo
     last = parts[-1].end if parts else 0.0
     if spoken and (whole or not parts or left[-1] >= timestamps):
         parts.append(_part(left, timestamps, duration))
-    elif parts and 0 < last < duration - _REST_SECONDS_MIN:
+    elif parts and 0 < last < duration - rest_min:
         return parts, last
     return parts, None
 
