@@ -376,18 +376,37 @@ async def test_a_cancel_call_stops_it_too(server: Server) -> None:
     await nothing_left(server)
 
 
-async def test_an_upload_that_is_cut_leaves_nothing(server: Server) -> None:
+async def begin_upload(server: Server) -> asyncio.StreamWriter:
+    """A connection on which the first megabytes of a recording have been sent."""
     address = urlsplit(server.url)
+    _, writer = await asyncio.open_connection(address.hostname, address.port)
+    head = f"POST {TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
+    kind = "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000000\r\n\r\n"
+    file = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"x" * 2_000_000
+    writer.write((head + kind).encode() + file)
+    await writer.drain()
+    return writer
+
+
+async def test_an_upload_that_is_cut_leaves_nothing(server: Server) -> None:
     for _ in range(5):
-        _, writer = await asyncio.open_connection(address.hostname, address.port)
-        head = f"POST {TRANSCRIPTIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
-        kind = "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000000\r\n\r\n"
-        file = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"x" * 5_000_000
-        writer.write((head + kind).encode() + file)
-        await writer.drain()
+        writer = await begin_upload(server)
         await eventually(lambda: open_recordings(server), what="a recording on its way in")
         writer.close()
         await nothing_left(server)
+
+
+async def test_only_so_many_recordings_are_received_at_once(server: Server) -> None:
+    writers = [await begin_upload(server) for _ in range(8)]
+    await eventually(lambda: len(open_recordings(server)) == 8 * 2, what="eight recordings on their way in")
+    data = form(TWO, {})
+    async with server.session.post(server.url + TRANSCRIPTIONS, data=data, headers=server.headers) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (429, "queue_full")
+        assert int(response.headers["retry-after"]) > 0
+    for writer in writers:
+        writer.close()
+    await nothing_left(server)
+    assert (await heard(server))["text"]
 
 
 async def test_cancels_at_any_moment_leave_nothing(server: Server, prove: bool) -> None:
