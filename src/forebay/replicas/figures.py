@@ -28,7 +28,8 @@ NAMES = {
     "forebay_engine_requests_running": "Requests that are not finished.",
     "forebay_engine_batch_budget_tokens": "Padded tokens that a batch may have now.",
     "forebay_engine_batch_budget_chunks": "Chunks of recordings that a batch may have now.",
-    "forebay_engine_audio_seconds_total": "Seconds of speech that were written down.",
+    "forebay_engine_batch_budget_windows": "Windows of voices that a batch may have now.",
+    "forebay_engine_audio_seconds_total": "Seconds of speech that were written down, or in which voices were looked for.",
     "forebay_engine_child_restarts_total": "Compute processes that ended or were ended, and started again.",
 }
 _SECONDS = 1.0
