@@ -294,6 +294,12 @@ def test_a_shortage_of_memory_makes_smaller_batches(heard: Voices) -> None:
         assert "event=batch_halved windows=4" in engine.log
 
 
+def test_regions_that_meet_but_for_rounding_are_one_turn(engine: Engine) -> None:
+    header = {"regions": [[0, 1.001], [1.0005, 2]], "windows": [[0, 1.6], [0.4, 2]], "dimensions": 256}
+    status, records = _post(engine, SPEAKERS, header, VECTORS)
+    assert (status, records[0]["turns"]) == (200, [{"start": 0.0, "end": 2.0, "speaker": "A"}])
+
+
 GOOD_ORDER = {"regions": [[0, 2]], "windows": [[0, 1.6], [0.4, 2]], "dimensions": 256}
 VECTORS = np.ones((2, 256), "<f2").tobytes()
 KNOWN = {"name": "Ann", "vectors": base64.b64encode(VECTORS).decode()}

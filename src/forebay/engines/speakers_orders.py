@@ -8,7 +8,6 @@ import binascii
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ _KNOWN_VECTORS_MAX = 4096
 _NAME_CHARS_MAX = 200
 _SECONDS_MAX = 1_000_000.0
 _VALUE_MAX = 1000.0
+_ROUNDING_SECONDS = 0.01
 _NUMBER = np.dtype("<f2")
 
 Times = npt.NDArray[np.float64]
@@ -76,11 +76,8 @@ def read_order(body: bytes, dimensions: int, most: int) -> Order:
     middles = spans.mean(axis=1)
     order = np.argsort(middles, kind="stable")
     length = float(np.median(spans[:, 1] - spans[:, 0])) if len(spans) else 0.0
-    regions = [(float(start), float(end)) for start, end in _spans(header, "regions")]
-    if any(after[0] < before[1] for before, after in pairwise(regions)):
-        raise Refused(400, "`regions` have to be in order and must not overlap.", param="regions")
     windows = Windows(middles[order], vectors[order], length)
-    return Order(regions, windows, _count(header, most), _known(header.get("known"), dimensions))
+    return Order(_regions(header), windows, _count(header, most), _known(header.get("known"), dimensions))
 
 
 def _parted(body: bytes) -> tuple[dict[str, Any], memoryview]:
@@ -108,6 +105,18 @@ def _spans(header: Mapping[str, Any], name: str) -> Times:
     if not (np.isfinite(spans).all() and (spans[:, 0] < spans[:, 1]).all() and (np.abs(spans) <= _SECONDS_MAX).all()):
         raise Refused(400, f"Every one of `{name}` has to begin before it ends.", param=name)
     return spans
+
+
+def _regions(header: Mapping[str, Any]) -> list[Region]:
+    """Where speech is. What overlaps by no more than rounding, where two stretches meet, is parted."""
+    found: list[Region] = []
+    for start, end in _spans(header, "regions").tolist():
+        before = found[-1][1] if found else start
+        if start < before - _ROUNDING_SECONDS:
+            raise Refused(400, "`regions` have to be in order and must not overlap.", param="regions")
+        if end > before:
+            found.append((max(start, before), end))
+    return found
 
 
 def _vectors(data: bytes | memoryview, dimensions: int, what: str) -> Floats:
