@@ -218,6 +218,22 @@ async def test_what_a_dead_process_has_begun_is_swept_by_the_next_of_its_name(
     assert not await names(store)
 
 
+async def test_what_was_too_late_has_its_time_again(
+    store: TranscriptionStore, jobs: JobStore, clock: FakeClock
+) -> None:
+    began = jobs.now()
+    async with store.database.begin() as transaction:
+        [job_id] = await jobs.insert(transaction, [NewJob(TRANSCRIPTION, DEFAULT_PROJECT, deadline_at=began - 1)])
+        created = await jobs.lock(transaction, job_id)
+        assert created is not None
+        await jobs.end_available(transaction, created, Verdict(JobState.EXPIRED, began))
+        span = created.deadline_at - created.created_at
+        await transaction.execute(sa.text(f"UPDATE jobs SET created_at = {created.created_at - 60}"))
+        assert await jobs.revive(transaction, created)
+    job = await jobs.get(DEFAULT_PROJECT, job_id)
+    assert job.deadline_at - jobs.now() == pytest.approx(span + 60, abs=10)
+
+
 async def test_a_database_of_the_version_before_keeps_what_it_has(database: Database) -> None:
     def downgraded(connection: sa.Connection) -> None:
         config = Config()

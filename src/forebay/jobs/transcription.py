@@ -78,6 +78,12 @@ def names_recording(body: Mapping[str, Any]) -> bool:
     return any(body.get(name) is not None for name in ("file_id", "url"))
 
 
+def _gone() -> InvalidRequest:
+    return InvalidRequest(
+        "The recording went when its job ended. Send it again as a new request.", code="recording_gone"
+    )
+
+
 class Plan:
     """The stages of one recording, and which part of all the work each is."""
 
@@ -129,9 +135,7 @@ class TranscriptionWork:
         if asked is None:
             return Cancelled()  # it was removed
         if asked.request is None:
-            raise InvalidRequest(
-                "The recording went when its job ended. Send it again as a new request.", code="recording_gone"
-            )
+            raise _gone()
         call = await self._calls.prepare(
             asked.path,
             asked.request,
@@ -196,8 +200,8 @@ class TranscriptionWork:
         try:
             async for piece in self._blobs.stream(recording_key(asked.id)):
                 await spool.write(piece)
-        except NotFound:  # removed in this moment, by the end of another attempt
-            raise LeaseLost from None
+        except NotFound:
+            raise _gone() from None
 
     async def _transcribed(self, call: Call, recording: Recording, ledger: "Ledger") -> Transcript:
         """Work on it; from the last kept stretch on whenever a place was taken back."""

@@ -409,14 +409,17 @@ class JobStore:
         return bool((await transaction.execute(query)).rowcount == 1)
 
     async def revive(self, transaction: Transaction, job: Job, stage: str | None = None) -> bool:
-        """Make a finished job available again, with all its attempts before it; whether it was finished."""
+        """Make a finished job available again, with all its attempts and its time before it; whether it was finished."""
+        now = self.now()
+        again = now + jobs.c.deadline_at - jobs.c.created_at
         query = (
             sa.update(jobs)
             .where(jobs.c.id == job.id, jobs.c.state.in_(sources(JobState.AVAILABLE) & FINISHED))
             .values(
                 state=JobState.AVAILABLE,
                 stage=job.stage if stage is None else stage,
-                run_at=self.now(),
+                run_at=now,
+                deadline_at=sa.case((jobs.c.deadline_at <= now, again), else_=jobs.c.deadline_at),
                 failures=0,
                 rescues=0,
                 finished_at=None,
