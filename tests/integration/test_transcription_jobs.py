@@ -53,12 +53,18 @@ prune_seconds = 1
 watch_seconds = 0.02
 [supervisor]
 backoff_seconds_min = 0.05
+[scheduler]
+headroom_seconds = 1
 [outbound]
 allowed_networks = ["127.0.0.2/32"]
 [models.whisper]
 engine = "fake"
 preload = true
 slots = 4
+[models.single]
+engine = "fake"
+preload = true
+slots = 1
 """
 CANCEL_SECONDS = 2.0
 SLOW = "[[fake token_ms=300]]"  # a second of 2-second segments takes so long
@@ -305,6 +311,22 @@ async def test_an_engine_that_fails_is_asked_again_and_then_no_more(server: Serv
         return bool(found["status"] == "failed" and found["error"]["code"] == "recording_gone")
 
     await eventually(refused, what="the end of a job whose recording is gone")
+
+
+async def test_an_online_request_goes_first_and_nothing_is_lost(server: Server) -> None:
+    """The stretch whose place was taken back is done again, those before it are not."""
+    content = speech(64, 9)
+    undisturbed = await text_of(server, await handed_in(server, content))
+    job_id = await handed_in(server, content, model="single", prompt="[[fake token_ms=60]]")
+    await until_at(server, job_id, "transcribing", 55)
+    began = asyncio.get_running_loop().time()
+    async with await server.chat("Now. [[fake tokens=1]]", model="single") as answer:
+        assert answer.status == 200
+    waited = asyncio.get_running_loop().time() - began
+    assert await server.metric("forebay_preemptions_total", model="single") == 1
+    assert waited < 1.0
+    assert await text_of(server, job_id) == undisturbed
+    assert not (await job_of(server, job_id))["attempts"], "it cost no attempt"
 
 
 async def test_a_project_has_so_many_at_once(server: Server, keys: dict[str, str]) -> None:
