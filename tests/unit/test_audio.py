@@ -320,9 +320,17 @@ def test_a_form_says_the_same_as_json(path: str) -> None:
 
 
 def test_forms_as_people_write_them() -> None:
-    fields = [("diarize", "True"), ("stream", "0"), ("temperature", ""), ("include", "logprobs"), ("keywords", "a")]
+    fields = [
+        ("diarize", "True"),
+        ("stream", "0"),
+        ("vad", "1"),
+        ("background", "yes"),
+        ("temperature", ""),
+        ("include", "logprobs"),
+        ("keywords", "a"),
+    ]
     assert json.loads(json_of(fields)) == {
-        "diarize": True, "stream": False, "include": ["logprobs"], "keywords": ["a"],
+        "diarize": True, "stream": False, "vad": True, "background": "yes", "include": ["logprobs"], "keywords": ["a"],
     }  # fmt: skip
     strategy = '{"type": "server_vad", "threshold": 0.5}'
     assert json.loads(json_of([("chunking_strategy", strategy)]))["chunking_strategy"]["threshold"] == 0.5

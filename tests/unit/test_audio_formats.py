@@ -199,6 +199,24 @@ def test_long_segments_are_cut_between_words(timed: bool) -> None:
     assert cues[-1].end == (29.9 if timed else 30.0)
 
 
+def cues_of(*segments: Segment) -> list[tuple[float, float, str]]:
+    cues = read_srt(shown(replace(SPOKEN, segments=segments), "srt"))
+    return [(cue.start, cue.end, cue.text) for cue in cues]
+
+
+def test_cues_are_in_order_and_none_is_above_another() -> None:
+    late, long = Segment(2, 4, " b"), Segment(0, 5, " a")
+    assert cues_of(late, long) == [(0, 2, "a"), (2, 4, "b")]
+    assert cues_of(Segment(1, 3, " a"), Segment(1, 2, " b")) == [(1, 1.001, "a"), (1.001, 2, "b")]
+
+
+def test_slow_and_fast_speech_is_cut_in_time() -> None:
+    slow = tuple(Word(3.0 * place, 3.0 * place + 2, " hm") for place in range(6))
+    assert [end - start for start, end, _ in cues_of(Segment(0, 18, " hm" * 6, words=slow))] == [5, 5, 5]
+    fast = tuple(Word(0.1 * place, 0.1 * place + 0.1, " word") for place in range(40))
+    assert [len(text) for _, _, text in cues_of(Segment(0, 4, " word" * 40, words=fast))] == [79, 79, 39]
+
+
 texts = st.text(st.characters(codec="utf-8"), max_size=200) | st.sampled_from(
     [
         "-->",
@@ -270,6 +288,12 @@ def test_events_are_those_of_the_official_client() -> None:
     assert told[-1]["usage"]["input_tokens"] == 20
     assert told[-1]["usage"]["output_tokens"] == 3
     assert usage_in_tokens(TOLD).total_tokens == 23
+
+
+def test_space_belongs_to_the_text_if_something_follows() -> None:
+    events = SpeechShape("json", Look()).events()
+    told = [events.told([Segment(0, 1, text)]) for text in ("  a ", " ", " b\n", "c", "  ")]
+    assert [event["delta"] for each in told for event in events_of(each)] == ["a", "   b", "\nc"]
 
 
 def test_events_with_log_probabilities() -> None:
