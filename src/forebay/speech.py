@@ -4,6 +4,7 @@ It holds values only, and refuses to know formats for people, engines and stores
 the recording.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,8 +96,8 @@ def word_to_wire(word: Word) -> dict[str, Any]:
 def word_from_wire(wire: Mapping[str, Any]) -> Word:
     """From what `word_to_wire` wrote. Raises KeyError, TypeError or ValueError."""
     return Word(
-        float(wire["start"]),
-        float(wire["end"]),
+        _finite(wire["start"]),
+        _finite(wire["end"]),
         str(wire["text"]),
         _number(wire.get("probability")),
         wire.get("speaker"),
@@ -128,14 +129,14 @@ def segment_to_wire(segment: Segment) -> dict[str, Any]:
 def segment_from_wire(wire: Mapping[str, Any]) -> Segment:
     """From what `segment_to_wire` wrote. Raises KeyError, TypeError or ValueError."""
     return Segment(
-        float(wire["start"]),
-        float(wire["end"]),
+        _finite(wire["start"]),
+        _finite(wire["end"]),
         str(wire["text"]),
         tuple(int(token) for token in wire.get("tokens", ())),
-        float(wire.get("temperature", 0.0)),
-        float(wire.get("avg_logprob", 0.0)),
-        float(wire.get("compression_ratio", 0.0)),
-        float(wire.get("no_speech_prob", 0.0)),
+        _finite(wire.get("temperature", 0.0)),
+        _finite(wire.get("avg_logprob", 0.0)),
+        _finite(wire.get("compression_ratio", 0.0)),
+        _finite(wire.get("no_speech_prob", 0.0)),
         tuple(word_from_wire(word) for word in wire.get("words", ())),
         wire.get("speaker"),
     )
@@ -148,7 +149,7 @@ def turn_to_wire(turn: Turn) -> dict[str, Any]:
 
 def turn_from_wire(wire: Mapping[str, Any]) -> Turn:
     """From what `turn_to_wire` wrote. Raises KeyError, TypeError or ValueError."""
-    return Turn(float(wire["start"]), float(wire["end"]), str(wire["speaker"]))
+    return Turn(_finite(wire["start"]), _finite(wire["end"]), str(wire["speaker"]))
 
 
 def transcript_to_wire(transcript: Transcript) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def transcript_from_wire(wire: Mapping[str, Any]) -> Transcript:
     """From what `transcript_to_wire` wrote. Raises KeyError, TypeError or ValueError."""
     return Transcript(
         str(wire["task"]),
-        float(wire["duration"]),
+        _finite(wire["duration"]),
         wire.get("language"),
         _number(wire.get("language_probability")),
         tuple(segment_from_wire(segment) for segment in wire["segments"]),
@@ -178,4 +179,12 @@ def transcript_from_wire(wire: Mapping[str, Any]) -> Transcript:
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _finite(value)
+
+
+def _finite(value: Any) -> float:
+    """Raises ValueError for what JSON has no form for."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("not a number")
+    return number

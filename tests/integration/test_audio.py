@@ -165,6 +165,21 @@ async def test_formats(server: Server) -> None:
     assert "segments" not in verbose
 
 
+async def test_a_clip_that_cannot_be_used_is_told_before_the_work(server: Server) -> None:
+    known = {"known_speaker_names": ["Ann"], "known_speaker_references": [data_url(b"RIFF")]}
+    found = await refusal(server, TRANSCRIPTIONS, TWO, response_format="diarized_json", stream="true", **known)
+    assert found == (400, "media_invalid", "known_speaker_references")  # and no stream has begun
+
+
+async def test_segments_that_are_no_part_of_the_recording(server: Server) -> None:
+    behind = [{"start": 0, "end": 1, "text": "one"}, {"start": 9.5, "end": 12, "text": "two"}]
+    found = await refusal(server, ALIGNMENTS, TWO, segments=json.dumps(behind))
+    assert found == (400, "invalid_value", "segments[1].start")
+    heap = [{"start": number / 1000, "end": 599, "text": "all"} for number in range(100)]
+    found = await refusal(server, ALIGNMENTS, wav(60), segments=json.dumps(heap))
+    assert found == (400, "invalid_value", "segments")
+
+
 async def test_who_speaks(server: Server) -> None:
     body = await heard(server, response_format="diarized_json")
     assert [segment["speaker"] for segment in body["segments"]] == ["A", "A", "B", "B"]

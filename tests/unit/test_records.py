@@ -6,6 +6,7 @@ import pytest
 
 from forebay.dialects.speech import RecordGatherer, part_body
 from forebay.errors import EngineCrashed, EngineGarbled
+from forebay.speech import Segment, segment_from_wire
 
 
 def _gather(*pieces: bytes) -> list[dict[str, Any]]:
@@ -40,6 +41,14 @@ def test_a_record_that_its_reader_cannot_use_is_garbled() -> None:
 
     with pytest.raises(EngineGarbled):
         RecordGatherer(take).feed(b'{"type":"segment"}\n')
+
+
+def test_a_time_that_is_no_number_is_garbled() -> None:
+    found: list[Segment] = []
+    line = b'{"type":"segment","start":0.0,"end":NaN,"text":"x","words":[]}\n'
+    with pytest.raises(EngineGarbled):
+        RecordGatherer(lambda record: found.append(segment_from_wire(record))).feed(line)
+    assert not found
 
 
 def test_a_line_without_an_end_is_garbled() -> None:

@@ -66,3 +66,14 @@ def test_no_word_is_lost_or_moved(
     assert "".join(part.text for part in parts) == segment.text
     assert [replace(word, speaker=None) for part in parts for word in part.words] == list(segment.words)
     assert all(word.speaker == part.speaker for part in parts if len(parts) > 1 for word in part.words)
+
+
+@given(st.lists(_spans, min_size=1, max_size=12), st.lists(st.tuples(_spans, st.sampled_from("ABC")), max_size=12))
+def test_each_segment_is_told_as_if_it_were_alone_with_all_turns(
+    spans: list[tuple[float, float]], said: list[tuple[tuple[float, float], str]]
+) -> None:
+    segments = [Segment(start, end, "x", words=(Word(start, end, "x"),)) for start, end in sorted(spans)]
+    turns = [Turn(*span, speaker) for span, speaker in said]
+    for segment, told in zip(segments, with_speakers(segments, turns), strict=True):
+        near = [each for each in turns if each.end >= segment.start - 1 and each.start <= segment.end + 1]
+        assert (told,) == with_speakers([segment], sorted(near, key=lambda turn: turn.start))

@@ -3,9 +3,10 @@
 It refuses to lose a word or to move one in time; turns that overlap stay as they are.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from forebay.speech import Segment, Turn, Word
 
@@ -16,7 +17,13 @@ _INSTANT_SECONDS = 0.001
 def with_speakers(segments: Sequence[Segment], turns: Sequence[Turn]) -> tuple[Segment, ...]:
     """`segments` with a speaker on every word and segment of which one can be told."""
     ordered = sorted(turns, key=lambda turn: turn.start)
-    return tuple(_told(segment, ordered) for segment in segments)
+    starts = [turn.start for turn in ordered]
+    ends = list(accumulate((turn.end for turn in ordered), max))  # the latest so far, so it never goes back
+    told = []
+    for segment in segments:
+        first = bisect_left(ends, segment.start - _NEAR_SECONDS)
+        told.append(_told(segment, ordered[first : bisect_right(starts, segment.end + _NEAR_SECONDS)]))
+    return tuple(told)
 
 
 def by_speaker(segments: Iterable[Segment]) -> tuple[Segment, ...]:

@@ -4,6 +4,8 @@ Both doors bring their own way to run one stretch, each through a permit of its 
 beside long ones. It refuses to hold more of a recording than one stretch, and to do again what a job has finished before.
 """
 
+import asyncio
+import math
 from base64 import b64decode, b64encode
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +14,7 @@ from typing import Any, Protocol
 from forebay.dialects.openai.call import Call
 from forebay.dialects.speakers import with_speakers
 from forebay.dialects.speech import Align, AudioRef, Diarize, Records, SpeechTask, part_body
-from forebay.errors import EngineGarbled, InvalidRequest, PayloadTooLarge
+from forebay.errors import CallerError, EngineGarbled, InvalidRequest, PayloadTooLarge
 from forebay.inference import Capability
 from forebay.media.recordings import Recording, Recordings
 from forebay.speech import (
@@ -37,6 +39,8 @@ _SPEAKERS = "/v1/audio/speakers"
 _SEGMENT_SECONDS_MAX = 600.0  # of what is aligned at once
 _MARGIN_SECONDS = 0.2  # around a segment that is aligned: its own times are rough
 _CLIP_SECONDS_MAX = 30  # of a known speaker
+_OVERLAP_MAX = 2  # segments to align that overlap last at most so many times as long as the recording
+_CLIPS = "known_speaker_references"
 _VECTORS_BYTES_MAX = 56 * 2**20  # with their windows they fit into one request to an engine
 _VOICES_SHARE = 95.0  # percent of telling speakers apart that is listening
 
@@ -155,6 +159,7 @@ class Transcriber:
         assert task is not None, "only a call about a recording is worked on"
         work = _Work(call, task, recording, compute, listener, done)
         said = _Said(segments=list(_clamped(task.transcript, recording.seconds)))
+        known = [] if task.diarize is None else await self._known(work, task.diarize)
         if task.task in {"transcribe", "translate"}:
             said = await self._transcribe(work)
         segments = tuple(said.segments)
@@ -163,8 +168,8 @@ class Transcriber:
         turns: tuple[Turn, ...] = ()
         speakers: tuple[str, ...] = ()
         if task.diarize is not None:
-            turns, speakers = await self._diarize(work, task.diarize)
-            segments = with_speakers(segments, turns)
+            turns, speakers = await self._diarize(work, task.diarize, known)
+            segments = await asyncio.to_thread(with_speakers, segments, turns)  # hours of it take seconds
         return Transcript(task.task, recording.seconds, said.language, said.probability, segments, turns, speakers)
 
     async def _transcribe(self, work: _Work) -> "_Said":
@@ -270,26 +275,22 @@ class Transcriber:
             raise EngineGarbled
         return Kept(ALIGNING, begin, end, segments=tuple(found))
 
-    async def _diarize(self, work: _Work, diarize: Diarize) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-        known = [
-            {"name": name, "vectors": b64encode((await self._clip(work, diarize, clip)).vectors).decode()}
-            for name, clip in zip(diarize.names, diarize.clips, strict=True)
-        ]
+    async def _known(self, work: _Work, diarize: Diarize) -> list[dict[str, str]]:
+        """The voices of known speakers, before anything else: a clip that cannot be used is not to be found out last."""
+        try:
+            return [
+                {"name": name, "vectors": b64encode((await self._clip(work, diarize, clip)).vectors).decode()}
+                for name, clip in zip(diarize.names, diarize.clips, strict=True)
+            ]
+        except CallerError as error:
+            error.param = _CLIPS
+            raise
+
+    async def _diarize(
+        self, work: _Work, diarize: Diarize, known: list[dict[str, str]]
+    ) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
         voices = await self._listen(work, diarize)
-        header = {
-            "regions": [pair for each in voices for pair in each.regions],
-            "windows": [pair for each in voices for pair in each.windows],
-            "dimensions": max((each.dimensions for each in voices), default=0),
-            "speakers": diarize.speakers,
-            "speakers_min": diarize.speakers_min,
-            "speakers_max": diarize.speakers_max,
-            "known": known,
-        }
-        vectors = b"".join(each.vectors for each in voices)
-        if len(vectors) > _VECTORS_BYTES_MAX:
-            raise PayloadTooLarge(
-                "The recording is too long to tell its speakers apart. Send it in parts.", code="media_too_large"
-            )
+        body, windows = await asyncio.to_thread(_order, diarize, voices, known)
         turns, speakers = list[Turn](), list[str]()
 
         def take(record: dict[str, Any]) -> None:
@@ -297,8 +298,7 @@ class Transcriber:
                 turns.extend(turn_from_wire(turn) for turn in record["turns"])
                 speakers.extend(str(speaker) for speaker in record["speakers"])
 
-        if vectors:
-            body = part_body(header, vectors)
+        if windows:
             await work.run(diarize.model, Capability.DIARIZATION, _SPEAKERS, body, take)
         work.listener.stage(DIARIZING, 100.0)
         return tuple(turns), tuple(speakers)
@@ -338,9 +338,7 @@ class Transcriber:
                 pcm = await recording.read(0, recording.samples)
         voices = (await self._voices(work, diarize.model, pcm, 0, last=True)).voices
         if not voices.vectors:
-            raise InvalidRequest(
-                "Nobody speaks in one of the reference clips.", param="known_speaker_references", code="media_invalid"
-            )
+            raise InvalidRequest("Nobody speaks in one of the reference clips.", code="media_invalid")
         return voices
 
 
@@ -385,10 +383,46 @@ def _refused() -> Segment:
 
 
 def _clamped(segments: Sequence[Segment], seconds: float) -> Iterator[Segment]:
-    """Segments of a transcript that somebody sent; one without an end lasts to that of the recording."""
-    for each in segments:
-        start = min(each.start, seconds)
-        yield replace(each, start=start, end=seconds if each.end <= each.start else min(each.end, seconds))
+    """Segments of a transcript that somebody sent; one without an end lasts to that of the recording.
+
+    Raises InvalidRequest for one that begins after it, and for so many on top of one another that they would be work
+    without end.
+    """
+    whole = 0.0
+    for number, each in enumerate(segments):
+        if each.start > seconds:
+            raise InvalidRequest(
+                f"This segment begins after the recording has ended, which lasts {seconds:g} seconds.",
+                param=f"segments[{number}].start",
+                code="invalid_value",
+            )
+        end = seconds if each.end <= each.start else min(each.end, seconds)
+        whole += end - each.start
+        if whole > _OVERLAP_MAX * seconds + _SEGMENT_SECONDS_MAX:
+            raise InvalidRequest(
+                f"The segments last more than {_OVERLAP_MAX} times as long as the recording. Let fewer of them overlap.",
+                param="segments",
+                code="invalid_value",
+            )
+        yield replace(each, end=end)
+
+
+def _order(diarize: Diarize, voices: Sequence[Voices], known: list[dict[str, str]]) -> tuple[bytes, int]:
+    """The body that asks who spoke when, and of how many windows. Raises PayloadTooLarge."""
+    if sum(len(each.vectors) for each in voices) > _VECTORS_BYTES_MAX:
+        raise PayloadTooLarge(
+            "The recording is too long to tell its speakers apart. Send it in parts.", code="media_too_large"
+        )
+    header = {
+        "regions": [pair for each in voices for pair in each.regions],
+        "windows": [pair for each in voices for pair in each.windows],
+        "dimensions": max((each.dimensions for each in voices), default=0),
+        "speakers": diarize.speakers,
+        "speakers_min": diarize.speakers_min,
+        "speakers_max": diarize.speakers_max,
+        "known": known,
+    }
+    return part_body(header, b"".join(each.vectors for each in voices)), sum(len(each.windows) for each in voices)
 
 
 def _moved(segment: Segment, offset: float, most: float) -> Segment:
@@ -419,14 +453,22 @@ def _moved(segment: Segment, offset: float, most: float) -> Segment:
 def _voices(wire: Mapping[str, Any], offset: float = 0.0) -> Voices:
     """Raises KeyError, TypeError and ValueError."""
     voices = Voices(
-        tuple((float(start) + offset, float(end) + offset) for start, end in wire["regions"]),
-        tuple((float(start) + offset, float(end) + offset) for start, end in wire["windows"]),
+        tuple(_pair(start, end, offset) for start, end in wire["regions"]),
+        tuple(_pair(start, end, offset) for start, end in wire["windows"]),
         b64decode(wire["vectors"], validate=True),
         int(wire["dimensions"]),
     )
     if len(voices.vectors) != 2 * voices.dimensions * len(voices.windows):
         raise ValueError
     return voices
+
+
+def _pair(start: Any, end: Any, offset: float) -> Pair:
+    """Rounded, so that regions which meet where two stretches do still meet. Raises TypeError and ValueError."""
+    begin, stop = float(start) + offset, float(end) + offset
+    if not math.isfinite(begin + stop):
+        raise ValueError("not a number")
+    return round(begin, 3), round(stop, 3)
 
 
 def _joined(before: Voices, more: Voices) -> Voices:
