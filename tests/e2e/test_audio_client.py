@@ -1,7 +1,10 @@
 """The official client, a real Whisper model and a telephone call of two people with its reference."""
 
+import asyncio
+import random
 from collections.abc import AsyncIterator, Sequence
 from itertools import pairwise
+from time import monotonic
 from typing import Any
 
 import openai
@@ -192,6 +195,24 @@ async def test_alignments(server: Server) -> None:
     assert [word["word"] for word in made["words"]] == sample_words().split()
     for segment, (begin, end, _) in zip(made["segments"], sample_utterances(), strict=True):
         assert all(begin - 0.5 <= word["start"] <= word["end"] <= end + 0.5 for word in segment["words"])
+
+
+async def test_real_engines_stop_when_their_caller_has_gone(
+    server: Server, client: openai.AsyncOpenAI, prove: bool
+) -> None:
+    chance, worst = random.Random(4), 0.0
+    for _ in range(50 if prove else 5):
+        asking = asyncio.create_task(
+            client.audio.transcriptions.create(model="whisper", file=call(), response_format="diarized_json")
+        )
+        await asyncio.wait({asking}, timeout=chance.uniform(0.1, 4))
+        asking.cancel()
+        left = monotonic()
+        for model in ("whisper", "voices"):
+            await server.until_load(0, 0, model)
+        worst = max(worst, monotonic() - left)
+    print(f"engines stopped after {worst:.2f} s at most")
+    assert worst < 2.0
 
 
 @pytest.mark.filterwarnings("ignore:deprecated")  # OpenAI's own models for it go; this server's stay
