@@ -265,6 +265,7 @@ def test_another_language_is_refused_by_a_model_that_has_one(sphinx: Engine) -> 
 HOSTILE = (
     "", " ", "\0", "\ud800", "<s> </s> <sil>", "(2) hello(2)", "forebay#0", "'", "'''", "-" * 19_999, "a" * 65_536, "é" * 9_000,
     "़" * 5_000, "１２３ ９", "9" * 500, "1,2,3,,4", "\U000e0041" * 50, "مرحبا بالعالم", "🙂" * 100, "a\nb\r\nc\td", "x " * 9_000,
+    "a" + " " * 65_535, " \n" * 32_768, "\u0315\u0316" * 32_768,
 )  # fmt: skip
 
 

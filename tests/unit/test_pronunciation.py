@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,3 +61,12 @@ def test_how_words_may_be_said(word: str, said: str) -> None:
 def test_only_sounds_of_the_dictionary_are_said(word: str) -> None:
     assert set(phones(word, DICTIONARY.get).split()) <= PHONES
     assert spelled(word).isascii()
+
+
+@pytest.mark.parametrize("word", [" ", "a", "'", "9", "a'", "999,", "&", "-", "\u0315\u0316", "a\u0316\u0315", "ﷺ"])
+def test_a_word_of_any_form_is_spelled_in_a_moment(word: str) -> None:
+    begun = time.process_time()
+    plain = spelled((word * 65_536)[:65_536])
+    assert time.process_time() - begun < 1
+    phones(plain, DICTIONARY.get)
+    assert time.process_time() - begun < 3

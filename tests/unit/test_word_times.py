@@ -1,3 +1,4 @@
+import time
 from itertools import pairwise
 
 import pytest
@@ -101,3 +102,11 @@ def test_characters_lie_in_their_word() -> None:
     letters = (Character("a", 9.0, 10.5, 0.4), Character("."))
     found = timed(SEGMENT, ["a."], [Heard(10.2, 10.4, 0.4, letters)], "nearest", characters=True).words
     assert found[0].characters == (Character("a", 10.2, 10.4, 0.4), Character("."))
+
+
+@pytest.mark.parametrize("text", [" ", "a", "'", "9", "今", "。", " \n", "a ", "a" + 65_535 * " "])
+def test_a_text_of_any_form_is_cut_in_a_moment(text: str) -> None:
+    text = (text * 65_536)[:65_536]
+    begun = time.process_time()
+    assert "".join(words_of(text)) == text.rstrip()
+    assert time.process_time() - begun < 1

@@ -122,6 +122,7 @@ class Engine:
     def __init__(self, spec: Spec, backend: Backend) -> None:
         self._spec = spec
         self._backend = backend
+        self._texts = Threads(1)  # of their own: they do not wait for windows
         self._figures = _Figures()
         self._running = 0
 
@@ -182,14 +183,16 @@ class Engine:
         visit.tell(json.dumps({"type": "segment", **segment_to_wire(segment)}).encode())
 
     async def _one(self, segment: Segment, order: Order, wanted: Wanted) -> Segment:
-        words = words_of(segment.text)
+        words = await self._texts.run(lambda: words_of(segment.text), wanted)
         try:
             heard = await self._backend.place(words, order.samples, segment, wanted) if words else ()
         except MemoryError:
             raise Refused(
                 500, "This segment needs more memory than there is.", "out_of_memory", "server_error"
             ) from None
-        return timed(segment, words, heard, order.rule, characters=order.characters)
+        return await self._texts.run(
+            lambda: timed(segment, words, heard, order.rule, characters=order.characters), wanted
+        )
 
     async def _slots(self, visit: Visit) -> Answer:
         return json.dumps(

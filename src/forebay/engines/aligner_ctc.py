@@ -57,7 +57,9 @@ class CtcBackend:
     ) -> Sequence[Heard | None]:
         """Where each word of a segment was heard."""
         first, last = round(segment.start * SAMPLE_RATE), round(segment.end * SAMPLE_RATE)
-        spelled = [self._listener.vocabulary.symbols(word.strip()) for word in words]
+        spelled = await self._threads.run(
+            lambda: [self._listener.vocabulary.symbols(word.strip()) for word in words], wanted
+        )
         if last - first < _SAMPLES_MIN or not any(chain.from_iterable(spelled)):
             return [None] * len(words)
         recording = np.frombuffer(samples, dtype="<i2")

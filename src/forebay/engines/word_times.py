@@ -29,7 +29,7 @@ class Heard:
 
 def words_of(text: str) -> list[str]:
     """The words of a text with the space before each; put together they are the text without the space at its end."""
-    return _WORD.findall(text)
+    return _WORD.findall(text.rstrip())  # space that no word follows would be tried from each of its places
 
 
 def spread(words: Sequence[str], start: float, end: float) -> list[Heard]:
