@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -185,6 +186,23 @@ def test_a_text_cannot_end_its_cue() -> None:
     assert cue.text == "x> <y: " + plain.replace("-->", "->")
     (cue,) = read_vtt(shown(transcript, "vtt"))
     assert (cue.speaker, cue.text) == ("x> <y", plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("-->", "->"),
+        ("a ----> b", "a -> b"),
+        ("-->-->", "->->"),
+        ("--- -> --", "--- -> --"),
+        ("-" * 65_535 + ">", "->"),
+    ],
+)
+def test_no_arrow_of_a_text_is_one_of_times(text: str, told: str) -> None:
+    begun = time.process_time()
+    (cue,) = read_srt(shown(replace(SPOKEN, segments=(Segment(0, 1, text),)), "srt"))
+    assert cue.text == told
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize("timed", [True, False])

@@ -42,9 +42,8 @@ def vtt(segments: Sequence[Segment]) -> str:
 
 def _srt_text(cue: _Cue) -> str:
     text = cue.text if cue.speaker is None else f"{_plain(cue.speaker)}: {cue.text}"
-    while "-->" in text:
-        text = text.replace("-->", "->")
-    return text
+    *before, last = text.split("->")
+    return "->".join([*(part.rstrip("-") for part in before), last])  # an arrow with more strokes would be one of times
 
 
 def _vtt_text(cue: _Cue) -> str:
