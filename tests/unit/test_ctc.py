@@ -133,3 +133,32 @@ def test_a_minute_of_frames_takes_little_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * 2**20
+
+
+def test_one_long_word_takes_little_memory_and_can_be_given_up() -> None:
+    import tracemalloc
+
+    emissions, words = _emissions(4000, 1), [[2, 3] * 32_768]
+    calls = []
+    tracemalloc.start()
+    found = align(emissions, words, Alphabet(BLANK, DELIMITER), 3000, lambda: calls.append(1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [each and (each.last, each.score, each.symbols) for each in found] == [(4000, None, ())]
+    assert peak < 40 * 2**20
+    assert len(calls) > 4000 / 512
+
+
+def test_a_window_is_given_up_in_its_middle() -> None:
+    class GivenUpError(Exception):
+        pass
+
+    calls = []
+
+    def between() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise GivenUpError
+
+    with pytest.raises(GivenUpError):
+        align(_emissions(3000, 1), [[2, 3]] * 200, Alphabet(BLANK, DELIMITER), 3000, between)

@@ -4,6 +4,7 @@ It refuses to keep more of what was heard than the letters that a segment has.
 """
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import accumulate, chain, pairwise
@@ -20,6 +21,7 @@ from forebay.engines.word_times import Heard
 from forebay.speech import SAMPLE_RATE, Character, Segment
 
 _PATH_SECONDS_MAX = 60
+_PROCEED_SECONDS = 1.0
 _SAMPLES_MIN = SAMPLE_RATE // 25  # in less there is no frame to speak of
 
 
@@ -104,10 +106,15 @@ def _find(
     seconds = letters.borders / SAMPLE_RATE
     frames_max = round(_PATH_SECONDS_MAX * len(letters.emissions) / max(1e-3, seconds[-1] - seconds[0]))
 
+    told = 0.0
+
     def between() -> None:
-        wanted.proceed()
+        nonlocal told
         if wanted.gone:
             raise Unwanted
+        if (now := time.monotonic()) - told >= _PROCEED_SECONDS:
+            told = now
+            wanted.proceed()
 
     found: list[Heard | None] = []
     for word, letter, span in zip(

@@ -18,6 +18,7 @@ WILDCARD = -1  # the last column: any sound, for a character that the vocabulary
 # A wildcard is a little less likely than the likeliest symbol, so that it covers its sound and leaves silence to the blank.
 _WILDCARD_COST = 0.1
 _SURE_SHARE = 0.75  # of a window; words that end later may only be there because the window ends
+_FRAMES_BETWEEN = 256
 _IMPOSSIBLE = np.float32(-1e30)
 
 
@@ -56,11 +57,20 @@ class Path:
     score: float
 
 
-def best_path(emissions: Emissions, symbols: Sequence[int], blank: int, *, open_end: bool = False) -> Path | None:
+def best_path(
+    emissions: Emissions,
+    symbols: Sequence[int],
+    blank: int,
+    *,
+    open_end: bool = False,
+    between: Callable[[], None] = lambda: None,
+) -> Path | None:
     """The likeliest path that says `symbols`, or any beginning of them with `open_end`; None when there is none.
 
     State 2i+1 says symbol i, the even states around it are blank. A symbol that repeats has a blank between.
     """
+    if open_end:
+        symbols = symbols[: len(emissions)]  # no path says more
     frames, states = len(emissions), 2 * len(symbols) + 1
     heard = emissions.copy()
     heard[:, WILDCARD] -= np.float32(_WILDCARD_COST)
@@ -73,6 +83,8 @@ def best_path(emissions: Emissions, symbols: Sequence[int], blank: int, *, open_
     moves = np.zeros((frames, states), dtype=np.int8)
     options = np.full((3, states), _IMPOSSIBLE, dtype=np.float32)
     for frame in range(1, frames):
+        if frame % _FRAMES_BETWEEN == 0:
+            between()
         options[0] = scores
         options[1, 1:] = scores[:-1]
         options[2, 2:] = np.where(skips[2:], scores[:-2], _IMPOSSIBLE)
@@ -112,7 +124,7 @@ def align(
     """One span for each word, in order; None for words without symbols.
 
     Where no path says the words (more of them than frames), they share the frames that are left, without a score.
-    `between` is called before each window and may raise.
+    `between` is called before each window and every few hundred frames, and may raise.
     """
     found: list[WordSpan | None] = [None] * len(words)
     spoken = [place for place, symbols in enumerate(words) if symbols]
@@ -122,7 +134,8 @@ def align(
         window = emissions[frame : frame + frames_max]
         final = frame + frames_max >= len(emissions)
         tried = spoken if final else _fitting(words, spoken, frames_max)
-        spans = _window(window, [words[place] for place in tried], alphabet, first=not any(found), open_end=not final)
+        told = [words[place] for place in tried]
+        spans = _window(window, told, alphabet, first=not any(found), open_end=not final, between=between)
         if not final:
             spans = [span for span in spans if span.last <= _SURE_SHARE * frames_max]
         for place, span in zip(tried, spans, strict=False):
@@ -154,7 +167,13 @@ def _fitting(words: Sequence[Sequence[int]], spoken: list[int], frames_max: int)
 
 
 def _window(
-    emissions: Emissions, words: Sequence[Sequence[int]], alphabet: Alphabet, *, first: bool, open_end: bool
+    emissions: Emissions,
+    words: Sequence[Sequence[int]],
+    alphabet: Alphabet,
+    *,
+    first: bool,
+    open_end: bool,
+    between: Callable[[], None],
 ) -> list[WordSpan]:
     """The spans of the words in one window; with `open_end`, of those that are said in it to their end.
 
@@ -165,7 +184,7 @@ def _window(
         symbols = _joined(words, delimiter, first=first)
         if len(symbols) > len(emissions) and not open_end:
             continue
-        path = best_path(emissions, symbols, alphabet.blank, open_end=open_end)
+        path = best_path(emissions, symbols, alphabet.blank, open_end=open_end, between=between)
         if path is not None:
             spans = symbol_spans(emissions, symbols, path)
             return _words(spans if first else spans[delimiter is not None :], words, delimiter, len(emissions))
