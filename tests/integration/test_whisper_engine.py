@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
+from forebay.engines.whisper_chunks import windows
 from forebay.replicas import figures
 from forebay.speech import Segment, segment_from_wire
 from tests.support.engines import KEY, Engine, alive, children, eventually
@@ -214,13 +215,24 @@ def test_eight_at_once_hear_what_each_hears_alone(engine: Engine) -> None:
 
 
 def test_a_stretch_that_is_not_the_last_ends_in_a_silence(engine: Engine) -> None:
-    _, records = _ask(engine, _sample(), last=False)
-    assert 0 < records[-1]["consumed"] <= len(_sample())
+    greedy = {"beam_size": 1, "temperatures": [0]}
     gap = np.concatenate([_sample()[6 * SECOND :], np.zeros(2 * SECOND, np.int16), _sample()[9 * SECOND : 11 * SECOND]])
-    _, records = _ask(engine, gap, last=False)
+    _, records = _ask(engine, gap, last=False, options=greedy)
     assert 24 * SECOND < records[-1]["consumed"] < 26 * SECOND
     assert records[-1]["speech"][-1][1] * SECOND <= records[-1]["consumed"]
-    assert _ask(engine, gap, last=True)[1][-1]["consumed"] == len(gap)
+    assert _ask(engine, gap, last=True, options=greedy)[1][-1]["consumed"] == len(gap)
+
+
+@pytest.mark.parametrize("vad", [True, False])
+def test_a_stretch_without_a_silence_ends_where_it_is_quietest(engine: Engine, vad: bool) -> None:
+    spoken = np.array(_sample()[13 * SECOND : 27 * SECOND])
+    spoken[11 * SECOND + 8000 : 11 * SECOND + 11_000] = 0  # too short for an end of speech
+    options = {"beam_size": 1, "temperatures": [0], "vad": vad, "vad_onset": 0.002, "vad_offset": 0.001}
+    _, records = _ask(engine, spoken, last=False, options=options)
+    assert 11 * SECOND + 8000 <= records[-1]["consumed"] <= 11 * SECOND + 11_000
+    short = _sample()[13 * SECOND : 15 * SECOND]
+    _, records = _ask(engine, short, last=False, options=options)
+    assert records[-1]["consumed"] == len(short)
 
 
 def test_without_vad_all_of_it_is_listened_to(engine: Engine) -> None:
@@ -230,6 +242,25 @@ def test_without_vad_all_of_it_is_listened_to(engine: Engine) -> None:
     assert records[-1] == {"type": "done", "consumed": len(long), "speech": [[0.0, 44.0]]}
     heard = _text([segment_from_wire(record) for record in records if record["type"] == "segment"])
     assert heard.count("New Jersey") >= 3
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100, 170, 320, 400, 700])
+def test_however_little_there_is_it_is_listened_to(engine: Engine, samples: int) -> None:
+    exact: dict[str, Any] = {"words": True, "options": {"vad": False, "temperatures": [0], "no_speech_threshold": None}}
+    exact["options"]["log_prob_threshold"] = None  # whatever is written is wanted, and its words are looked for
+    status, records = _ask(engine, _sample()[8 * SECOND :][:samples], **exact)
+    assert (status, records[-1]["type"], records[-1].get("consumed")) == (200, "done", samples), records
+    for segment in (segment_from_wire(record) for record in records if record["type"] == "segment"):
+        assert all(0 <= word.start <= word.end <= 0.1 for word in segment.words)
+
+
+def test_a_last_chunk_of_eleven_milliseconds_fails_nothing(engine: Engine) -> None:
+    fading = _sample() * np.clip(np.arange(30 * SECOND, 0, -1) / (2 * SECOND), 0, 1)
+    part = np.concatenate([fading, _sample()[10 * SECOND :][:96]])
+    *_, tail = windows(part, 30 * SECOND)
+    assert tail.samples == 176
+    eager = {"vad": False, "temperatures": [0], "no_speech_threshold": None, "log_prob_threshold": None}
+    assert "New Jersey" in _text(_heard(engine, part, words=True, options=eager))
 
 
 def test_a_short_recording_does_not_wait_for_a_long_one(engine: Engine) -> None:

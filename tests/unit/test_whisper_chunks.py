@@ -70,13 +70,14 @@ def test_without_vad_it_is_cut_where_it_is_quiet() -> None:
 def test_a_stretch_ends_in_the_last_silence_of_its_final_part() -> None:
     speech = np.full(round(60 * S / WINDOW_SAMPLES), 0.9, np.float32)
     samples = len(speech) * WINDOW_SAMPLES
-    assert consumed(speech, 0.4, samples) == samples
+    assert consumed(speech, 0.4, samples) is None
     early, late, short = speech.copy(), speech.copy(), speech.copy()
     early[100:200] = 0  # in the first half
-    assert consumed(early, 0.4, samples) == samples
+    assert consumed(early, 0.4, samples) is None
     late[1200:1220] = late[1500:1520] = 0.1
     assert consumed(late, 0.4, samples) == 1510 * WINDOW_SAMPLES
     short[1500:1505] = 0.1
-    assert consumed(short, 0.4, samples) == samples
-    assert consumed(np.zeros(4, np.float32), 0.4, 4 * WINDOW_SAMPLES) > 0
+    assert consumed(short, 0.4, samples) is None
+    assert consumed(np.zeros(24, np.float32), 0.4, 24 * WINDOW_SAMPLES) == 18 * WINDOW_SAMPLES
+    assert consumed(np.zeros(4, np.float32), 0.4, 4 * WINDOW_SAMPLES) is None
     assert until([(0, 5), (7, 9), (9, 12)], 8) == [(0, 5), (7, 8)]

@@ -150,12 +150,13 @@ class Engine:
         """Find out what to work on, in a thread."""
         samples, longest = len(pcm), request.options.chunk_seconds * SAMPLE_RATE
         if not request.options.vad:
-            final = samples - _FINAL_SECONDS * SAMPLE_RATE
-            end = samples if request.last or final < samples // 2 else quietest(pcm, final, samples)
+            end = samples if request.last else _quiet_end(pcm)
             return _Plan(windows(pcm[:end], longest), [(0, end)] if end else [], end)
         probabilities = self._vad.probabilities(pcm)
         options = request.options.regions()
-        end = samples if request.last else consumed(probabilities, options.offset, samples)
+        end = samples
+        if not request.last:
+            end = consumed(probabilities, options.offset, samples) or _quiet_end(pcm)
         speech = until(regions(probabilities, options, samples), end)
         return _Plan(collect(speech, longest), _joined(speech), end)
 
@@ -191,6 +192,12 @@ class _Teller(Listener):
 
     def alive(self) -> None:
         self._visit.tell(b"")
+
+
+def _quiet_end(pcm: NDArray[np.int16]) -> int:
+    """Where a stretch without a silence may end: where its last seconds are quietest; a short one as a whole."""
+    final = len(pcm) - _FINAL_SECONDS * SAMPLE_RATE
+    return len(pcm) if final < len(pcm) // 2 else quietest(pcm, final, len(pcm))
 
 
 def _joined(speech: Sequence[Region]) -> list[Region]:

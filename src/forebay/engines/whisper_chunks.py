@@ -116,8 +116,8 @@ def quietest(pcm: NDArray[np.int16], begin: int, end: int) -> int:
     return begin + int(np.argmin(smooth)) * _FRAME_SAMPLES + _FRAME_SAMPLES // 2
 
 
-def consumed(probabilities: NDArray[np.float32], offset: float, samples: int) -> int:
-    """Where a stretch that is not the last may end: in the last silence of its final part, else at its end.
+def consumed(probabilities: NDArray[np.float32], offset: float, samples: int) -> int | None:
+    """Where a stretch that is not the last may end: in the last silence of its final part, if there is one.
 
     The final part is half of it, or half a minute.
     """
@@ -125,7 +125,7 @@ def consumed(probabilities: NDArray[np.float32], offset: float, samples: int) ->
     for begin, end in reversed(list(_silences(probabilities[final:], offset))):
         if (end - begin) * WINDOW_SAMPLES >= _SILENCE_SECONDS * SAMPLE_RATE:
             return min(samples, (final + (begin + end) // 2) * WINDOW_SAMPLES)
-    return samples
+    return None
 
 
 def until(regions: Sequence[Region], samples: int) -> list[Region]:
