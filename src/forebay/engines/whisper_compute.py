@@ -37,6 +37,7 @@ from forebay.engines.whisper_text import Part, Tries, Try, split
 _PR_SET_PDEATHSIG = 1
 _FULL_SCALE = 32768.0
 _FRAMES_MAX = 3000
+_FRAMES_MIN = 2  # the model hears two as one, and times of words have to be found in one at least
 _REST_SECONDS_MIN = 1.0
 _UNSURE_REST_SECONDS_MIN = 5.0  # of sound that may be silence; the model would make something up
 _PROMPT_TOKENS_MAX = 223
@@ -130,7 +131,7 @@ class Model:
             tokenizer = self._tokenizer(each["task"], language)
             options = each["options"]
             prompt = self._prompt(tokenizer, options)
-            frames = min(_FRAMES_MAX, found.shape[-1])
+            frames = min(_FRAMES_MAX, max(_FRAMES_MIN, found.shape[-1]))
             duration = each["samples"] / self._model.feature_extractor.sampling_rate
             chunk = _Chunk(row, frames, duration, tokenizer, each["words"], Tries(options), prompt, [])
             self._chunks[each["id"]] = chunk
