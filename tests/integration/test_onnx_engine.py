@@ -274,11 +274,11 @@ def test_a_shortage_of_memory_halves_the_batches_and_they_recover(engine: Engine
     with _engine(batch_tokens=1024, rehearse_tokens_max=300, oom_cooldown_seconds=0.5) as small:
         found = _embed(small, texts)
         assert _metric(small, "out_of_memory_total") >= 1
-        assert _metric(small, "batch_budget_tokens") <= 300
-        eventually(lambda: _embed(small, "a").size and _metric(small, "batch_budget_tokens") == 1024, 20)
+        halved = re.findall(r"^event=batch_halved budget_tokens=(\d+)$", small.log, re.MULTILINE)
+        assert min(map(int, halved)) <= 300  # by now it may have grown again
+        eventually(lambda: _embed(small, "a").size and _metric(small, "batch_budget_tokens") == 1024, 60)
         status, answer = small.ask("POST", EMBEDDINGS, {"input": ["fine", "river " * 400]})
         assert (status, answer["error"]["code"]) == (500, "out_of_memory")
-        assert re.search(r"^event=batch_halved budget_tokens=\d+$", small.log, re.MULTILINE)
         _embed(small, "still there")
     assert np.min(np.sum(found * _embed(engine, texts), axis=1)) > 0.9999
 
