@@ -61,6 +61,7 @@ class Server:
         self.key = ADMIN_KEY
         self._log_file = log_file
         self.session = self._connect()
+        self._clients: list[openai.AsyncOpenAI] = []
 
     def _connect(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_SECONDS))
@@ -90,8 +91,20 @@ class Server:
         return int(psutil.Process(self.pid).memory_info().rss)
 
     def client(self, **options: Any) -> openai.AsyncOpenAI:
-        """The official client, without retries of its own."""
-        return openai.AsyncOpenAI(**{"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0, **options})
+        """The official client, without retries of its own.
+
+        It is closed with the server and no earlier: one that is collected as garbage closes descriptors late, when they
+        belong to other connections already, which then hang.
+        """
+        given = {"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0, **options}
+        self._clients.append(openai.AsyncOpenAI(**given))
+        return self._clients[-1]
+
+    async def disconnect(self) -> None:
+        """Close every connection of the tests to it, for good."""
+        await self.session.close()
+        for client in self._clients:
+            await client.close()
 
     def engine_pids(self, program: str = "forebay.engines.") -> list[int]:
         """Process ids of the engines themselves, not of their guards."""
@@ -224,7 +237,7 @@ async def serving(
                 await eventually(server.ready, within_seconds=DEADLINE_SECONDS, what=f"readiness of {server.url}")
             yield server
         finally:
-            await server.session.close()
+            await server.disconnect()
             if server.process.returncode is None:
                 server.process.kill()
             await server.process.wait()
