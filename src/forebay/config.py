@@ -354,7 +354,8 @@ class AudioSettings(Section):
         1800, description="A longer recording becomes a job, and its answer tells which."
     )
     uploads_at_once: Annotated[int, Field(ge=1, le=1024)] = Field(
-        16, description="Requests with a recording that are received or worked on at once; more get 429."
+        16,
+        description="Requests with a recording that are received or worked on at once; more get 429, and one project leaves a quarter to the others.",
     )
     fetch_hosts: tuple[str, ...] = Field(
         (),

@@ -531,3 +531,24 @@ async def test_a_further_model_that_is_away_is_told_before_the_work() -> None:
 async def _is_away(server: Server, model: str) -> bool:
     status, _ = await send(server, DIARIZATIONS, TWO, model=model)
     return status == 503
+
+
+async def test_one_project_leaves_places_to_the_others() -> None:
+    async with serving(CONFIG, environment=LOG) as server:
+        other = await server.create_key("other")
+        slow = [asyncio.create_task(send(server, TRANSCRIPTIONS, TWO, prompt=SLOW)) for _ in range(8)]
+        done, _ = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)
+        assert {status for status, _ in (task.result() for task in done)} == {429}
+        headers = {"Authorization": f"Bearer {other}"}
+        async with server.session.post(server.url + TRANSCRIPTIONS, data=form(TWO, {}), headers=headers) as answer:
+            assert answer.status == 200, await answer.text()
+        statuses = Counter(status for status, _ in await asyncio.gather(*slow))
+        assert statuses == {200: 6, 429: 2}
+
+
+async def test_a_request_that_becomes_a_job_counts_once() -> None:
+    async with serving(CONFIG, environment=LOG) as server:
+        key = await server.create_key("rated", "member", "--requests-per-minute", "1")
+        headers = {"Authorization": f"Bearer {key}"}
+        async with server.session.post(server.url + TRANSCRIPTIONS, data=form(wav(70), {}), headers=headers) as answer:
+            assert answer.status == 202, await answer.text()

@@ -4,6 +4,7 @@ A recording comes in a form, or a JSON body says where it is. It refuses to hold
 file as they come. More than a bounded number of requests about recordings at once get 429.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -40,25 +41,28 @@ CanDiarize = Annotated[Principal, Depends(may_create(Capability.DIARIZATION))]
 
 
 class Places:
-    """Counts the requests about recordings that are received or worked on."""
+    """Counts the requests about recordings that are received or worked on. One project leaves a quarter to the others."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._taken = 0
+        self._of_one_max = most - most // 4
+        self._taken: Counter[str] = Counter()
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Count one while the block lasts. Raises Overloaded if there are as many as there may be."""
-        if self._taken >= self._most:
+    def entered(self, project: str) -> Iterator[None]:
+        """Count one of the project while the block lasts. Raises Overloaded if there are as many as there may be."""
+        if self._taken.total() >= self._most or self._taken[project] >= self._of_one_max:
             raise Overloaded(
                 "Too many recordings are being received or worked on. Try again later.",
                 retry_after_seconds=_FULL_SECONDS,
             )
-        self._taken += 1
+        self._taken[project] += 1
         try:
             yield
         finally:
-            self._taken -= 1
+            self._taken[project] -= 1
+            if not self._taken[project]:
+                del self._taken[project]
 
 
 def _takes(path: str) -> dict[str, Any]:
@@ -107,7 +111,7 @@ class RecordingAnswer(Response):
         """Receive, and answer."""
         places: Places = self._state.audio_places
         hearing: Hearing = self._state.hearing
-        with places.entered():
+        with places.entered(self._caller.project_id):
             async with hearing.recordings.spool() as spool:
                 answer = await self._answer(Request(scope, receive), spool)
                 await answer(scope, receive, send)
@@ -134,7 +138,7 @@ class RecordingAnswer(Response):
             return error_answer(error, door.rates.headers(caller))
 
         async def hand_over() -> Response:
-            return await in_background(request, caller, call, self._path, raw, spool)
+            return await in_background(request, caller, call, self._path, raw, spool, counted=True)
 
         catalog: Catalog = state.catalog
         return SpeechAnswer(door, call, caller, catalog, headers, state.hearing, spool, hand_over)

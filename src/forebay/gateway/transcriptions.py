@@ -59,19 +59,27 @@ class _Handed:
 
 
 async def in_background(
-    request: Request, caller: Principal, call: Call, path: str, raw: bytes, spool: Spool | None
+    request: Request,
+    caller: Principal,
+    call: Call,
+    path: str,
+    raw: bytes,
+    spool: Spool | None,
+    *,
+    counted: bool = False,
 ) -> Response:
     """Make a job of a request about a recording, once for each Idempotency-Key: 202, the job, and where it is.
 
     `raw` is the JSON body that was asked at `path`, and `call` what it was made into. `spool` holds the recording; with
-    none it lies where the body says. Raises InvalidRequest, NotFound, Overloaded, InsufficientStorage and StoreUnavailable.
+    none it lies where the body says; with `counted` the key's rate knows of the request. Raises InvalidRequest, NotFound,
+    Overloaded, InsufficientStorage and StoreUnavailable.
     """
     door: Door = request.app.state.door
     handed = _handed(caller, call, path, raw, spool)
     if handed.webhook_url is not None:
         request.app.state.outbound.check(handed.webhook_url)
     try:
-        return await _hand_in(request, caller, handed, raw, spool)
+        return await _hand_in(request, caller, handed, raw, spool, counted=counted)
     except RateLimited as error:
         door.refuse(call, error)
         return error_answer(error, door.rates.headers(caller))
@@ -101,14 +109,17 @@ def _brings_sound(body: dict[str, Any]) -> bool:
     return bool(body.get("known_speaker_references")) or str(body.get("url", ""))[:5].lower() == "data:"
 
 
-async def _hand_in(request: Request, caller: Principal, handed: _Handed, raw: bytes, spool: Spool | None) -> Response:
+async def _hand_in(
+    request: Request, caller: Principal, handed: _Handed, raw: bytes, spool: Spool | None, *, counted: bool
+) -> Response:
     state = request.app.state
     store: TranscriptionStore = state.transcriptions
     blobs: Blobs = state.blobs
     desk: Desk = state.desk
 
     async def check() -> None:
-        state.door.rates.check(caller, 0)
+        if not counted:
+            state.door.rates.check(caller, 0)
         await desk.check_room()
         if handed.file_id is not None:
             await state.files.get(caller.project_id, handed.file_id)  # a mistake that is known early spares the job
