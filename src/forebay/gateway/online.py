@@ -283,7 +283,8 @@ class OnlineAnswer(Response):
         size = (b"content-length", str(len(body)).encode())
         head = [(b"content-type", content_type.encode()), size, *self._head_fields()]
         await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
-        for start in range(0, len(body), _PIECE_BYTES):
+        # An empty body is a message too: without one the next request on the connection would have no answer.
+        for start in range(0, max(1, len(body)), _PIECE_BYTES):
             piece, more = body[start : start + _PIECE_BYTES], start + _PIECE_BYTES < len(body)
             await self._send(visit, send, {"type": "http.response.body", "body": piece, "more_body": more})
 

@@ -1,0 +1,55 @@
+"""Answers about recordings that are easily got wrong: empty ones, late ones, and those that a caller waits for in vain."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
+
+import pytest
+import pytest_asyncio
+
+from tests.integration.test_audio import DIARIZATIONS
+from tests.support.recordings import SILENT, data_url, wav
+from tests.support.server import FAKE, Server, serving
+
+CONFIG = f"""
+{FAKE}
+[audio]
+diarization_model = "fake"
+online_seconds_max = 60
+stretch_seconds = 30
+"""
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server() -> AsyncIterator[Server]:
+    async with serving(CONFIG) as one:
+        yield one
+        await one.until_load(0, 0)
+        assert "request.bug" not in one.log
+
+
+async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    """The next answer on a connection; status and body."""
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    lines = head.decode().lower().splitlines()
+    size = next(int(line.split(":")[1]) for line in lines if line.startswith("content-length:"))
+    return int(lines[0].split()[1]), await asyncio.wait_for(reader.readexactly(size), 10)
+
+
+async def test_an_empty_answer_leaves_the_connection_to_the_next_request(server: Server) -> None:
+    url = urlsplit(server.url)
+    silence = {"model": "fake", "url": data_url(wav(2, SILENT)), "response_format": "rttm"}
+    body = json.dumps(silence).encode()
+    head = f"POST {DIARIZATIONS} HTTP/1.1\r\nHost: {url.netloc}\r\nAuthorization: Bearer {server.key}\r\n"
+    request = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    try:
+        for _ in range(2):
+            writer.write(request)
+            assert await read_answer(reader) == (200, b"")
+    finally:
+        writer.close()
+        await writer.wait_closed()
