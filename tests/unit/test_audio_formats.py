@@ -137,6 +137,19 @@ def test_only_formats_of_the_task(task: str) -> None:
         shown(replace(SPOKEN, task=task), "srt" if task == "diarize" else "xml")
 
 
+def test_the_text_of_what_was_aligned_has_its_segments_apart() -> None:
+    told = Transcript("align", 2.0, segments=(replace(FIRST, text="hello hello"), replace(SECOND, text="oh hello ")))
+    assert shown(told, "json")["text"] == "hello hello oh hello"
+    assert shown(told, "text") == "hello hello oh hello\n"
+
+
+def test_names_with_spaces_are_kept_apart_in_rttm() -> None:
+    turns = (Turn(0.0, 1.0, "a b"), Turn(1.0, 2.0, "a_b"), Turn(2.0, 3.0, "a  b"))
+    lines = shown(Transcript("diarize", 3.0, turns=turns, speakers=("a b", "a_b", "a  b")), "rttm").splitlines()
+    assert [len(line.split()) for line in lines] == [10, 10, 10]
+    assert [line.split()[7] for line in lines] == ["a_b_2", "a_b", "a_b_3"]
+
+
 def test_alignments() -> None:
     letters = (Character("N", 1.2, 1.3, 0.5), Character("o", None, None, None))
     body = shown(

@@ -4,7 +4,7 @@ Pure functions. It refuses a format that the transcript has nothing for, such as
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,14 @@ def _json(transcript: Transcript, look: Look) -> bytes:
 
 
 def _text(transcript: Transcript, _look: Look) -> bytes:
-    return transcript.text.encode() + b"\n"
+    return _whole_text(transcript).encode() + b"\n"
+
+
+def _whole_text(transcript: Transcript) -> str:
+    """A model brings its own spaces; whoever sends what was said need not."""
+    if transcript.task != "align":
+        return transcript.text
+    return " ".join(filter(None, (segment.text.strip() for segment in transcript.segments)))
 
 
 def _srt(transcript: Transcript, _look: Look) -> bytes:
@@ -186,7 +193,7 @@ def _aligned(transcript: Transcript, _look: Look) -> bytes:
         {
             "task": transcript.task,
             "duration": _rounded(transcript.duration),
-            "text": transcript.text,
+            "text": _whole_text(transcript),
             "segments": segments,
             "words": [word for each in words for word in each],
             "usage": usage_of(transcript),
@@ -230,11 +237,24 @@ def _rttm(transcript: Transcript, _look: Look) -> bytes:
 
 
 def _rttm_lines(turns: Sequence[Turn]) -> Iterator[str]:
+    names = _columns(dict.fromkeys(turn.speaker for turn in turns))
     for turn in turns:
         start, seconds = round(turn.start, 3), round(turn.end - turn.start, 3)
         if seconds > 0:
-            speaker = "_".join(turn.speaker.split())  # a space would begin the next column
-            yield f"SPEAKER recording 1 {start:.3f} {seconds:.3f} <NA> <NA> {speaker} <NA> <NA>\n"
+            yield f"SPEAKER recording 1 {start:.3f} {seconds:.3f} <NA> <NA> {names[turn.speaker]} <NA> <NA>\n"
+
+
+def _columns(speakers: Iterable[str]) -> Mapping[str, str]:
+    """A column for each name: a space would begin the next one, and two names are not to become one."""
+    columns = {name: name for name in speakers if name.split() == [name]}
+    for name in speakers:
+        column, number = "_".join(name.split()), 1
+        while name not in columns:
+            shown = column if number == 1 else f"{column}_{number}"
+            if shown not in columns.values():
+                columns[name] = shown
+            number += 1
+    return columns
 
 
 def _rounded(number: float) -> float:
