@@ -191,6 +191,17 @@ def test_known_speakers_get_their_names(engine: Engine, heard: Voices) -> None:
     assert heard.turns(engine, known=unknown)[1] == ["A", "B"]
 
 
+@pytest.mark.parametrize(("who", "other"), [("speaker90", "speaker91"), ("speaker91", "speaker90")])
+def test_somebody_who_does_not_speak_is_not_named(who: str, other: str, engine: Engine) -> None:
+    clip = base64.b64encode(Voices(engine, _alone(other)[: 5 * RATE]).vectors).decode()
+    assert Voices(engine, _alone(who)).turns(engine, known=[{"name": "Ann", "vectors": clip}])[1] == ["A"]
+
+
+def test_a_stretch_without_a_silence_ends_where_it_ends(engine: Engine) -> None:
+    breathless = _pcm()[int(24.2 * RATE) : int(25.4 * RATE)]
+    assert Voices(engine, breathless, last=False).consumed == len(breathless)
+
+
 def test_a_stretch_ends_in_silence_and_the_next_goes_on_there(engine: Engine, heard: Voices) -> None:
     first = Voices(engine, _pcm()[: 23 * RATE], last=False)
     assert 11 * RATE < first.consumed < 23 * RATE

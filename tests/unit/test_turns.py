@@ -71,7 +71,7 @@ def test_parts_of_regions_that_touch_are_one_turn() -> None:
 
 def test_each_known_speaker_is_one_voice_and_the_most_alike() -> None:
     heard = windows([0] * 10 + [1] * 10 + [2] * 10)
-    both = unit(VOICES[0] + VOICES[1] * 0.8)
+    both = unit(VOICES[0] + VOICES[1] * 0.5)
     known = [Known("near both", both[None]), Known("B", VOICES[1][None]), Known("nobody", VOICES[9][None])]
     found = turns([(0.0, 12.0)], heard, Count(3, 1, 20), known, go_on)
     # The letter B is a name already, so the unknown one is not called so.

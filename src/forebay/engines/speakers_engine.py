@@ -152,7 +152,7 @@ class Engine:
         """Find speech, and the windows to take voices from, in a thread."""
         pcm = stretch.pcm
         likely = np.concatenate(list(self._likely(stretch, wanted)))
-        end = len(pcm) if stretch.last else consumed(likely, _SPEECH.offset, len(pcm))
+        end = len(pcm) if stretch.last else consumed(likely, _SPEECH.offset, len(pcm)) or len(pcm)
         speech = until(regions(likely, _SPEECH, len(pcm)), end)
         margin = self._window * HOP_SAMPLES
         samples = np.pad(pcm.astype(np.float32) / _FULL_SCALE, margin)

@@ -16,7 +16,7 @@ from forebay.speech import Turn
 
 _FRAME_SECONDS = 0.05
 _TURN_SECONDS_MIN = 0.25
-_KNOWN_LIKENESS = 0.75  # the same voice elsewhere in a call has 0.9 or more; another one on the same line up to 0.88
+_KNOWN_LIKENESS = 0.87  # the same voice elsewhere in a call has 0.9 or more; another one on the same line up to 0.88
 
 Region = tuple[float, float]
 
