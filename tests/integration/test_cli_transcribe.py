@@ -11,7 +11,7 @@ import pytest_asyncio
 from tests.integration.test_cli_batch import ON_TERMINAL, forebay
 from tests.support.server import Server, serving
 from tests.support.terminal import CTRL_C, on_terminal
-from tests.support.transcriptions import speech, until_ended, until_nothing_is_left
+from tests.support.transcriptions import result, speech, until_ended, until_nothing_is_left
 
 CONFIG = """
 default_models = false
@@ -57,6 +57,17 @@ async def test_each_recording_gets_a_file_beside_it(server: Server, talk: Path) 
     assert sorted(path.suffix for path in talk.parent.iterdir()) == [".srt", ".srt", ".wav", ".wav"]
 
 
+async def test_cues_have_the_times_of_their_words(server: Server, talk: Path) -> None:
+    for form in ("srt", "vtt"):
+        ended = await forebay(
+            server, "transcribe", *MODEL, talk.name, "--format", form, "--background", folder=talk.parent
+        )
+        job = await until_ended(server, ended.out.strip())
+        status, body = await result(server, job["id"], "verbose_json")
+        assert status == 200
+        assert json.loads(body)["words"], f"for {form} the times of words were worked out"
+
+
 async def test_nothing_is_written_over(server: Server, talk: Path) -> None:
     folder = talk.parent
     there = talk.with_suffix(".txt")
@@ -96,6 +107,10 @@ async def test_what_goes_wrong_is_a_sentence(server: Server, talk: Path) -> None
     for arguments, said in (
         (("nothing.wav",), "There is no file nothing.wav."),
         ((talk.name, "--speakers", "2"), "`--speakers` needs `--diarize`."),
+        (
+            (talk.name, "--translate", "--format", "diarized_json"),
+            "forebay: A translation is not written as diarized_json.",
+        ),
         ((talk.name, "--language", "tlh"), "Invalid value for 'language'"),
         (("noise.mp3",), "The recording cannot be used."),
     ):

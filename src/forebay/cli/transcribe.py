@@ -69,6 +69,8 @@ def transcribe(
     with sentences():
         if speakers is not None and not diarize:
             raise SetupError("`--speakers` needs `--diarize`.")
+        if translate and form is Form.DIARIZED_JSON:
+            raise SetupError("A translation is not written as diarized_json. Give --format verbose_json --diarize.")
         wanted = _wanted(files, output, form, force=force or background)
     fields = _fields(form, model, language, prompt, speakers, diarize=diarize or form in _OF_SPEAKERS)
     path = path_of("audio", "translations" if translate else "transcriptions")
@@ -92,6 +94,7 @@ def transcribe(
 
 
 _OF_SPEAKERS = frozenset({Form.DIARIZED_JSON, Form.RTTM})
+_ASKED_FOR = frozenset({Form.SRT, Form.VTT, Form.VERBOSE_JSON, Form.DIARIZED_JSON})  # they take more than the text
 
 
 def _wanted(files: Sequence[Path], output: Path | None, form: Form, *, force: bool) -> list[_Wanted]:
@@ -118,9 +121,9 @@ def _wanted(files: Sequence[Path], output: Path | None, form: Form, *, force: bo
 def _fields(
     form: Form, model: str, language: str | None, prompt: str | None, speakers: int | None, *, diarize: bool
 ) -> dict[str, str]:
-    """The fields of the request. What the job finds can be written in any format, so that is asked for at the end."""
+    """The fields of the request. A job can write what it finds in any format; those that need more are named before."""
     fields = {"model": model, "language": language, "prompt": prompt, "background": "true"}
-    if form is Form.VERBOSE_JSON:
+    if form in _ASKED_FOR:
         fields["response_format"] = form
     if diarize:
         fields |= {"diarize": "true", "speakers": None if speakers is None else str(speakers)}
