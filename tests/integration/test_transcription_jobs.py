@@ -166,9 +166,25 @@ async def test_a_recording_that_is_too_long_to_wait_for_becomes_a_job(server: Se
     assert (status, location) == (202, f"/v1/jobs/{job['id']}")
     await until_ended(server, job["id"])
     assert (await result(server, job["id"]))[1].startswith(b"1\n00:00:00,000 -->")
-    status, job, _ = await post(server, None, url=data_url(speech(40)), background=False, stream=True)
+    status, job, _ = await post(server, None, url=data_url(speech(40)), background=False)
     assert status == 202
     assert len((await text_of(server, job["id"])).split()) == 20 * WORDS_OF_2_SECONDS
+
+
+async def test_a_recording_that_is_too_long_to_wait_for_is_not_streamed(server: Server) -> None:
+    status, body, _ = await post(server, speech(40), background=False, stream=True)
+    assert (status, body["error"]["param"], body["error"]["code"]) == (400, "stream", "invalid_value")
+    assert "`background`" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("times", [None, ["word"], ["segment"], ["word", "segment"]])
+async def test_a_result_shows_the_times_that_were_asked_for(server: Server, times: list[str] | None) -> None:
+    asked = {"response_format": "verbose_json"} | ({} if times is None else {"timestamp_granularities": times})
+    status, online, _ = await post(server, speech(6), background=False, **asked)
+    assert status == 200, online
+    job_id = await ended(server, speech(6), **asked)
+    for form in (None, "verbose_json"):
+        assert json.loads((await result(server, job_id, form))[1]) == online
 
 
 async def test_the_same_request_makes_one_job(server: Server) -> None:

@@ -17,7 +17,7 @@ from forebay.dialects.answer import Progress
 from forebay.dialects.openai.audio_events import SpeechShape, TextEvents, usage_in_tokens
 from forebay.dialects.openai.call import Call
 from forebay.dialects.speech import AudioRef
-from forebay.errors import CallerError, Overloaded, PayloadTooLarge
+from forebay.errors import CallerError, InvalidRequest, Overloaded, PayloadTooLarge
 from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer, Visit, Waiting
 from forebay.media.recordings import Recording, Recordings, Spool
@@ -94,6 +94,8 @@ class SpeechAnswer(OnlineAnswer):
                 error.param = error.param or self._param()
                 raise
             if recording is None:
+                if self._call.stream:
+                    raise self._too_long_to_stream()
                 await self._pass_on(visit, send)
                 return
             if self._call.speech is not None:  # what comes last is not to be found missing after all the rest
@@ -135,6 +137,15 @@ class SpeechAnswer(OnlineAnswer):
             if most == settings.seconds_max:
                 raise
             return None
+
+    def _too_long_to_stream(self) -> InvalidRequest:
+        """Whoever reads events would take a job for a stream without any."""
+        return InvalidRequest(
+            f"A recording of more than {self._hearing.settings.online_seconds_max} seconds is not streamed."
+            " Send it with `background` in place of `stream`, and read the events of its job.",
+            param="stream",
+            code="invalid_value",
+        )
 
     async def _pass_on(self, visit: Visit, send: Send) -> None:
         answer = await self._hand_over()

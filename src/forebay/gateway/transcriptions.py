@@ -6,7 +6,7 @@ none in the end.
 
 import asyncio
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -17,6 +17,7 @@ from forebay.blobs.blobs import Blobs
 from forebay.clock import new_id
 from forebay.commit_points import reach
 from forebay.config import Settings
+from forebay.dialects.openai.audio_events import SpeechShape
 from forebay.dialects.openai.audio_formats import Look, written
 from forebay.dialects.openai.call import Call
 from forebay.errors import Conflict, InvalidRequest, NotFound, Overloaded, RateLimited
@@ -38,7 +39,6 @@ from forebay.store.webhooks import new_secret
 
 _ACCEPTED = 202
 _FULL_SECONDS = 30.0
-_SHOWN = ("response_format", "include")  # what says how a result is written
 _OF_THE_DOOR = ("file_id", "url", "stream", "background", "webhook_url")
 
 
@@ -92,7 +92,9 @@ def _handed(caller: Principal, call: Call, path: str, raw: bytes, spool: Spool |
     kept = {name: value for name, value in body.items() if name not in _OF_THE_DOOR}
     if spool is None:
         kept |= {name: body[name] for name in ("file_id", "url") if body.get(name) is not None}
-    shown = {name: body[name] for name in _SHOWN if body.get(name) is not None}
+    shape = call.shape
+    assert isinstance(shape, SpeechShape)
+    shown = {"response_format": shape.form, "look": asdict(shape.look)}
     new = NewTranscription(
         new_id("job"),
         caller.project_id,
@@ -227,10 +229,14 @@ def _rendered(found: Result, form: str | None) -> tuple[str, bytes]:
     """Hours of speech take their time, so this runs in a thread."""
     asked: dict[str, Any] = from_json(found.shown)
     transcript = transcript_from_wire(from_json(found.transcript))
-    shown = written(transcript, form or asked.get("response_format", "json"), _look(asked, transcript))
+    own: str = asked["response_format"]
+    shown = written(transcript, form or own, _look(asked, transcript, as_asked=form in {None, own}))
     return shown.content_type, shown.body
 
 
-def _look(asked: dict[str, Any], transcript: Transcript) -> Look:
-    words = any(segment.words for segment in transcript.segments)
-    return Look(words=words, logprobs="logprobs" in (asked.get("include") or ()))
+def _look(asked: dict[str, Any], transcript: Transcript, *, as_asked: bool) -> Look:
+    """What was asked for is shown as online, another format with all that it has."""
+    look = Look(**asked["look"])
+    if as_asked:
+        return look
+    return replace(look, words=any(segment.words for segment in transcript.segments), segments=True)
