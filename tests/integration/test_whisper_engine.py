@@ -380,6 +380,25 @@ def test_who_is_beside_a_hanging_request_loses_nothing_when_that_is_given_up(eng
         assert _text(other.result()).endswith("New Jersey now.")
 
 
+def test_who_waits_hears_of_life_until_a_step_takes_too_long() -> None:
+    options = {"initial_prompt": "[[hang]]"}
+    with (
+        _engine(rehearse=True, hung_seconds=2.0) as slow,
+        _Call(slow, _sample(), options=options) as one,
+        _Call(slow, _sample(), options=options) as other,
+    ):
+        for call in (one, other):
+            call.socket.settimeout(30)
+            told = b""
+            while b"\r\n1\r\n\n\r\n" not in told:
+                told += call.socket.recv(65_536)
+        for call in (one, other):
+            call.socket.settimeout(2.5)
+            with pytest.raises(TimeoutError):
+                for _ in range(30):
+                    assert call.socket.recv(65_536)
+
+
 def test_a_real_step_is_given_up_as_fast(engine: Engine) -> None:
     with _Call(engine, np.tile(_sample(), 8)) as call:
         before = _metric(engine, "batches_total")

@@ -46,6 +46,7 @@ class Spec:
     threads: int = 0
     chunks_at_once: int = 8
     oom_cooldown_seconds: float = 300.0
+    hung_seconds: float = 120.0  # a step that takes longer is no progress any more
     rehearse: bool = False  # a prompt may ask for mishaps: [[crash]], [[hang]], [[refuse]], [[out of memory]]
 
     def __post_init__(self) -> None:
@@ -91,7 +92,8 @@ class Engine:
     async def _start(self) -> tuple[Work, Model]:
         spec = self._spec
         encode_at_once = _ENCODE_AT_ONCE_CPU if spec.device == "cpu" else spec.chunks_at_once
-        work = Work(spec.for_compute(), spec.chunks_at_once, encode_at_once, spec.oom_cooldown_seconds)
+        limits = spec.oom_cooldown_seconds, spec.hung_seconds
+        work = Work(spec.for_compute(), spec.chunks_at_once, encode_at_once, *limits)
         try:
             return work, await work.start()
         except Ended as ended:  # it has said why

@@ -63,7 +63,7 @@ class Listener:
         """The next of its segments."""
 
     def alive(self) -> None:
-        """Something of it was computed, with nothing to show yet."""
+        """It is worked on or waits for others, with nothing to show yet."""
 
 
 @dataclass(slots=True)
@@ -81,7 +81,6 @@ class _Job:
     held: list[Entry] = field(default_factory=list)
     told: int = 0
     in_step: int = 0
-    progress: int = 0
     waited: bool = False
     gone: bool = False
     error: Failed | None = None
@@ -96,7 +95,12 @@ class Work:
     """The compute process and what waits for it. `start` before anything else."""
 
     def __init__(
-        self, spec: Mapping[str, Any], chunks_at_once: int, encode_at_once: int, cooldown_seconds: float
+        self,
+        spec: Mapping[str, Any],
+        chunks_at_once: int,
+        encode_at_once: int,
+        cooldown_seconds: float,
+        hung_seconds: float,
     ) -> None:
         self.figures = Figures()
         self.budget = chunks_at_once
@@ -104,6 +108,8 @@ class Work:
         self._chunks_at_once = chunks_at_once
         self._encode_at_once = encode_at_once
         self._cooldown_seconds = cooldown_seconds
+        self._hung_seconds = hung_seconds
+        self._moved = 0.0
         self._halved_at = 0.0
         self._pace = Pace()
         self._line = Line(self._most)
@@ -118,7 +124,9 @@ class Work:
         """Load the model and begin to work. Raises Ended."""
         self._child = await whisper_child.start({**self._spec, "warm_up": True})
         self._worker = asyncio.create_task(self._work())
-        self._worker.add_done_callback(_die)
+        self._teller = asyncio.create_task(self._tell_of_life())
+        for each in (self._worker, self._teller):
+            each.add_done_callback(_die)
         return self._child.model
 
     @property
@@ -155,14 +163,21 @@ class Work:
         return job
 
     async def _until_ended(self, job: _Job) -> None:
-        last, progress = time.monotonic(), job.progress
         while not job.ended:
             job.changed.clear()
             await job.changed.wait()
-            now = time.monotonic()
-            if now - last > _PROGRESS_SECONDS and job.progress > progress:
-                last, progress = now, job.progress
-                job.listener.alive()
+
+    async def _tell_of_life(self) -> None:
+        """Tell everybody now and then that there is progress: on a busy machine their own turn may be long in coming.
+
+        A step that takes too long is none: who waits for it is to find out.
+        """
+        while True:
+            await asyncio.sleep(min(_PROGRESS_SECONDS, self._hung_seconds / 4))
+            if time.monotonic() - self._moved < self._hung_seconds:
+                for job in self._jobs.values():
+                    if not job.ended and not job.gone:
+                        job.listener.alive()
 
     def _drop(self, job: _Job) -> None:
         """Let nothing of a job wait, and see to it that no step runs for nobody."""
@@ -208,7 +223,7 @@ class Work:
 
     async def _compute(self, entries: list[Entry]) -> None:
         """One step. Nothing may be awaited between `take` and this."""
-        begun = time.monotonic()
+        begun = self._moved = time.monotonic()
         stage = entries[0].stage
         self._note(entries, begun)
         self._step = entries
@@ -264,10 +279,10 @@ class Work:
 
     def _leave_step(self, entries: Sequence[Entry]) -> None:
         self._step = []
+        self._moved = time.monotonic()
         for entry in entries:
             job = self._jobs[entry.request]
             job.in_step -= 1
-            job.progress += 1
             job.changed.set()
 
     def _take(self, entry: Entry, told: Mapping[str, Any]) -> None:
