@@ -319,14 +319,24 @@ async def test_an_engine_that_fails_is_asked_again_and_then_no_more(server: Serv
     job = await until_ended(server, job_id)
     assert (job["status"], len(job["attempts"])) == ("failed", 2)
     await until_nothing_is_left(server)
-    status, _ = await server.post(f"/v1/jobs/{job_id}/retry")
-    assert status == 200
+    (letter,) = (await server.get(f"/v1/dead-letters?job={job_id}"))["data"]
+    for path in (f"/v1/jobs/{job_id}/retry", f"/v1/dead-letters/{letter['id']}/requeue"):
+        status, body = await server.post(path)
+        assert (status, body["error"]["code"]) == (409, "input_gone"), path
+    url = f"{server.url}/v1/dead-letters/requeue"
+    async with server.session.post(url, json={"job": job_id}, headers=server.headers) as response:
+        body = await response.json()
+    assert (body["requeued"], body["left"], body["gone"]) == (0, 1, 1)
+    assert await job_of(server, job_id) == job, "it still says why it failed"
 
-    async def refused() -> bool:
-        found = await job_of(server, job_id)
-        return bool(found["status"] == "failed" and found["error"]["code"] == "recording_gone")
 
-    await eventually(refused, what="the end of a job whose recording is gone")
+async def test_a_job_whose_recording_lies_elsewhere_is_tried_again(server: Server) -> None:
+    file = await upload(server, speech(4), purpose="user_data")
+    job_id = await handed_in(server, None, file_id=file["id"], prompt="[[fake status=500]]")
+    await until_ended(server, job_id)
+    (letter,) = (await server.get(f"/v1/dead-letters?job={job_id}"))["data"]
+    assert (await server.post(f"/v1/dead-letters/{letter['id']}/requeue"))[0] == 200
+    assert (await until_ended(server, job_id))["error"]["code"] != "recording_gone"
 
 
 async def test_an_online_request_goes_first_and_nothing_is_lost(server: Server) -> None:

@@ -16,6 +16,7 @@ from forebay.store.files import is_readable
 from forebay.store.job_state import FINISHED, JobState, sources
 from forebay.store.jobs import ERRORS_MAX, Job, Verdict
 from forebay.store.tables import dead_letters, jobs
+from forebay.store.transcriptions import sound_is_lost
 
 PAGE_SIZE_MAX = 100
 _MESSAGE_CHARS_MAX = 2000
@@ -62,7 +63,7 @@ class Chosen:
     """Which dead letters are meant.
 
     `waiting` leaves out those that were requeued, `takeable` those of which nothing is left to take up: the input file
-    is gone, or the job is, or it does not stand still.
+    is gone, or the job or its recording is, or it does not stand still.
     """
 
     kind: str | None = None
@@ -184,7 +185,7 @@ class DeadLetterStore:
 def _can_be_revived() -> sa.ColumnElement[bool]:
     ended = jobs.c.state.in_(sources(JobState.AVAILABLE) & FINISHED)
     job = sa.exists().where(jobs.c.id == dead_letters.c.job_id, jobs.c.project_id == dead_letters.c.project_id, ended)
-    return sa.and_(dead_letters.c.endpoint.is_(None), job)
+    return sa.and_(dead_letters.c.endpoint.is_(None), job, ~sound_is_lost(dead_letters.c.job_id))
 
 
 def _kept(message: str) -> str:

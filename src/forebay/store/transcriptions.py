@@ -6,7 +6,7 @@ both ends, so that whatever a crash leaves behind is found by `sweep`.
     sound: none, or kept -> removing -> removed
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ FINISHED_STAGE = "finished"
 WHOLE = 1000  # the total of its jobs: progress is told in thousandths of all the work
 
 _HAS_NONE, _KEPT, _REMOVING, _REMOVED = "none", "kept", "removing", "removed"
+_HAS_LOST_SOUND = transcriptions.c.sound.in_((_REMOVING, _REMOVED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,11 @@ class TranscriptionStore:
             row = (await connection.execute(query)).one_or_none()
         return None if row is None else Result(row.shown, row.result)
 
+    async def without_sound(self, job_ids: Collection[str]) -> set[str]:
+        """Those of `job_ids` that nobody can work on again: what held their sound is removed, or will be."""
+        query = sa.select(transcriptions.c.id).where(transcriptions.c.id.in_(sorted(job_ids)), _HAS_LOST_SOUND)
+        return set(await self._ids(query))
+
     # Removing.
 
     async def close(self, blobs: Remover, transcription_id: str) -> None:
@@ -272,3 +278,8 @@ def _has_ended() -> sa.ColumnElement[bool]:
 
 def _is_gone() -> sa.ColumnElement[bool]:
     return sa.and_(transcriptions.c.submitted, ~_job_is())
+
+
+def sound_is_lost(job_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    """Whether the job of that id is a transcription that nobody can work on again."""
+    return sa.exists().where(transcriptions.c.id == job_id, _HAS_LOST_SOUND)
