@@ -34,6 +34,7 @@ BROAD_EXCEPTS: dict[str, int] = {
 # Tests that wait for wall-clock time on purpose: file -> why.
 SLEEPERS: dict[str, str] = {
     "tests/integration/test_whisper_engine.py": "measures processor time over an interval, and cancels at any moment",
+    "tests/faults/test_long_recording.py": "measures memory all the time",
     "tests/faults/test_slow_clients.py": "the slowness of the client is what is tested",
     "tests/faults/test_kill_matrix.py": "the moment of a kill is what is chosen by chance",
     "tests/faults/test_paused_worker.py": "the length of a pause is what is tested",
