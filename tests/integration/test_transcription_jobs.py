@@ -440,3 +440,29 @@ async def test_lines_of_a_batch(server: Server) -> None:
     }
     assert batch["usage"]["input_tokens"] == 4 * 60
     await until_nothing_is_left(server)
+
+
+async def test_jobs_whose_model_is_being_pulled_leave_their_places_to_others() -> None:
+    async def silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await stopped.wait()
+        writer.close()
+
+    stopped = asyncio.Event()
+    registry = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = registry.sockets[0].getsockname()[1]
+    away = f'[models.away]\nengine = "whisper"\nsource = "https://127.0.0.1:{port}/model.bin"\n'
+    try:
+        async with serving(CONFIG.replace("stretch_seconds", "jobs_at_once = 2\nstretch_seconds") + away) as server:
+            waiting = [await handed_in(server, speech(30), model="away") for _ in range(2)]
+            await eventually(lambda: _pulling(server), within_seconds=10, what="the pull")
+            other = await handed_in(server, speech(30), model="whisper")
+            assert (await until_ended(server, other, 8))["status"] == "completed"
+            assert [(await job_of(server, each))["status"] for each in waiting] == ["available"] * 2
+            assert (await server.model("away"))["state"] == "pulling"
+    finally:
+        stopped.set()
+        registry.close()
+
+
+async def _pulling(server: Server) -> bool:
+    return bool((await server.model("away"))["state"] == "pulling")

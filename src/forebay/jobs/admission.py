@@ -3,7 +3,7 @@
 It refuses to decide what becomes of a call that had to give its place back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from forebay.clock import Clock
 from forebay.config import Settings
@@ -28,6 +28,10 @@ class Admission:
         self._scheduler = scheduler
         self._stall_seconds = settings.supervisor.stall_seconds
         self._clock = clock
+
+    def expect(self, models: Iterable[str]) -> None:
+        """Have `models` up for what comes. Raises ModelNotReady and EngineUnavailable if nobody should wait for one."""
+        self._scheduler.expect(models)
 
     async def run(
         self, call: Call, *, on_read: Callable[[], None] = _nobody, on_opened: Callable[[], None] = _nobody

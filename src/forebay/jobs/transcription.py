@@ -144,8 +144,12 @@ class TranscriptionWork:
             priority=Priority.BATCH,
             with_recording=not names_recording(from_json(asked.request)),
         )
+        assert call.speech is not None, "these endpoints are about recordings"
         try:
+            self._admission.expect([call.request.model, *call.speech.further_models])
             transcript = await self._worked_on(lease, run, asked, call)
+        except ModelNotReady:  # others go on meanwhile, and the stretches that are kept stay
+            return Snoozed(_PULLING_SECONDS)
         except Overloaded as trouble:
             return Snoozed(trouble.retry_after_seconds or _BUSY_SECONDS)
         except ShuttingDown:
@@ -212,12 +216,8 @@ class TranscriptionWork:
                 continue
 
     async def _compute(self, part: Call) -> bytes:
-        while True:
-            named = replace(part, request=replace(part.request, id=new_id("req")))
-            try:
-                return (await self._admission.run(named)).body
-            except ModelNotReady:
-                await self._clock.sleep(self._clock.jitter(_PULLING_SECONDS))
+        named = replace(part, request=replace(part.request, id=new_id("req")))
+        return (await self._admission.run(named)).body
 
 
 class Ledger:
