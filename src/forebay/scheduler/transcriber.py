@@ -234,16 +234,12 @@ class Transcriber:
         return tuple(aligned)
 
     def _groups(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-        """Neighbours that fit into one stretch. Raises InvalidRequest for a segment that is too long by itself."""
+        """Neighbours that fit into one stretch. Raises EngineGarbled for a segment longer than any that an engine hears."""
         group: list[Segment] = []
         most = self._stretch / SAMPLE_RATE
         for segment in segments:
             if segment.end - segment.start > _SEGMENT_SECONDS_MAX:
-                raise InvalidRequest(
-                    f"A segment to align lasts at most {_SEGMENT_SECONDS_MAX:g} seconds. Send several, with their times.",
-                    param="segments",
-                    code="invalid_value",
-                )
+                raise EngineGarbled  # those that somebody sent were looked at before
             if group and segment.end - group[0].start > most:
                 yield group
                 group = []
@@ -385,8 +381,8 @@ def _refused() -> Segment:
 def _clamped(segments: Sequence[Segment], seconds: float) -> Iterator[Segment]:
     """Segments of a transcript that somebody sent; one without an end lasts to that of the recording.
 
-    Raises InvalidRequest for one that begins after it, and for so many on top of one another that they would be work
-    without end.
+    Raises InvalidRequest for one that begins after it or is too long to be aligned, and for so many on top of one another
+    that they would be work without end.
     """
     whole = 0.0
     for number, each in enumerate(segments):
@@ -397,6 +393,7 @@ def _clamped(segments: Sequence[Segment], seconds: float) -> Iterator[Segment]:
                 code="invalid_value",
             )
         end = seconds if each.end <= each.start else min(each.end, seconds)
+        _check_length(number, each, end)
         whole += end - each.start
         if whole > _OVERLAP_MAX * seconds + _SEGMENT_SECONDS_MAX:
             raise InvalidRequest(
@@ -405,6 +402,24 @@ def _clamped(segments: Sequence[Segment], seconds: float) -> Iterator[Segment]:
                 code="invalid_value",
             )
         yield replace(each, end=end)
+
+
+def _check_length(number: int, segment: Segment, end: float) -> None:
+    """Raises InvalidRequest for what is more than an aligner takes at once."""
+    if end - segment.start <= _SEGMENT_SECONDS_MAX:
+        return
+    most = f"{_SEGMENT_SECONDS_MAX:g} seconds"
+    if segment.end <= segment.start:
+        message, param = (
+            f"A text without times is aligned to at most {most}. Send `segments` with theirs.",
+            "transcript",
+        )
+    else:
+        message, param = (
+            f"A segment to align lasts at most {most}. Send several, with their times.",
+            f"segments[{number}]",
+        )
+    raise InvalidRequest(message, param=param, code="invalid_value")
 
 
 def _order(diarize: Diarize, voices: Sequence[Voices], known: list[dict[str, str]]) -> tuple[bytes, int]:
