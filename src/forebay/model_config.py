@@ -4,7 +4,7 @@ It refuses unknown keys, and knows neither files nor the environment: `config` r
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -175,12 +175,20 @@ class AlignerOptions(Section):
         description="`ctc` takes an ONNX model of letters, such as wav2vec2; `pocketsphinx` brings its own, for English.",
     )
     language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = Field(
-        None, description="Language of the model, such as `en`; others are refused. Any if absent."
+        None,
+        description="Language of the model, such as `en`; others are refused. If absent any, and English with `pocketsphinx`.",
     )
     batch_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
         60, description="Of recordings that are listened to at once, with `ctc`."
     )
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_language(cls, said: Any) -> Any:
+        """What brings a model of its own knows its language."""
+        own = isinstance(said, dict) and said.get("backend") == "pocketsphinx"
+        return {"language": "en", **said} if own else said
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:

@@ -85,6 +85,11 @@ def test_an_aligner_may_have_no_file_at_all(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_an_aligner_with_an_english_model_of_its_own_aligns_english() -> None:
+    assert _spec(_model(engine="aligner", options={"backend": "pocketsphinx"}), None)[1]["language"] == "en"
+    assert _spec(_model(engine="aligner", source="file:a"), None)[1]["language"] is None
+
+
 def test_an_aligner_of_a_hub_brings_its_letters(tmp_path: Path) -> None:
     model = _model(engine="aligner", source="hf:owner/wav2vec2@0f1e/onnx/model.onnx")
     catalog = _catalog(tmp_path, model)
