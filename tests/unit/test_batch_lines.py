@@ -273,3 +273,14 @@ async def test_the_chunk_that_began_first_goes_first_and_shared_prefixes_do_not_
 def test_lines_without_a_prompt_share_no_prefix(body: dict[str, Any]) -> None:
     line = {"custom_id": "a", "method": "POST", "url": CHAT, "body": {"model": "m", **body}}
     assert prefix_of(parse_line(json.dumps(line).encode(), CHAT)) == b""
+
+
+@pytest.mark.parametrize("field", [{"background": True}, {"webhook_url": "https://example.com/"}])
+def test_a_line_about_a_recording_is_no_job_of_its_own(field: dict[str, object]) -> None:
+    url = "/v1/audio/transcriptions"
+    body = {"model": "m", "url": "data:,", "background": False} | field
+    line = json.dumps({"custom_id": "a", "method": "POST", "url": url, "body": body}).encode()
+    with pytest.raises(InvalidRequest) as refused:
+        parse_line(line, url)
+    (name,) = field
+    assert (refused.value.code, refused.value.param) == ("invalid_body", f"body.{name}")

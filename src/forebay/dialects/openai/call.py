@@ -206,7 +206,7 @@ def _explain(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"Unrecognized request argument supplied: {param}", param=param)
     if first["type"] == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    reason = first["msg"][:_REASON_CHARS_MAX]  # a wrong tag is quoted in it, whole
+    reason = first["msg"].removeprefix("Value error, ")[:_REASON_CHARS_MAX]  # a wrong tag is quoted in it, whole
     return InvalidRequest(f"Invalid value for '{param}': {reason}.", param=param, code="invalid_value")
 
 
