@@ -100,9 +100,18 @@ class Outbound:
         """Begin no further look-up, and wait for none."""
         self._lookups.close()
 
-    def check(self, url: str) -> None:
-        """Raise InvalidRequest (`url_not_allowed`) for what can be refused without asking a name server."""
-        target = _parse(url)
+    def check(self, url: str, *, hosts: Sequence[str] = ("*",), param: str = "url") -> None:
+        """Raise InvalidRequest (`url_not_allowed`) for what can be refused without asking a name server.
+
+        `hosts` are as those of `get`, and `param` is the field that the URL came in.
+        """
+        try:
+            self._check(_from_one_of(hosts, url))
+        except InvalidRequest as error:
+            error.param = param
+            raise
+
+    def _check(self, target: _Target) -> None:
         if target.address is not None:
             self._admit([target.address])
         elif target.host == "localhost" or target.host.endswith(".localhost"):

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 import pytest_asyncio
 
-from tests.integration.test_audio import DIARIZATIONS
+from tests.integration.test_audio import ALIGNMENTS, DIARIZATIONS, TRANSCRIPTIONS, TWO, as_json, refusal
 from tests.support.recordings import SILENT, data_url, wav
 from tests.support.server import FAKE, Server, serving
 
@@ -28,6 +28,14 @@ async def server() -> AsyncIterator[Server]:
     async with serving(CONFIG) as one:
         yield one
         await one.until_load(0, 0)
+        assert "request.bug" not in one.log
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def longest() -> AsyncIterator[Server]:
+    """A server at which nobody becomes a job."""
+    async with serving(CONFIG.replace("online_seconds_max = 60", "online_seconds_max = 900")) as one:
+        yield one
         assert "request.bug" not in one.log
 
 
@@ -53,3 +61,24 @@ async def test_an_empty_answer_leaves_the_connection_to_the_next_request(server:
     finally:
         writer.close()
         await writer.wait_closed()
+
+
+async def test_a_text_alone_is_for_a_recording_of_ten_minutes(longest: Server) -> None:
+    long = wav(602, SILENT)
+    assert await refusal(longest, ALIGNMENTS, long, transcript="a") == (400, "invalid_value", "transcript")
+    segments = json.dumps([{"start": 0, "end": 1, "text": "a"}, {"start": 1, "end": 602, "text": "b"}])
+    assert await refusal(longest, ALIGNMENTS, long, segments=segments) == (400, "invalid_value", "segments[1]")
+
+
+async def test_an_address_that_nobody_may_call_is_told_by_its_field(server: Server) -> None:
+    told = {"background": True, "webhook_url": "http://127.0.0.1/hook"}
+    assert await refusal(server, TRANSCRIPTIONS, TWO, **told) == (400, "url_not_allowed", "webhook_url")
+    for url in ("ftp://example.com/a.wav", "http://127.0.0.1/a.wav", "https://example.com/a.wav"):
+        status, body = await as_json(server, {"url": url, "background": True})
+        assert (status, body["error"]["code"], body["error"]["param"]) == (400, "url_not_allowed", "url"), url
+
+
+async def test_a_wrong_value_is_told_in_words_of_ours(server: Server) -> None:
+    status, body = await as_json(server, {"url": data_url(TWO), "language": "tlh"})
+    message = "Invalid value for 'language': write a language as in ISO 639-1, such as `en`."
+    assert (status, body["error"]["message"]) == (400, message)

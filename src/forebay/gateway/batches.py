@@ -115,7 +115,7 @@ async def create_batch(request: Request, caller: Member) -> Response:
         known = ", ".join(f"`{path}`" for path in BATCH_ENDPOINTS)
         raise InvalidRequest(f"`endpoint` is one of {known}.", param="endpoint", code="invalid_value")
     if body.webhook_url is not None:
-        state.outbound.check(body.webhook_url)
+        state.outbound.check(body.webhook_url, param="webhook_url")
     desk: Desk = state.desk
 
     outlook = UNKNOWN

@@ -77,7 +77,9 @@ async def in_background(
     door: Door = request.app.state.door
     handed = _handed(caller, call, path, raw, spool)
     if handed.webhook_url is not None:
-        request.app.state.outbound.check(handed.webhook_url)
+        request.app.state.outbound.check(handed.webhook_url, param="webhook_url")
+    if call.speech is not None and call.speech.source is not None:
+        request.app.state.hearing.recordings.check(call.speech.source)
     try:
         return await _hand_in(request, caller, handed, raw, spool, counted=counted)
     except RateLimited as error:

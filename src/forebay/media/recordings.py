@@ -140,6 +140,20 @@ class Recordings:
             await self._decoder.decode(spool.file.reader, file.writer, int(seconds * SAMPLE_RATE), on_percent)
             yield Recording(file)
 
+    def check(self, ref: AudioRef) -> None:
+        """Raise InvalidRequest (`url_not_allowed`) for an address from which nothing will ever be fetched."""
+        if ref.url is not None and ref.url[:5].lower() != "data:":
+            self._check_fetches()
+            self._outbound.check(ref.url, hosts=self._settings.fetch_hosts)
+
+    def _check_fetches(self) -> None:
+        if not self._settings.fetch_hosts:
+            raise InvalidRequest(
+                "This server fetches no recordings. Send the recording itself, or upload it as a file.",
+                param="url",
+                code="url_not_allowed",
+            )
+
     async def fetch(self, spool: Spool, ref: AudioRef, project: str) -> None:
         """Write what `ref` refers to into the spool.
 
@@ -175,11 +189,7 @@ class Recordings:
 
     async def _get(self, spool: Spool, url: str) -> None:
         settings = self._settings
-        if not settings.fetch_hosts:
-            raise InvalidRequest(
-                "This server fetches no recordings. Send the recording itself, or upload it as a file.",
-                code="url_not_allowed",
-            )
+        self._check_fetches()
         answer = await self._outbound.download(
             url, spool.write, hosts=settings.fetch_hosts, timeout_seconds=settings.fetch_timeout_seconds
         )
