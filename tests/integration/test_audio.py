@@ -523,7 +523,7 @@ async def test_a_further_model_that_is_away_is_told_before_the_work() -> None:
             partial(_is_away, server, "voices"), within_seconds=30, what="the refusal for want of a model"
         )
         status, text = await send(
-            server, TRANSCRIPTIONS, TWO, diarize="true", diarization_model="voices", stream="true"
+            server, TRANSCRIPTIONS, TWO, response_format="diarized_json", diarization_model="voices", stream="true"
         )
         assert (status, json.loads(text)["error"]["code"]) == (503, "engine_unavailable")  # and no stream has begun
 

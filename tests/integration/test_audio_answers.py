@@ -8,7 +8,17 @@ from urllib.parse import urlsplit
 import pytest
 import pytest_asyncio
 
-from tests.integration.test_audio import ALIGNMENTS, DIARIZATIONS, TRANSCRIPTIONS, TWO, as_json, refusal
+from tests.integration.test_audio import (
+    ALIGNMENTS,
+    DIARIZATIONS,
+    TRANSCRIPTIONS,
+    TRANSLATIONS,
+    TWO,
+    as_json,
+    heard,
+    refusal,
+    send,
+)
 from tests.support.recordings import SILENT, data_url, wav
 from tests.support.server import FAKE, Server, serving
 
@@ -82,3 +92,25 @@ async def test_a_wrong_value_is_told_in_words_of_ours(server: Server) -> None:
     status, body = await as_json(server, {"url": data_url(TWO), "language": "tlh"})
     message = "Invalid value for 'language': write a language as in ISO 639-1, such as `en`."
     assert (status, body["error"]["message"]) == (400, message)
+
+
+@pytest.mark.parametrize("path", [TRANSCRIPTIONS, TRANSLATIONS])
+async def test_speakers_are_told_apart_for_those_who_can_see_them(server: Server, path: str) -> None:
+    for form in ("json", "text"):
+        found = await refusal(server, path, TWO, diarize=True, response_format=form)
+        assert found == (400, "invalid_value", "response_format")
+    assert (await heard(server, path, diarize=True, response_format="verbose_json"))["speakers"] == ["A", "B"]
+    status, _ = await send(server, path, TWO, diarize=True, background=True)
+    assert status == 202
+
+
+async def test_the_time_of_a_request_ends_the_work_on_its_recording() -> None:
+    config = CONFIG.replace("[audio]", "request_timeout_seconds = 1\n[audio]")
+    async with serving(config) as one:
+        asking = asyncio.create_task(send(one, TRANSCRIPTIONS, TWO, prompt="[[fake token_ms=5000]]"))
+        await one.until_load(1, 0)
+        status, text = await asking
+        assert (status, json.loads(text)["error"]["code"]) == (504, "request_timeout")
+        await one.until_load(0, 0, within_seconds=2)
+        assert (await heard(one))["text"], "its place is free"
+        assert "engine.condemned" not in one.log

@@ -14,8 +14,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from forebay.config import Settings
+from forebay.dialects.openai.audio_events import SpeechShape
 from forebay.dialects.openai.audio_forms import LARGE, fields_of, json_of
-from forebay.errors import CallerError, Overloaded, RateLimited
+from forebay.dialects.openai.call import Call
+from forebay.errors import CallerError, InvalidRequest, Overloaded, RateLimited
 from forebay.gateway.answers import error_answer, read_body
 from forebay.gateway.auth import Principal, may_create, principal, upstream_key
 from forebay.gateway.hearing import Hearing, SpeechAnswer
@@ -31,6 +33,7 @@ from forebay.replicas.catalog import Catalog
 _FULL_SECONDS = 5.0
 _FORM_FIELDS_MAX = 1536  # a list is as many fields as it has items; the longest are tokens that are not to be said
 _FILE = "file"
+_WITHOUT_SPEAKERS = frozenset({"json", "text"})
 
 router = APIRouter(prefix="/v1/audio", dependencies=[Depends(principal)])
 
@@ -133,6 +136,7 @@ class RecordingAnswer(Response):
             )
             if call.speech.background:
                 return await in_background(request, caller, call, self._path, raw, spool if with_recording else None)
+            _check_shown(call)
             headers = door.rates.check(caller, 0)  # how long it is, nobody knows yet
         except RateLimited as error:
             return error_answer(error, door.rates.headers(caller))
@@ -163,6 +167,20 @@ class RecordingAnswer(Response):
         names = fields_of(ENDPOINTS[self._path].body)
         form = await read_form(request, _FILE, names, take, _rules(names, settings))
         return json_of([*form.fields.items(), *form.repeated]), form.has_file
+
+
+def _check_shown(call: Call) -> None:
+    """Refuse to tell speakers apart for an answer that shows none; what a job has found can be read in other formats."""
+    speech, shape = call.speech, call.shape
+    assert speech is not None
+    assert isinstance(shape, SpeechShape)
+    if speech.diarize is not None and speech.task != "diarize" and shape.form in _WITHOUT_SPEAKERS:
+        raise InvalidRequest(
+            f"`diarize` tells speakers apart, and the response format `{shape.form}` shows none. "
+            "Ask for `verbose_json`, `srt` or `vtt`, or have a transcription written as `diarized_json`.",
+            param="response_format",
+            code="invalid_value",
+        )
 
 
 def _rules(names: frozenset[str], settings: Settings) -> Rules:
