@@ -406,20 +406,13 @@ def _clamped(segments: Sequence[Segment], seconds: float) -> Iterator[Segment]:
 
 def _check_length(number: int, segment: Segment, end: float) -> None:
     """Raises InvalidRequest for what is more than an aligner takes at once."""
-    if end - segment.start <= _SEGMENT_SECONDS_MAX:
-        return
-    most = f"{_SEGMENT_SECONDS_MAX:g} seconds"
-    if segment.end <= segment.start:
-        message, param = (
-            f"A text without times is aligned to at most {most}. Send `segments` with theirs.",
-            "transcript",
+    if end - segment.start > _SEGMENT_SECONDS_MAX:
+        alone = segment.end <= segment.start
+        raise InvalidRequest(
+            f"At most {_SEGMENT_SECONDS_MAX:g} seconds are aligned at once. Send shorter `segments`, with their times.",
+            param="transcript" if alone else f"segments[{number}]",
+            code="invalid_value",
         )
-    else:
-        message, param = (
-            f"A segment to align lasts at most {most}. Send several, with their times.",
-            f"segments[{number}]",
-        )
-    raise InvalidRequest(message, param=param, code="invalid_value")
 
 
 def _order(diarize: Diarize, voices: Sequence[Voices], known: list[dict[str, str]]) -> tuple[bytes, int]:
