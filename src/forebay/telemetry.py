@@ -3,6 +3,7 @@
 It refuses labels that a client chooses freely: only configured model names, fixed words and status codes become labels.
 """
 
+import asyncio
 import json
 import logging
 import sys
@@ -178,3 +179,10 @@ def configure(form: Literal["text", "json"], level: str, secrets: Iterable[str] 
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_trouble)
+
+
+def _is_trouble(record: logging.LogRecord) -> bool:
+    """Not what a library writes of a caller who left in the middle: it has tidied up, and an operator can do nothing."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)

@@ -369,3 +369,24 @@ async def test_a_text_that_cannot_be_kept_is_the_callers_mistake(tmp_path: Path)
         async with database.read() as transaction:
             await transaction.execute(sa.text("SELECT id FROM projects WHERE id = :id"), {"id": "a\0b"})
     await database.close()
+
+
+async def test_a_read_that_is_cut_off_at_any_moment_gives_its_connection_back(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def look() -> None:
+        async with database.read() as connection:
+            await connection.scalar(sa.text("SELECT 1"))
+
+    await look()
+    began = time.monotonic()
+    await look()
+    whole = time.monotonic() - began
+    for moment in range(300):
+        looking = asyncio.create_task(look())
+        await asyncio.wait([looking], timeout=whole * moment / 250)
+        while not looking.done():  # again and again, so that its way out is cut off too
+            looking.cancel()
+            await asyncio.sleep(0)
+    await asyncio.gather(*(look() for _ in range(40)))
+    assert not [record.getMessage() for record in caplog.records if record.name.startswith("sqlalchemy")]

@@ -1,5 +1,7 @@
 """Lines of the log: secrets are struck out however a line writes them."""
 
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -21,3 +23,21 @@ def test_a_secret_is_struck_out_however_it_is_escaped(
     line = capsys.readouterr().err
     assert line.count("***") == 2
     assert "secret" not in line
+
+
+def test_a_caller_who_left_is_no_trouble_to_tell_of() -> None:
+    program = """
+import asyncio, logging
+from forebay import telemetry
+telemetry.configure("text", "info")
+for kind in (asyncio.CancelledError, ValueError):
+    try:
+        raise kind
+    except BaseException:
+        logging.getLogger("library").error("about %s", kind.__name__, exc_info=True)
+logging.getLogger("library").error("about nothing")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    told = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
+    assert told == ["ERROR library about ValueError", "ERROR library about nothing"]
+    assert "CancelledError" not in ended.stderr
