@@ -392,6 +392,58 @@ class AudioSettings(Section):
     )
 
 
+class ImageSettings(Section):
+    """Edits of images and new ones: what may be sent, what one may cost, how results are kept; `media` says what is fetched."""
+
+    image_bytes_max: Bytes = Field(50 * 2**20, description="Size of one image file; a larger one gets 413.")
+    mask_bytes_max: Bytes = Field(16 * 2**20, description="Size of one mask file; a larger one gets 413.")
+    request_bytes_max: Bytes = Field(128 * 2**20, description="Size of all files of one request.")
+    pixels_max: Annotated[int, Field(ge=1, le=2**30)] = Field(
+        25_000_000, description="Pixels of one image, by its header; more gets 413."
+    )
+    ratio_max: Annotated[float, Field(ge=1, le=1000)] = Field(
+        8, description="Longest side of an image over its shortest; a narrower one is refused."
+    )
+    mask_pixels_min: Annotated[int, Field(ge=1, le=2**30)] = Field(
+        16, description="Fewest pixels of a mask once it is cleaned up; a smaller one is refused."
+    )
+    mask_coverage_max: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Largest share of the image that a mask may cover; a larger one is refused."
+    )
+    preview_pixels: Annotated[int, Field(ge=32, le=4096)] = Field(
+        512, description="Longest side of the preview that a job keeps beside each picture."
+    )
+    requests_at_once: Annotated[int, Field(ge=1, le=1024)] = Field(
+        16,
+        description="Requests for pictures that are received or worked on at once; more get 429, and one project leaves a quarter to the others.",
+    )
+    prepares_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
+        2, description="Images that are decoded, cut out or put together at once, each in a process of its own."
+    )
+    prepare_seconds_max: Annotated[int, Field(ge=1, le=600)] = Field(
+        30, description="Processor time for each of these; the wait for it is twice as long at most."
+    )
+    prepare_memory_bytes_max: Annotated[int, Field(ge=256 * 2**20, le=2**36)] = Field(
+        1024 * 2**20, description="Address space for each of these; what needs more gets 413."
+    )
+    url_seconds: Seconds = Field(3600, description="How long the address of a picture in an answer can be read.")
+    keep_seconds: Annotated[int, Field(ge=3600, le=315_360_000)] = Field(
+        2_592_000, description="How long the pictures of a job, or of a line of a batch, are kept as files."
+    )
+    jobs_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
+        2, description="Requests for pictures of jobs that one worker works on at once."
+    )
+    lines_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
+        4, description="Requests for pictures of lines of batches that one worker works on at once."
+    )
+    live_per_project_max: Count = Field(
+        1000, description="Unfinished image jobs of one project; a further one gets 429."
+    )
+    background_seconds_max: Seconds = Field(
+        86_400, description="How long an image job may take, its time in line included, before it is given up."
+    )
+
+
 class EmbeddingSettings(Section):
     """Vectors and scores that are kept, so that the same text is not computed twice."""
 
@@ -458,6 +510,7 @@ class Settings(Section):
     outbound: OutboundSettings = OutboundSettings()
     media: MediaSettings = MediaSettings()
     audio: AudioSettings = AudioSettings()
+    images: ImageSettings = ImageSettings()
     embeddings: EmbeddingSettings = EmbeddingSettings()
     rehearsal: RehearsalSettings = RehearsalSettings()
     log: LogSettings = LogSettings()

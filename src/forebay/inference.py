@@ -18,6 +18,8 @@ class Capability(StrEnum):
     TRANSLATION = "translation"
     ALIGNMENT = "alignment"
     DIARIZATION = "diarization"
+    IMAGE_EDIT = "image_edit"
+    IMAGE_GENERATION = "image_generation"
 
 
 class Priority(IntEnum):

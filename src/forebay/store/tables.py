@@ -62,6 +62,8 @@ jobs = sa.Table(
     sa.Column("total", sa.Integer, nullable=False, default=0),
     sa.Column("completed", sa.Integer, nullable=False, default=0),
     sa.Column("failed", sa.Integer, nullable=False, default=0),
+    sa.Column("step", sa.Integer),  # of its stage, and of how many; none where a stage has no steps
+    sa.Column("steps", sa.Integer),
     sa.Column("payload", sa.JSON, nullable=False),  # the kind's own input
     sa.Column("errors", sa.JSON, nullable=False),  # the last failed attempts, oldest first
     sa.Column("error_code", sa.String(64)),
@@ -331,4 +333,23 @@ stretches = sa.Table(
     sa.Column("number", sa.Integer, primary_key=True),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("body", sa.LargeBinary, nullable=False),  # JSON
+)
+
+# Keys that all nodes share, made by whoever needs one first.
+secrets = sa.Table(
+    "secrets",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("value", sa.LargeBinary, nullable=False),
+)
+
+# Messages that were pushed to us and have become jobs, so that one that is delivered again makes no second.
+intake_messages = sa.Table(
+    "intake_messages",
+    metadata,
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), primary_key=True),
+    sa.Column("source", sa.String(256), primary_key=True),  # the subscription
+    sa.Column("message_id", sa.String(256), primary_key=True),
+    sa.Column("job_id", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False, index=True),
 )

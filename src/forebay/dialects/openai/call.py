@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from forebay.dialects.answer import Shape
+from forebay.dialects.imaging import ImageRules, ImageTask
 from forebay.dialects.items import ItemRules, Items
 from forebay.errors import ForebayError, InvalidRequest
 from forebay.inference import Priority, Request
@@ -97,12 +98,12 @@ class Call:
     `shape` writes the answer; `kind` is what the engine writes; `legacy_logprobs` is that of /v1/completions. With `forced_tool` the engine was
     made to write one tool call as plain JSON, which becomes a tool call on the way out. `otherwise` gives the same call for
     another model, where the error that it is told is one for which another model stands in. `speech` is the work on a
-    recording, of which the request's own body says nothing yet. `image_chars` is how much of the
+    recording, `picture` that on an image: of both the request's own body says nothing yet. `image_chars` is how much of the
     request's body are images, which are no tokens.
     """
 
     request: Request
-    kind: Literal["chat", "completion", "items", "speech"]
+    kind: Literal["chat", "completion", "items", "speech", "picture"]
     stream: bool
     include_usage: bool
     tier: str
@@ -112,6 +113,7 @@ class Call:
     items: Items | None = None
     image_chars: int = 0
     speech: "SpeechTask | None" = None
+    picture: ImageTask | None = None
     otherwise: "Otherwise | None" = None
 
 
@@ -136,6 +138,7 @@ class Context:
     `extensions` whose additions to the dialect it understands. `images` are `data:` URLs of checked pictures, one for each image of
     the body in its order. `thread` is for a response alone, and none in a line of a batch. `with_recording` tells
     whether a recording came beside the body, and `diarization_model` who tells speakers apart where it names nobody.
+    `pictures` is how many images came beside it, `with_mask` whether a mask did, and `picture_rules` what the model can do.
     """
 
     request_id: str
@@ -151,6 +154,9 @@ class Context:
     thread: Thread | None = None
     with_recording: bool = False
     diarization_model: str = ""
+    pictures: int = 0
+    with_mask: bool = False
+    picture_rules: ImageRules = field(default_factory=ImageRules)
 
 
 WireT = TypeVar("WireT", bound=Wire)
