@@ -20,6 +20,8 @@ from typing import Any, cast
 import uvloop
 
 from forebay.engines.fake_answers import Chunks, Directive, Job, Refused, read_job, read_tokens, whole_answer
+from forebay.engines.fake_images import PATHS as PICTURES
+from forebay.engines.fake_images import Canvas, read_canvas
 from forebay.engines.fake_speech import PATHS, Recital, read_recital
 from forebay.engines.fake_vectors import Reading, read_reading
 from forebay.engines.start import check_types, read_spec, refuse_to_start, run_out_of_memory
@@ -130,7 +132,7 @@ class Engine:
         if not self.spec.quiet:
             sys.stderr.write(f"fake: event={event} {ids}\n")
 
-    async def run(self, job: Job | Reading | Recital, ids: str, out: "Writer") -> None:
+    async def run(self, job: Job | Reading | Recital | Canvas, ids: str, out: "Writer") -> None:
         """Compute the answer in slots of its own; they are free again when this returns or raises."""
         taken = await self.slots.take(job.choices)
         self._check_memory()
@@ -152,7 +154,7 @@ class Engine:
         if limit and self.slots.busy.count(True) > limit:
             lose_memory()
 
-    async def _produce(self, job: Job | Recital, out: "Writer") -> None:
+    async def _produce(self, job: Job | Recital | Canvas, out: "Writer") -> None:
         directive, chunks = job.directive, Chunks(job) if isinstance(job, Job) else job
         if directive.delay_ms > 0:
             await asyncio.sleep(directive.delay_ms / 1000)
@@ -410,13 +412,16 @@ class Connection(asyncio.Protocol):
         if head.method == "POST" and not PATHS.get(head.path, set()).isdisjoint(self._engine.spec.capabilities):
             self._start(read_recital(head.path, body), head.ids)
             return None
+        if head.method == "POST" and PICTURES.get(head.path) in self._engine.spec.capabilities:
+            self._start(read_canvas(head.path, body), head.ids)
+            return None
         if head.method == "POST" and head.path in _ABOUT_TOKENS:
             return read_tokens(head.path, body)
         return self._engine.look_up(head.path)
 
-    def _start(self, job: Job | Reading | Recital, ids: str) -> None:
+    def _start(self, job: Job | Reading | Recital | Canvas, ids: str) -> None:
         self._stoppable = not job.directive.refuse_stop
-        kind = job.kind if isinstance(job, Recital) else "text/event-stream"
+        kind = job.kind if isinstance(job, Recital | Canvas) else "text/event-stream"
         out = Writer(self._transport, self._writable, job.stream, kind)
         self._running = asyncio.ensure_future(self._engine.run(job, ids, out))
         self._running.add_done_callback(self._ended)
