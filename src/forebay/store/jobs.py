@@ -72,6 +72,8 @@ class Job:
     total: int
     completed: int
     failed: int
+    step: int | None
+    steps: int | None
     payload: dict[str, Any]
     errors: list[dict[str, Any]]
     error_code: str | None
@@ -566,7 +568,7 @@ class JobStore:
     async def marks(self, ids: Collection[str]) -> dict[str, tuple[Any, ...]]:
         """Of each of these jobs something that changes whenever there is news of it; nothing of one that is gone."""
         fields = (jobs.c.state, jobs.c.stage, jobs.c.attempt, jobs.c.total, jobs.c.completed, jobs.c.failed)
-        query = sa.select(jobs.c.id, *fields, jobs.c.cancel_requested_at).where(jobs.c.id.in_(ids))
+        query = sa.select(jobs.c.id, *fields, jobs.c.step, jobs.c.cancel_requested_at).where(jobs.c.id.in_(ids))
         async with self.database.read() as connection:
             return {row[0]: tuple(row[1:]) for row in await connection.execute(query)}
 
