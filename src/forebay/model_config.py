@@ -21,18 +21,22 @@ HeaderValue = Annotated[str, Field(pattern=r"^[ -~]{0,4096}$")]
 Trouble = Literal["unavailable", "circuit_open", "not_ready", "queue_full", "failed"]
 _TEXT = (Capability.CHAT, Capability.COMPLETION)
 _SPEECH = frozenset({Capability.TRANSCRIPTION, Capability.TRANSLATION, Capability.ALIGNMENT, Capability.DIARIZATION})
+_PICTURES = frozenset({Capability.IMAGE_EDIT, Capability.IMAGE_GENERATION})
+_REQUEST_BYTES_MAX = 60 * 2**20  # what our engines take at once, less a prompt
 _SERVED = "What it serves: `chat`, `completion`, `embedding`, `rerank`."
 _LOGITS = "Its rerank scores are raw logits, and not between 0 and 1 already."
 
 
-def _no_speech(capabilities: tuple[Capability, ...]) -> tuple[Capability, ...]:
+def _text_alone(capabilities: tuple[Capability, ...]) -> tuple[Capability, ...]:
     if not _SPEECH.isdisjoint(capabilities):
         raise ValueError("recordings are served by the engines `whisper`, `speakers` and `aligner` alone")
+    if not _PICTURES.isdisjoint(capabilities):
+        raise ValueError("pictures are served by the engines `opencv`, `diffusion` and `fake` alone")
     return capabilities
 
 
 AllCapabilities = Annotated[tuple[Capability, ...], Field(min_length=1)]
-Capabilities = Annotated[AllCapabilities, AfterValidator(_no_speech)]
+Capabilities = Annotated[AllCapabilities, AfterValidator(_text_alone)]
 
 
 class Section(BaseModel):
@@ -196,6 +200,142 @@ class AlignerOptions(Section):
         return (Capability.ALIGNMENT,)
 
 
+class PictureOptions(Section):
+    """What every engine that paints has: how large a picture it is given, and what is done to masks."""
+
+    edge_max: Annotated[int, Field(ge=16, le=3840)] = Field(
+        1024,
+        description="Longest side in pixels of what it is given; larger images are made smaller, and what is painted larger.",
+    )
+    mask_dilation: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="Pixels by which a mask grows where a request does not say."
+    )
+    mask_feather: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="Width in pixels of the seam, inside what the mask has grown to, where a request does not say."
+    )
+
+
+class OpencvOptions(PictureOptions):
+    """Options of the `opencv` engine: holes in images filled from what is around them, without a model."""
+
+    method: Literal["telea", "ns"] = Field(
+        "telea", description="`telea` marches inwards from the border; `ns` continues lines of the same brightness."
+    )
+    radius: Annotated[float, Field(ge=1, le=32)] = Field(
+        3, description="How far around a pixel it looks, in pixels; time grows with its square."
+    )
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="Pictures that are computed at once, each on one core; 0 takes one per core."
+    )
+    edge_max: Annotated[int, Field(ge=16, le=3840)] = Field(
+        3840,
+        description="Longest side in pixels of what it is given; larger images are made smaller, and what is painted larger.",
+    )
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the model can be asked for."""
+        return (Capability.IMAGE_EDIT,)
+
+
+class PainterOptions(PictureOptions):
+    """What engines have that paint in steps."""
+
+    edge_factor: Annotated[int, Field(ge=1, le=256)] = Field(
+        16, description="What both sides of a picture are multiples of."
+    )
+    images_max: Annotated[int, Field(ge=1, le=16)] = Field(1, description="Images that one request may bring.")
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(28, description="Steps where a request does not say.")
+    steps_max: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="Most steps that a request may ask for.")
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None,
+        description="How closely it keeps to the prompt where a request does not say; if absent the pipeline's own, and no request can choose.",
+    )
+    guidance_max: Annotated[float, Field(ge=0, le=100)] = Field(
+        30, description="Most `guidance` that a request may ask for."
+    )
+    strength: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="How much of what was there is given up where a request does not say; if absent the pipeline's own, and no request can choose.",
+    )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.steps > self.steps_max or (self.guidance or 0) > self.guidance_max:
+            raise ValueError("`steps` and `guidance` are at most `steps_max` and `guidance_max`")
+        if self.edge_factor > self.edge_max:
+            raise ValueError("`edge_factor` is at most `edge_max`")
+        if (3 * self.images_max + 1) * self.edge_max**2 > _REQUEST_BYTES_MAX:
+            raise ValueError("so many images of that size are too much at once; lower `images_max` or `edge_max`")
+        return self
+
+
+class Lora(Section):
+    """A small file of changes to the weights of a model."""
+
+    file: Path = Field(description="The safetensors file.")
+    weight: Annotated[float, Field(ge=-4, le=4)] = Field(1, description="How strongly it changes them.")
+
+
+class DiffusionOptions(PainterOptions):
+    """Options of the `diffusion` engine: diffusion models on diffusers."""
+
+    task: Literal["auto", "edit", "image_to_image", "generate"] = Field(
+        "auto",
+        description="What it does: `edit` fills in a mask, `image_to_image` paints an image anew, `generate` takes none; `auto` is all that the pipeline can.",
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where it computes.")
+    device_index: Annotated[int, Field(ge=0, le=127)] = Field(0, description="Which GPU.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number type; `auto` takes `float32` on a CPU and `bfloat16` on a GPU."
+    )
+    offload: Literal["none", "model", "sequential"] = Field(
+        "none",
+        description="What waits in main memory until it is needed on the GPU: nothing, whole parts of the pipeline, or single layers.",
+    )
+    variant: Annotated[str, Field(pattern="^[a-z0-9_]{1,16}$")] | None = Field(
+        None, description="Which files of the folder are taken where there are several of each, such as `fp16`."
+    )
+    transformer_file: Path | None = Field(
+        None, description="GGUF or safetensors file that replaces the transformer of the folder."
+    )
+    loras: Annotated[tuple[Lora, ...], Field(max_length=8)] = Field(
+        (), description="Changes to the weights, each `{ file = …, weight = … }`."
+    )
+    scheduler: Literal[
+        "model",
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ] = Field("model", description="How steps follow each other; `model` is the folder's own.")
+    compile: bool = Field(False, description="Compile the model when it is loaded: the start takes minutes longer.")
+    batch_images: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Pictures that are painted at once; 1 is best on a CPU."
+    )
+    lossy: Annotated[tuple[Literal["first_block_cache"], ...], Field(max_length=1)] = Field(
+        (), description="What makes it faster and pictures a little different: `first_block_cache`."
+    )
+    step_seconds_max: Seconds = Field(300, description="Longest step; then the process is taken for hung.")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 takes one per core.")
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the model can be asked for."""
+        match self.task:
+            case "auto":
+                return (Capability.IMAGE_EDIT, Capability.IMAGE_GENERATION)
+            case "generate":
+                return (Capability.IMAGE_GENERATION,)
+            case _:
+                return (Capability.IMAGE_EDIT,)
+
+
 class CommandOptions(Section):
     """Options of the `command` engine: any command line that starts an OpenAI-compatible server."""
 
@@ -272,7 +412,7 @@ class UpstreamOptions(Section):
         return self
 
 
-class FakeOptions(Section):
+class FakeOptions(PainterOptions):
     """Options of the `fake` engine, a deterministic program for tests and benchmarks."""
 
     start_delay_seconds: Annotated[float, Field(ge=0, le=600)] = Field(0, description="Time before it is ready.")
@@ -286,6 +426,14 @@ class FakeOptions(Section):
     )
     dimensions: Annotated[int, Field(ge=1, le=16_384)] = Field(384, description="Numbers of an embedding.")
     vision: bool = Field(False, description="Whether the model takes images in messages.")
+    images_max: Annotated[int, Field(ge=1, le=16)] = Field(4, description="Images that one request may bring.")
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(4, description="Steps where a request does not say.")
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        5, description="How closely it would keep to the prompt; none for a model that knows no such thing."
+    )
+    strength: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.8, description="How much it would give up; none for a model that knows no such thing."
+    )
 
 
 class ModelSettings(Section):
@@ -419,6 +567,32 @@ class AlignerModel(FolderModel):
         return self
 
 
+class OpencvModel(ModelSettings):
+    """OpenCV's inpainting in a process of ours."""
+
+    engine: Literal["opencv"]
+    options: OpencvOptions = OpencvOptions()
+
+    @model_validator(mode="after")
+    def _has_none(self) -> Self:
+        if self.source is not None:
+            raise ValueError("opencv has no model; leave `source` out")
+        return self
+
+
+class DiffusionModel(ModelSettings):
+    """A diffusion model in a diffusers process of ours."""
+
+    engine: Literal["diffusion"]
+    options: DiffusionOptions = DiffusionOptions()
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        if self.source is None:
+            raise ValueError("a diffusion model needs a `source`: `hf:repo@revision` or `file:` and a folder")
+        return self
+
+
 class CommandModel(ModelSettings):
     """A model behind a command line that starts an OpenAI-compatible server."""
 
@@ -459,6 +633,8 @@ Model = Annotated[
     | WhisperModel
     | SpeakersModel
     | AlignerModel
+    | OpencvModel
+    | DiffusionModel
     | CommandModel
     | VllmModel
     | UpstreamModel
@@ -472,6 +648,8 @@ ENGINES: dict[str, type[ModelSettings]] = {
     "whisper": WhisperModel,
     "speakers": SpeakersModel,
     "aligner": AlignerModel,
+    "opencv": OpencvModel,
+    "diffusion": DiffusionModel,
     "command": CommandModel,
     "vllm": VllmModel,
     "upstream": UpstreamModel,

@@ -19,7 +19,16 @@ from forebay.cli.options import PIPED_WIDTH, ConfigFile, DataFolder, load_settin
 from forebay.clock import SystemClock
 from forebay.config import Settings
 from forebay.errors import SetupError
-from forebay.model_config import AlignerModel, LlamaCppModel, Model, OnnxModel, SpeakersModel, WhisperModel
+from forebay.model_config import (
+    AlignerModel,
+    DiffusionModel,
+    LlamaCppModel,
+    Model,
+    OnnxModel,
+    OpencvModel,
+    SpeakersModel,
+    WhisperModel,
+)
 from forebay.replicas import download, pull
 from forebay.replicas.catalog import Catalog
 
@@ -162,7 +171,7 @@ def _capability(model: Model) -> str:
         return "embedding" if model.options.embeddings else "chat"
     if isinstance(model, OnnxModel):
         return model.options.capability
-    if isinstance(model, WhisperModel | SpeakersModel | AlignerModel):
+    if isinstance(model, WhisperModel | SpeakersModel | AlignerModel | OpencvModel | DiffusionModel):
         return model.options.capabilities[0].value
     return "what it serves" if model.engine in {"command", "upstream"} else "chat"
 

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from forebay.dialects import rerank, tokens
 from forebay.dialects.anthropic import messages
 from forebay.dialects.images import ImageRef
+from forebay.dialects.imaging import ImageRules
 from forebay.dialects.items import ItemRules
 from forebay.dialects.openai import audio, embeddings
 from forebay.dialects.openai.call import Call, Context, Otherwise, Thread, Wire, parse
@@ -23,7 +24,7 @@ from forebay.inference import Capability, Priority
 from forebay.media.images import Images
 from forebay.model_config import Model, Trouble, UpstreamModel
 from forebay.replicas.catalog import Catalog
-from forebay.replicas.commands import Traits, capabilities_of, traits_of
+from forebay.replicas.commands import Traits, capabilities_of, picture_rules, traits_of
 from forebay.replicas.fallbacks import trouble_of
 
 BodyT = TypeVar("BodyT", bound=Wire)
@@ -107,13 +108,16 @@ class _Asked:
     caller_key: str | None = field(repr=False)
     images: tuple[str, ...] = ()
     with_recording: bool = False
+    pictures: int = 0
+    with_mask: bool = False
 
 
 # Waits for pictures as long as somebody is there to have them.
 Watch = Callable[[Coroutine[Any, Any, tuple[str, ...]]], Awaitable[tuple[str, ...]]]
 
 _OF_ITEMS = frozenset({Capability.EMBEDDING, Capability.RERANK})
-_NO_RULES = ItemRules()
+_OF_PICTURES = frozenset({Capability.IMAGE_EDIT, Capability.IMAGE_GENERATION})
+_NO_RULES, _NO_PICTURES = ItemRules(), ImageRules()
 
 
 class Calls:
@@ -137,11 +141,13 @@ class Calls:
         caller_key: str | None = None,
         watch: Watch | None = None,
         with_recording: bool = False,
+        pictures: int = 0,
+        with_mask: bool = False,
     ) -> Call:
         """The call that `raw` asks for at `path`, which is one of ENDPOINTS. `priority` overrides that of the tier.
 
         `caller_key` is the caller's own key for an upstream, if there is one; `watch` may end the wait for images;
-        `with_recording` tells that a recording came beside the body.
+        `with_recording` tells that a recording came beside the body, `pictures` how many images did, and `with_mask` a mask.
         Raises InvalidRequest and ModelNotFound; where the body has images also what `Images.inline` raises.
         """
         endpoint = ENDPOINTS[path]
@@ -157,6 +163,8 @@ class Calls:
             thread,
             caller_key,
             with_recording=with_recording,
+            pictures=pictures,
+            with_mask=with_mask,
         )
         self._check(asked, body.model)
         if refs := endpoint.images(body):
@@ -218,7 +226,7 @@ class Calls:
         traits = traits_of(model)
         body = asked.body if name == asked.body.model else asked.body.model_copy(update={"model": name})
         key = asked.caller_key if _wants_key(model) else None
-        items = asked.endpoint.capability in _OF_ITEMS
+        items, paints = asked.endpoint.capability in _OF_ITEMS, asked.endpoint.capability in _OF_PICTURES
         context = Context(
             request_id=asked.request_id,
             project=asked.project,
@@ -233,6 +241,9 @@ class Calls:
             thread=asked.thread,
             with_recording=asked.with_recording,
             diarization_model=self._diarization_model,
+            pictures=asked.pictures,
+            with_mask=asked.with_mask,
+            picture_rules=picture_rules(model, self._catalog.fingerprint(name)) if paints else _NO_PICTURES,
         )
         call = asked.endpoint.build(body, context)
         priority = call.request.priority if asked.priority is None else asked.priority

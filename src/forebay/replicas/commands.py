@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
+from forebay.dialects.imaging import ImageRules
 from forebay.dialects.openai.call import Extensions
 from forebay.errors import SetupError
 from forebay.inference import Capability
@@ -16,12 +17,16 @@ from forebay.model_config import (
     AlignerModel,
     CommandModel,
     CommandOptions,
+    DiffusionModel,
     FakeModel,
     LlamaCppModel,
     LlamaCppOptions,
     Model,
     OnnxModel,
     OnnxOptions,
+    OpencvModel,
+    PainterOptions,
+    Section,
     SpeakersModel,
     UpstreamModel,
     VllmModel,
@@ -33,6 +38,7 @@ from forebay.replicas.launcher import EngineCommand
 TOKENIZER = "tokenizer.json"
 _TEMPLATE_BYTES_MAX = 1_048_576
 _TRUNCATE = ("truncate", True)
+_OF_MASKS = {"mask_dilation", "mask_feather"}  # done before an engine sees anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ def traits_of(model: Model) -> Traits:
                 input_types=bool(onnx.query_prefix or onnx.document_prefix),
                 metrics_path="/metrics",
             )
-        case WhisperModel() | SpeakersModel() | AlignerModel():
+        case WhisperModel() | SpeakersModel() | AlignerModel() | OpencvModel() | DiffusionModel():
             return Traits("/slots", metrics_path="/metrics")
         case FakeModel(options=fake):
             return Traits(
@@ -141,6 +147,43 @@ def capabilities_of(model: Model) -> frozenset[Capability]:
     return frozenset({Capability.CHAT, Capability.COMPLETION})
 
 
+def picture_rules(model: Model, fingerprint: str) -> ImageRules:
+    """What a model can paint, and how it does where a request does not say."""
+    match model:
+        case OpencvModel(options=opencv):
+            return ImageRules(
+                edge_max=opencv.edge_max,
+                edge_factor=1,
+                takes_prompt=False,
+                mask_dilation=opencv.mask_dilation,
+                mask_feather=opencv.mask_feather,
+                fingerprint=fingerprint,
+            )
+        case DiffusionModel(options=diffusion):
+            return _painter_rules(diffusion, fingerprint, needs_mask=diffusion.task == "edit")
+        case FakeModel(options=fake):
+            return _painter_rules(fake, fingerprint, needs_mask=False)
+        case _:
+            return ImageRules()
+
+
+def _painter_rules(options: PainterOptions, fingerprint: str, *, needs_mask: bool) -> ImageRules:
+    return ImageRules(
+        edge_max=options.edge_max,
+        edge_factor=options.edge_factor,
+        images_max=options.images_max,
+        needs_mask=needs_mask,
+        steps=options.steps,
+        steps_max=options.steps_max,
+        guidance=options.guidance,
+        guidance_max=options.guidance_max,
+        strength=options.strength,
+        mask_dilation=options.mask_dilation,
+        mask_feather=options.mask_feather,
+        fingerprint=fingerprint,
+    )
+
+
 def command_for(
     name: str,
     model: Model,
@@ -167,10 +210,14 @@ def command_for(
             return _ours("speakers", _speech_spec(name, model, slots, path), key)
         case AlignerModel():
             return _ours("aligner", _speech_spec(name, model, slots, path) | cooldown, key)
+        case OpencvModel(options=opencv):
+            return _ours("opencv", _options(opencv, _OF_MASKS) | {"name": name, "slots": slots}, key)
+        case DiffusionModel(options=diffusion):
+            spec = _options(diffusion, _OF_MASKS) | {"name": name, "slots": slots, "model_path": str(path or "")}
+            return _ours("diffusion", spec | cooldown, key)
         case FakeModel(options=fake):
-            return _ours(
-                "fake", {"name": name, "slots": slots, **fake.model_dump(mode="json")} | _tokens_max(model), key
-            )
+            spec = _options(fake, set(PainterOptions.model_fields)) | {"name": name, "slots": slots}
+            return _ours("fake", spec | _tokens_max(model), key)
         case CommandModel(options=command):
             return _command(command, str(path or ""), key, port)
         case VllmModel():
@@ -207,6 +254,10 @@ def _sound_encoder(path: Path) -> Path:
     except SetupError as error:
         raise SetupError(f"The image encoder cannot be used. {error}") from None
     return path
+
+
+def _options(options: Section, without: set[str]) -> dict[str, object]:
+    return options.model_dump(mode="json", exclude=without)
 
 
 def _tokens_max(model: Model) -> dict[str, object]:

@@ -30,6 +30,9 @@ NAMES = {
     "forebay_engine_batch_budget_chunks": "Chunks of recordings that a batch may have now.",
     "forebay_engine_batch_budget_windows": "Windows of voices that a batch may have now.",
     "forebay_engine_audio_seconds_total": "Seconds of speech that were written down, or in which voices were looked for.",
+    "forebay_engine_batch_budget_images": "Pictures that a batch may have now.",
+    "forebay_engine_images_total": "Pictures that were painted.",
+    "forebay_engine_steps_total": "Steps of pictures that were painted.",
     "forebay_engine_child_restarts_total": "Compute processes that ended or were ended, and started again.",
 }
 _SECONDS = 1.0
