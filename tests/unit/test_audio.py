@@ -12,7 +12,7 @@ from forebay.dialects.languages import LANGUAGES, code_of, name_of
 from forebay.dialects.openai import audio
 from forebay.dialects.openai.audio_events import SpeechShape
 from forebay.dialects.openai.audio_formats import Look
-from forebay.dialects.openai.audio_forms import LARGE, LISTS, fields_of, json_of
+from forebay.dialects.openai.audio_forms import AUDIO_FORM
 from forebay.dialects.openai.call import Call, Context, Wire, parse
 from forebay.dialects.speech import Align, AudioRef, Diarize, SpeechTask
 from forebay.errors import ForebayError, InvalidRequest
@@ -315,8 +315,8 @@ def test_values_have_bounds(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_form_says_the_same_as_json(path: str) -> None:
-    assert json.loads(json_of(form_of(FULL[path]))) == FULL[path]
-    assert {name for name, _ in form_of(FULL[path])} <= fields_of(ENDPOINTS[path].body)
+    assert json.loads(AUDIO_FORM.json_of(form_of(FULL[path]))) == FULL[path]
+    assert {name for name, _ in form_of(FULL[path])} <= AUDIO_FORM.names(ENDPOINTS[path].body)
 
 
 def test_forms_as_people_write_them() -> None:
@@ -329,27 +329,27 @@ def test_forms_as_people_write_them() -> None:
         ("include", "logprobs"),
         ("keywords", "a"),
     ]
-    assert json.loads(json_of(fields)) == {
+    assert json.loads(AUDIO_FORM.json_of(fields)) == {
         "diarize": True, "stream": False, "vad": True, "background": "yes", "include": ["logprobs"], "keywords": ["a"],
     }  # fmt: skip
     strategy = '{"type": "server_vad", "threshold": 0.5}'
-    assert json.loads(json_of([("chunking_strategy", strategy)]))["chunking_strategy"]["threshold"] == 0.5
-    assert json.loads(json_of([("chunking_strategy", "{")])) == {"chunking_strategy": "{"}
-    assert json.loads(json_of([("beam_size", "9" * 5000), ("patience", "nan")])) == {
+    assert json.loads(AUDIO_FORM.json_of([("chunking_strategy", strategy)]))["chunking_strategy"]["threshold"] == 0.5
+    assert json.loads(AUDIO_FORM.json_of([("chunking_strategy", "{")])) == {"chunking_strategy": "{"}
+    assert json.loads(AUDIO_FORM.json_of([("beam_size", "9" * 5000), ("patience", "nan")])) == {
         "beam_size": "9" * 5000, "patience": "nan",
     }  # fmt: skip
 
 
 def test_lists_and_large_fields_are_fields() -> None:
     known = set().union(*(ENDPOINTS[path].body.model_fields for path in PATHS))
-    assert known >= LISTS
-    assert known >= LARGE
+    assert known >= AUDIO_FORM.lists
+    assert known >= AUDIO_FORM.large
     nested = {"chunking_strategy[type]", "chunking_strategy[threshold]", "chunking_strategy[prefix_padding_ms]"}
-    assert nested <= fields_of(ENDPOINTS[audio.TRANSCRIPTIONS].body)
-    assert not nested & fields_of(ENDPOINTS[audio.DIARIZATIONS].body)
+    assert nested <= AUDIO_FORM.names(ENDPOINTS[audio.TRANSCRIPTIONS].body)
+    assert not nested & AUDIO_FORM.names(ENDPOINTS[audio.DIARIZATIONS].body)
 
 
-NAMES = sorted(set().union(*(fields_of(ENDPOINTS[path].body) for path in PATHS)))
+NAMES = sorted(set().union(*(AUDIO_FORM.names(ENDPOINTS[path].body) for path in PATHS)))
 
 
 @given(
@@ -358,7 +358,7 @@ NAMES = sorted(set().union(*(fields_of(ENDPOINTS[path].body) for path in PATHS))
 def test_any_form_is_taken_or_refused_by_name(path: str, fields: list[tuple[str, str]]) -> None:
     endpoint = ENDPOINTS[path]
     try:
-        body: Wire = parse(endpoint.body, json_of([("model", "m"), *fields]))
+        body: Wire = parse(endpoint.body, AUDIO_FORM.json_of([("model", "m"), *fields]))
         call = endpoint.build(body, context(with_recording=True))
     except ForebayError as error:
         assert isinstance(error, InvalidRequest)

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from forebay.config import Settings
 from forebay.dialects.openai.audio_events import SpeechShape
-from forebay.dialects.openai.audio_forms import LARGE, fields_of, json_of
+from forebay.dialects.openai.audio_forms import AUDIO_FORM
 from forebay.dialects.openai.call import Call
 from forebay.errors import CallerError, InvalidRequest, Overloaded, RateLimited
 from forebay.gateway.answers import error_answer, read_body
@@ -164,9 +164,9 @@ class RecordingAnswer(Response):
                 error.param = _FILE
                 raise
 
-        names = fields_of(ENDPOINTS[self._path].body)
+        names = AUDIO_FORM.names(ENDPOINTS[self._path].body)
         form = await read_form(request, _FILE, names, take, _rules(names, settings))
-        return json_of([*form.fields.items(), *form.repeated]), form.has_file
+        return AUDIO_FORM.json_of([*form.fields.items(), *form.repeated]), form.has_file
 
 
 def _check_shown(call: Call) -> None:
@@ -187,7 +187,7 @@ def _rules(names: frozenset[str], settings: Settings) -> Rules:
     repeated = {name for name in names if name.endswith("[]")}
     return Rules(
         repeated=repeated | {name.removesuffix("[]") for name in repeated},
-        large={name for name in names if name.removesuffix("[]") in LARGE},
+        large={name for name in names if name.removesuffix("[]") in AUDIO_FORM.large},
         fields_max=_FORM_FIELDS_MAX,
         bytes_max=settings.http.body_bytes_max,
         needs_file=False,
