@@ -14,7 +14,7 @@ from forebay.dialects.anthropic import messages
 from forebay.dialects.images import ImageRef
 from forebay.dialects.imaging import ImageRules
 from forebay.dialects.items import ItemRules
-from forebay.dialects.openai import audio, embeddings
+from forebay.dialects.openai import audio, embeddings, images
 from forebay.dialects.openai.call import Call, Context, Otherwise, Thread, Wire, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call, images_of
 from forebay.dialects.openai.completions import CompletionBody, completion_call
@@ -43,6 +43,8 @@ TRANSCRIPTIONS = audio.TRANSCRIPTIONS
 TRANSLATIONS = audio.TRANSLATIONS
 ALIGNMENTS = audio.ALIGNMENTS
 DIARIZATIONS = audio.DIARIZATIONS
+IMAGE_EDITS = images.EDITS
+IMAGE_GENERATIONS = images.GENERATIONS
 
 
 def _without_images(_body: Wire) -> Sequence[ImageRef]:
@@ -89,6 +91,8 @@ ENDPOINTS: Mapping[str, Endpoint[Any]] = {
     ),
     ALIGNMENTS: Endpoint(Capability.ALIGNMENT, audio.AlignmentBody, audio.alignment_call),
     DIARIZATIONS: Endpoint(Capability.DIARIZATION, audio.DiarizationBody, audio.diarization_call),
+    IMAGE_EDITS: Endpoint(Capability.IMAGE_EDIT, images.EditBody, images.edit_call),
+    IMAGE_GENERATIONS: Endpoint(Capability.IMAGE_GENERATION, images.GenerationBody, images.generation_call),
 }
 # Lines of batches go to these: whoever counts wants to know it now.
 BATCH_ENDPOINTS = tuple(path for path in ENDPOINTS if path not in {COUNT_TOKENS, TOKENIZE, DETOKENIZE})
@@ -168,8 +172,8 @@ class Calls:
         )
         self._check(asked, body.model)
         if refs := endpoint.images(body):
-            pictures = self._images.inline(refs, project, patient=priority is Priority.BATCH)
-            asked = replace(asked, images=await (pictures if watch is None else watch(pictures)))
+            looked_at = self._images.inline(refs, project, patient=priority is Priority.BATCH)
+            asked = replace(asked, images=await (looked_at if watch is None else watch(looked_at)))
         call = self._make(asked, body.model)
         model = self._catalog.get(body.model)
         others = self._catalog.fallbacks(body.model)
