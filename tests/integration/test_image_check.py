@@ -28,8 +28,8 @@ PROGRAM = "forebay.engines.image_check"
 SEES = f"{FAKE}\n[models.fake.options]\nvision = true\n"
 FENCED = """
 import os, socket, sys
-from forebay.engines import image_check as program
-program._fence(program.Limits(1, 1, 512 * 2**20, 5), None)
+from forebay.engines import fence
+fence.close(fence.Cost(512 * 2**20, 5), None)
 reached = []
 for name, attempt in {
     "file": lambda: open("/etc/hostname"),

@@ -68,14 +68,14 @@ asyncio.run(main())
 """
 FENCED = """
 import ctypes, os, socket, sys, tempfile
-from forebay.engines import audio_decode as program
+from forebay.engines import audio_decode as program, fence
 program._warm_up()
 out = tempfile.TemporaryFile()
 source = open(sys.argv[1], "rb")
 if os.getuid() == 0:
     os.setgid(65534), os.setuid(65534)
 work = program.Work(source.fileno(), out.fileno(), 16_000)
-program._fence(work, program.Limits(512 * 2**20, 5), ctypes.CDLL(None))
+fence.close(program.cost(work, program.Limits(512 * 2**20, 5)), ctypes.CDLL(None))
 reached = []
 for name, attempt in {
     "file": lambda: open("/etc/hostname"),

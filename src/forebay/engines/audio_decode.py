@@ -9,12 +9,10 @@ works, and at the end 128 and the verdict. Limits come as JSON in the first argu
 """
 
 import contextlib
-import ctypes
 import errno
 import io
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -22,20 +20,20 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import av
 
+from forebay.engines import fence
 from forebay.engines.audio_kinds import demuxer
+from forebay.engines.fence import Refused
 from forebay.speech import SAMPLE_BYTES, SAMPLE_RATE
 
-OK, NOT_A_RECORDING, BROKEN, NO_AUDIO, TOO_LONG, TOO_COSTLY, NO_ROOM = range(7)
+NOT_A_RECORDING, BROKEN, NO_AUDIO, TOO_LONG, NO_ROOM = 1, fence.BROKEN, 3, 4, 6
 _END = 128
 _RATE_MIN, _RATE_MAX = 1000, 768_000
 _CHANNELS_MAX = 64  # more than that the resampler does not take
 _FAILED_FRAMES_MAX = 200  # damaged ones, beyond as many as could be decoded
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
 # What a recording has is decoded by these or not at all: pictures and films are not, not even to learn their size.
 _DECODERS = (
     *(
@@ -84,22 +82,12 @@ class Work:
     samples_max: int
 
 
-class Refused(Exception):
-    """There will be no samples."""
-
-    def __init__(self, verdict: int) -> None:
-        super().__init__(verdict)
-        self.verdict = verdict
-
-
 def main() -> None:
     """Serve until the server closes the socket."""
     limits = Limits(**json.loads(sys.argv[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server, which then closes the socket
+    libc = fence.begin()
     av.logging.set_level(None)
     _warm_up()
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     server = socket.socket(fileno=0)
     with contextlib.suppress(OSError):  # the server has gone
         while (work := _receive(server)) is not None:
@@ -116,22 +104,13 @@ def _receive(server: socket.socket) -> Work | None:
 
 def _run(work: Work, limits: Limits, libc: Any, server: socket.socket) -> int:
     """Decode one recording in a child; this process only passes percents on."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _look(work, limits, writer, libc)
-    for descriptor in (writer, work.recording, work.samples):
+    child, reader = fence.fork(lambda writer: _look(work, writer), cost(work, limits), libc)
+    for descriptor in (work.recording, work.samples):
         os.close(descriptor)
     with os.fdopen(reader, "rb", buffering=0) as percents:
         if not _relay(percents, server):
             os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        by_clock = os.WTERMSIG(status) in {signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL}
-        return TOO_COSTLY if by_clock else BROKEN
-    code = os.WEXITSTATUS(status)
-    return code if OK <= code <= NO_ROOM else BROKEN
+    return fence.verdict(child, NO_ROOM)
 
 
 def _relay(percents: io.RawIOBase, server: socket.socket) -> bool:
@@ -152,39 +131,18 @@ def _relay(percents: io.RawIOBase, server: socket.socket) -> bool:
             return False
 
 
-def _look(work: Work, limits: Limits, writer: int, libc: Any) -> NoReturn:
-    """The child's whole life. It ends with the verdict as exit code; what surprises it is a broken recording."""
-    verdict = BROKEN
-    try:
-        null = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)  # no way to speak for this program, and no traceback with what was in memory
-        _fence(work, limits, libc)
-        source = Source(work.recording)
-        Decoding(source, Sink(work.samples, work.samples_max), _teller(writer)).run()
-        verdict = OK
-    except Refused as refused:
-        verdict = refused.verdict
-    except (MemoryError, RecursionError):
-        verdict = TOO_COSTLY
-    except OSError as error:
-        verdict = NO_ROOM if error.errno in {errno.ENOSPC, errno.EDQUOT} else BROKEN
-    finally:
-        os._exit(verdict)
-
-
-def _fence(work: Work, limits: Limits, libc: Any) -> None:
-    """From here on: bounded memory and time, no new files or sockets, and no new processes unless we are root."""
-    if libc is not None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    signal.alarm(2 * limits.seconds_max)
+def cost(work: Work, limits: Limits) -> fence.Cost:
+    """What the child that decodes may take."""
     samples_bytes_max = (work.samples_max + SAMPLE_RATE) * SAMPLE_BYTES
-    resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds_max, limits.seconds_max + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes_max, limits.memory_bytes_max))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (samples_bytes_max, samples_bytes_max))
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    return fence.Cost(limits.memory_bytes_max, limits.seconds_max, samples_bytes_max)
+
+
+def _look(work: Work, writer: int) -> None:
+    """What the child does."""
+    try:
+        Decoding(Source(work.recording), Sink(work.samples, work.samples_max), _teller(writer)).run()
+    except OSError as error:
+        raise Refused(NO_ROOM if error.errno in {errno.ENOSPC, errno.EDQUOT} else BROKEN) from None
 
 
 def _teller(writer: int) -> Callable[[int], None]:

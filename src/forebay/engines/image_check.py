@@ -8,29 +8,28 @@ output, for each: `>BI` verdict and length, and for verdict 0 a `data:` URL. Lim
 """
 
 import base64
-import ctypes
 import io
 import json
 import os
-import resource
 import signal
 import struct
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from PIL import Image, MpoImagePlugin, WebPImagePlugin
 
-OK, NOT_AN_IMAGE, BROKEN, TOO_MANY_PIXELS, TOO_MANY_FRAMES, TOO_COSTLY, TOO_NARROW, NOT_BASE64 = range(8)
+from forebay.engines import fence
+from forebay.engines.fence import BROKEN, OK, Refused
+
+NOT_AN_IMAGE, TOO_MANY_PIXELS, TOO_MANY_FRAMES, TOO_NARROW, NOT_BASE64 = 1, 3, 4, 6, 7
 _LOADED = (MpoImagePlugin, WebPImagePlugin)  # by this import, beside those that `preinit` loads
 _SIDES_RATIO_MAX = 200  # some engines fall over a picture that is nothing but a line
 _PNG_BYTES_MAX = 4 * 2**20  # a photograph is no loss as JPEG, and a quarter of the size
 _JPEG_QUALITY = 92
 _OUT_BYTES_MAX = 32 * 2**20
 _PIECE_BYTES = 65_536
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,22 +62,12 @@ class Task:
     edge: int
 
 
-class Refused(Exception):
-    """There will be no picture."""
-
-    def __init__(self, verdict: int) -> None:
-        super().__init__(verdict)
-        self.verdict = verdict
-
-
 def main() -> None:
     """Serve until the server closes standard input."""
     limits = Limits(**json.loads(sys.argv[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server, which then closes the pipe
+    libc = fence.begin()
     warnings.simplefilter("error")
     Image.preinit()  # a child can import nothing
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     while _serve(limits, libc):
         pass
 
@@ -105,59 +94,25 @@ def _read_task(source: BinaryIO) -> Task | None:
 
 def _run(task: Task, limits: Limits, libc: Any) -> tuple[int, bytes]:
     """Look at one image in a child; this process only passes bytes on."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _look(task, limits, writer, libc)
-    os.close(writer)
+    cost = fence.Cost(limits.memory_bytes_max, limits.seconds_max)
+    child, reader = fence.fork(lambda writer: _look(task, limits, writer), cost, libc)
     out = bytearray()
     with os.fdopen(reader, "rb", buffering=0) as source:
         while len(out) <= _OUT_BYTES_MAX and (piece := source.read(_PIECE_BYTES)):
             out += piece
     if len(out) > _OUT_BYTES_MAX:
         os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        by_clock = os.WTERMSIG(status) in {signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL}
-        return (TOO_COSTLY if by_clock else BROKEN), b""
-    code = os.WEXITSTATUS(status)
-    if code != OK or not out:
-        return (code if NOT_AN_IMAGE <= code <= NOT_BASE64 else BROKEN), b""
+    verdict = fence.verdict(child, NOT_BASE64)
+    if verdict != OK or not out:
+        return verdict or BROKEN, b""
     return OK, bytes(out)
 
 
-def _look(task: Task, limits: Limits, writer: int, libc: Any) -> NoReturn:
-    """The child's whole life. It ends with the verdict as exit code; what surprises it is a broken image."""
-    verdict = BROKEN
-    try:
-        null = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)  # no way to speak for this program, and no traceback with what was in memory
-        _fence(limits, libc)
-        out = memoryview(_picture(task, limits))
-        while out:
-            out = out[os.write(writer, out) :]
-        verdict = OK
-    except Refused as refused:
-        verdict = refused.verdict
-    except (MemoryError, RecursionError):
-        verdict = TOO_COSTLY
-    finally:
-        os._exit(verdict)
-
-
-def _fence(limits: Limits, libc: Any) -> None:
-    """From here on: bounded memory and time, no new files or sockets, and no new processes unless we are root."""
-    if libc is not None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    signal.alarm(2 * limits.seconds_max)
-    resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds_max, limits.seconds_max + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes_max, limits.memory_bytes_max))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+def _look(task: Task, limits: Limits, writer: int) -> None:
+    """What the child does."""
+    out = memoryview(_picture(task, limits))
+    while out:
+        out = out[os.write(writer, out) :]
 
 
 def _picture(task: Task, limits: Limits) -> bytes:
