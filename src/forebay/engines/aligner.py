@@ -6,15 +6,18 @@ gets times all the same.
 
 import asyncio
 import json
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
+from forebay.engines import reports
 from forebay.engines.connection import Answer, Refused, Route, Visit
+from forebay.engines.parted import flag, parted
+from forebay.engines.reports import one_line
 from forebay.engines.serving import Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
 from forebay.engines.threads import Threads, Wanted, all_ended
@@ -26,9 +29,10 @@ _SEGMENTS_MAX = 20_000
 _TEXT_CHARS_MAX = 65_536
 _TEXTS_CHARS_MAX = 2**20
 _TIME_SLACK_SECONDS = 0.5  # by which a time may lie behind the end of the recording; what is behind it is cut
-_REASON_CHARS_MAX = 300
 _END = object()
 _RULES = ("nearest", "linear", "ignore")
+
+_say = partial(reports.say, "aligner")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +143,7 @@ class Engine:
         try:
             order = read_order(visit.body, self._spec.language)
         except Refused as refused:
-            _say(f"event=refused {visit.ids} reason={_line(str(refused))}")
+            _say(f"event=refused {visit.ids} reason={one_line(str(refused))}")
             raise
         self._figures.requests += 1
         self._running += 1
@@ -148,7 +152,7 @@ class Engine:
             await self._answer(visit, order)
             ended = "finished"
         except Refused as failed:
-            ended, reason = "failed", f" reason={_line(getattr(failed, 'reason', str(failed)))}"
+            ended, reason = "failed", f" reason={one_line(getattr(failed, 'reason', str(failed)))}"
             raise
         finally:
             self._running -= 1
@@ -195,22 +199,15 @@ class Engine:
         )
 
     async def _slots(self, visit: Visit) -> Answer:
-        return json.dumps(
-            [{"id": slot, "is_processing": slot < self._running} for slot in range(self._spec.slots)]
-        ).encode()
+        return reports.slots(self._spec.slots, self._running)
 
     async def _metrics(self, visit: Visit) -> Answer:
-        figures = {f"{name}_total": value for name, value in asdict(self._figures).items()}
-        shown = {**figures, **self._backend.figures, "requests_running": self._running}
-        return "".join(f"forebay_engine_{name} {value}\n" for name, value in shown.items())
+        return reports.metrics(asdict(self._figures), **self._backend.figures, requests_running=self._running)
 
 
 def read_order(body: bytes, language: str | None) -> Order:
     """What a body asks for. Raises Refused where that cannot be; `language` is the model's."""
-    end = body.find(b"\n", 0, _HEADER_BYTES_MAX)
-    if end < 0:
-        raise Refused(400, "The body has to begin with a line of JSON.")
-    header, samples = _object(body[:end]), memoryview(body)[end + 1 :]
+    header, samples = parted(body, _HEADER_BYTES_MAX)
     if len(samples) % SAMPLE_BYTES:
         raise Refused(400, "The samples have to be signed 16-bit numbers.")
     spoken = header.get("language")
@@ -222,13 +219,11 @@ def read_order(body: bytes, language: str | None) -> Order:
             f"This model aligns the language `{language}` alone. Take another `align_model`, or leave it out.",
             param="language",
         )
-    rule, characters = header.get("interpolate", "nearest"), header.get("characters", False)
+    rule = header.get("interpolate", "nearest")
     if rule not in _RULES:
         raise Refused(400, f"`interpolate` has to be one of {', '.join(_RULES)}.", param="interpolate")
-    if not isinstance(characters, bool):
-        raise Refused(400, "`characters` has to be true or false.", param="characters")
     segments = _segments(header.get("segments"), len(samples) / SAMPLE_BYTES / SAMPLE_RATE)
-    return Order(segments, rule, characters, samples)
+    return Order(segments, rule, flag(header, "characters"), samples)
 
 
 def _segments(found: Any, seconds: float) -> tuple[Segment, ...]:
@@ -261,25 +256,6 @@ def _segment(index: int, found: Any, seconds: float) -> Segment:
 
 def _is_time(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        raise Refused(400, "The first line of the body is not JSON.") from None
-    if not isinstance(found, dict):
-        raise Refused(400, "The first line of the body has to be a JSON object.")
-    return found
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"aligner: {text}\n")
-
-
-def _line(text: str) -> str:
-    """Printable characters of `text` on one line, cut."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:_REASON_CHARS_MAX]
 
 
 def main() -> None:

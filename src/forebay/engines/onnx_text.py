@@ -6,19 +6,22 @@ It refuses what the model cannot take, naming the input: longer texts are cut on
 import asyncio
 import base64
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from forebay.engines import compute
+from forebay.engines import compute, reports
 from forebay.engines.connection import Answer, Refused, Route, Visit
+from forebay.engines.parted import json_object
+from forebay.engines.reports import one_line
 from forebay.engines.serving import Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
 
 _INPUTS_MAX = 16_384
-_REASON_CHARS_MAX = 300
+
+_say = partial(reports.say, "onnx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +96,7 @@ class Engine:
         return {**found, ("POST", "/v1/embeddings"): _noted(self._embed)}
 
     async def _embed(self, visit: Visit) -> Answer:
-        body = _object(visit.body)
+        body = json_object(visit.body)
         inputs = _inputs(body.get("input"))
         dimensions = self._dimensions(body.get("dimensions"))
         prefix = self._prefix(body.get("input_type"))
@@ -108,7 +111,7 @@ class Engine:
         return _json(object="list", data=data, model=self._spec.name, **_usage(items))
 
     async def _rerank(self, visit: Visit) -> Answer:
-        body = _object(visit.body)
+        body = json_object(visit.body)
         query, documents = body.get("query"), body.get("documents")
         if not isinstance(query, str) or not query:
             raise Refused(400, "`query` has to be a text that is not empty.")
@@ -131,7 +134,7 @@ class Engine:
             results: list[Any] = await self._compute.run(items, visit.proceed)
             ended = "finished"
         except compute.Failed as failed:
-            ended, reason = "failed", f" reason={_line(failed.reason)}"
+            ended, reason = "failed", f" reason={one_line(failed.reason)}"
             raise
         finally:
             tokens = sum(len(each) for each, _ in items)
@@ -174,17 +177,15 @@ class Engine:
                 raise Refused(400, "`input_type` has to be `query` or `document`.")
 
     async def _slots(self, visit: Visit) -> Answer:
-        busy = self._compute.running
-        return json.dumps([{"id": slot, "is_processing": slot < busy} for slot in range(self._spec.slots)]).encode()
+        return reports.slots(self._spec.slots, self._compute.running)
 
     async def _metrics(self, visit: Visit) -> Answer:
-        figures = {f"{name}_total": value for name, value in asdict(self._compute.figures).items()}
-        gauges = {
+        now = {
             "items_waiting": self._compute.waiting,
             "requests_running": self._compute.running,
             "batch_budget_tokens": self._compute.budget_tokens,
         }
-        return "".join(f"forebay_engine_{name} {value}\n" for name, value in {**figures, **gauges}.items())
+        return reports.metrics(asdict(self._compute.figures), **now)
 
 
 def _noted(route: Route) -> Route:
@@ -196,29 +197,10 @@ def _noted(route: Route) -> Route:
         except compute.Failed:  # it has its line
             raise
         except Refused as refused:
-            _say(f"event=refused {visit.ids} reason={_line(str(refused))}")
+            _say(f"event=refused {visit.ids} reason={one_line(str(refused))}")
             raise
 
     return answer
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"onnx: {text}\n")
-
-
-def _line(text: str) -> str:
-    """Printable characters of `text` on one line, cut."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:_REASON_CHARS_MAX]
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refused(400, "The body is not JSON.") from None
-    if not isinstance(found, dict):
-        raise Refused(400, "The body has to be a JSON object.")
-    return found
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:

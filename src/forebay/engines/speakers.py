@@ -5,9 +5,9 @@ It refuses to let NumPy start threads: several for one product of small matrices
 
 import asyncio
 import os
-import sys
 from dataclasses import dataclass
 
+from forebay.engines.reports import say
 from forebay.engines.serving import Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
 
@@ -57,7 +57,7 @@ def main() -> None:
         except (NotWeights, OSError) as error:
             reason = "its weights cannot be opened" if isinstance(error, OSError) else str(error)
             refuse_to_start(f"{spec.name} cannot start: {reason}")
-        sys.stderr.write(f"speakers: event=ready model={spec.name}\n")
+        say("speakers", f"event=ready model={spec.name}")
         return engine
 
     run(key, load)

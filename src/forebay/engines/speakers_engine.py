@@ -6,20 +6,22 @@ It refuses to keep anything between two requests, and to compute on for who has 
 import asyncio
 import base64
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from forebay.engines import reports
 from forebay.engines.clustering import Floats
 from forebay.engines.connection import Answer, Refused, Route, Visit
 from forebay.engines.ge2e import DIMENSIONS, HOP_SAMPLES, Ge2e, gain, mel_frames
 from forebay.engines.onnx_model import cores
+from forebay.engines.reports import one_line
 from forebay.engines.serving import OutOfMemory
 from forebay.engines.speakers_orders import Order, Stretch, read_order, read_stretch
 from forebay.engines.threads import Threads, Unwanted, Wanted, all_ended
@@ -32,12 +34,13 @@ if TYPE_CHECKING:
     from forebay.engines.speakers import Spec
 
 _WINDOWS_AT_ONCE = 16  # more are no faster
-_REASON_CHARS_MAX = 300
 _FULL_SCALE = 32768.0
 _SPEECH = VadOptions(min_silence_ms=100, pad_ms=60)  # the times of speech are answers here, so they have no margins
 _LIFE_SECONDS = 5.0
 _PART_WINDOWS = 1875  # a minute: of what speech is looked for in at once
 _LEAD_WINDOWS = 64  # two seconds: what the network hears before, to know where it is
+
+_say = partial(reports.say, "speakers")
 
 
 @dataclass(slots=True)
@@ -235,7 +238,7 @@ class Engine:
             ended = "finished"
         except Refused as refused:
             ended = "refused" if refused.status < 500 else "failed"
-            note["reason"] = _line(str(refused))
+            note["reason"] = one_line(str(refused))
             raise
         finally:
             self._running -= 1
@@ -244,13 +247,11 @@ class Engine:
             _say(f"event={ended} {visit.ids} path={visit.path} seconds={time.monotonic() - begun:.4f}{more}")
 
     async def _slots(self, visit: Visit) -> Answer:
-        busy = self._running
-        return json.dumps([{"id": slot, "is_processing": slot < busy} for slot in range(self._spec.slots)]).encode()
+        return reports.slots(self._spec.slots, self._running)
 
     async def _metrics(self, visit: Visit) -> Answer:
-        figures = {f"{name}_total": value for name, value in asdict(self._figures).items()}
-        gauges = {"requests_running": self._running, "batch_budget_windows": self._at_once}
-        return "".join(f"forebay_engine_{name} {value}\n" for name, value in {**figures, **gauges}.items())
+        now = {"requests_running": self._running, "batch_budget_windows": self._at_once}
+        return reports.metrics(asdict(self._figures), **now)
 
 
 def _check(wanted: Wanted) -> None:
@@ -260,12 +261,3 @@ def _check(wanted: Wanted) -> None:
 
 def _no_memory(message: str) -> Refused:
     return Refused(500, message, "out_of_memory", "server_error")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"speakers: {text}\n")
-
-
-def _line(text: str) -> str:
-    """Printable characters of `text` on one line, cut."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:_REASON_CHARS_MAX]

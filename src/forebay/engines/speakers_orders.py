@@ -5,7 +5,6 @@ It refuses what is too much, not finite, out of order or of the wrong shape, nam
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from forebay.engines.clustering import Floats, Windows, unit
 from forebay.engines.connection import Refused
+from forebay.engines.parted import flag, parted
 from forebay.engines.turns import Count, Known, Region
 from forebay.speech import SAMPLE_BYTES, SAMPLE_RATE
 
@@ -53,10 +53,8 @@ class Order:
 
 def read_stretch(body: bytes) -> Stretch:
     """The body of a request for voices. Raises Refused."""
-    header, samples = _parted(body)
-    last = header.get("last", True)
-    if not isinstance(last, bool):
-        raise Refused(400, "`last` has to be true or false.", param="last")
+    header, samples = parted(body, _HEADER_BYTES_MAX)
+    last = flag(header, "last", otherwise=True)
     if not samples or len(samples) % SAMPLE_BYTES:
         raise Refused(400, "The samples have to be signed 16-bit numbers, and at least one.")
     if len(samples) > STRETCH_SECONDS_MAX * SAMPLE_RATE * SAMPLE_BYTES:
@@ -66,7 +64,7 @@ def read_stretch(body: bytes) -> Stretch:
 
 def read_order(body: bytes, dimensions: int, most: int) -> Order:
     """The body of a request for speakers; `most` of them are told apart where it does not say. Raises Refused."""
-    header, payload = _parted(body)
+    header, payload = parted(body, _HEADER_BYTES_MAX)
     if header.get("dimensions", dimensions) != dimensions:
         raise Refused(400, f"Vectors of this model have {dimensions} dimensions.", param="dimensions")
     spans = _spans(header, "windows")
@@ -78,19 +76,6 @@ def read_order(body: bytes, dimensions: int, most: int) -> Order:
     length = float(np.median(spans[:, 1] - spans[:, 0])) if len(spans) else 0.0
     windows = Windows(middles[order], vectors[order], length)
     return Order(_regions(header), windows, _count(header, most), _known(header.get("known"), dimensions))
-
-
-def _parted(body: bytes) -> tuple[dict[str, Any], memoryview]:
-    end = body.find(b"\n", 0, _HEADER_BYTES_MAX)
-    if end < 0:
-        raise Refused(400, "The body has to begin with a line of JSON.")
-    try:
-        found = json.loads(body[:end])
-    except (ValueError, RecursionError):
-        raise Refused(400, "The first line of the body is not JSON.") from None
-    if not isinstance(found, dict):
-        raise Refused(400, "The first line of the body has to be a JSON object.")
-    return found, memoryview(body)[end + 1 :]
 
 
 def _spans(header: Mapping[str, Any], name: str) -> Times:

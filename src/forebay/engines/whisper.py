@@ -6,18 +6,20 @@ It refuses what the model cannot do, naming the parameter, and it opens no recor
 import asyncio
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forebay.engines import reports
 from forebay.engines.compute import Failed
 from forebay.engines.connection import Answer, Refused, Route, Visit
+from forebay.engines.reports import one_line
 from forebay.engines.serving import Service, run
 from forebay.engines.start import CANNOT_START, OUT_OF_MEMORY, check_types, read_spec, refuse_to_start
 from forebay.engines.vad import Vad, regions
@@ -27,10 +29,11 @@ from forebay.engines.whisper_options import Model, Request, read
 from forebay.engines.whisper_work import Listener, Work
 from forebay.speech import SAMPLE_RATE, Segment, segment_to_wire
 
-_REASON_CHARS_MAX = 300
 _ENCODE_AT_ONCE_CPU = 2  # more are no faster
 _FINAL_SECONDS = 5
 _VAD_THREADS = 2
+
+_say = partial(reports.say, "whisper")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +122,10 @@ class Engine:
             await self._answer(visit, request, pcm, plan)
             ended = "finished"
         except Failed as failed:
-            ended, reason = "failed", f" reason={_line(failed.reason)}"
+            ended, reason = "failed", f" reason={one_line(failed.reason)}"
             raise
         except Refused as refused:
-            ended, reason = "refused", f" reason={_line(str(refused))}"
+            ended, reason = "refused", f" reason={one_line(str(refused))}"
             raise
         finally:
             self._visits -= 1
@@ -163,17 +166,15 @@ class Engine:
         return _Plan(collect(speech, longest), _joined(speech), end)
 
     async def _slots(self, visit: Visit) -> Answer:
-        busy = self._visits
-        return json.dumps([{"id": slot, "is_processing": slot < busy} for slot in range(self._spec.slots)]).encode()
+        return reports.slots(self._spec.slots, self._visits)
 
     async def _metrics(self, visit: Visit) -> Answer:
-        figures = {f"{name}_total": value for name, value in asdict(self._work.figures).items()}
-        gauges = {
+        now = {
             "items_waiting": self._work.waiting,
             "requests_running": self._visits,
             "batch_budget_chunks": self._work.budget,
         }
-        return "".join(f"forebay_engine_{name} {value}\n" for name, value in {**figures, **gauges}.items())
+        return reports.metrics(asdict(self._work.figures), **now)
 
 
 class _Teller(Listener):
@@ -211,15 +212,6 @@ def _joined(speech: Sequence[Region]) -> list[Region]:
         else:
             found.append((begin, end))
     return found
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"whisper: {text}\n")
-
-
-def _line(text: str) -> str:
-    """Printable characters of `text` on one line, cut."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:_REASON_CHARS_MAX]
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
 It refuses every value outside of its bounds, naming the parameter, and it knows no model.
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from forebay.engines.connection import Refused
+from forebay.engines.parted import Check, flag, number, parted, whole, yes_or_no
 from forebay.engines.vad import VadOptions
 from forebay.speech import SAMPLE_BYTES, SAMPLE_RATE
 
@@ -86,16 +86,9 @@ class Request:
 
 def read(body: bytes, model: Model) -> Request:
     """The request in `body`. Raises Refused."""
-    head, newline, _ = body[: _HEAD_BYTES_MAX + 1].partition(b"\n")
-    if not newline:
-        raise Refused(400, "The body has to begin with a line of JSON.")
-    try:
-        header = json.loads(head)
-    except (ValueError, RecursionError):
-        raise Refused(400, "The body has to begin with a line of JSON.") from None
-    if not isinstance(header, dict) or not isinstance(header.get("options", {}), dict):
-        raise Refused(400, "The first line and its `options` have to be JSON objects.")
-    samples = memoryview(body)[len(head) + 1 :]
+    header, samples = parted(body, _HEAD_BYTES_MAX)
+    if not isinstance(header.get("options", {}), dict):
+        raise Refused(400, "`options` has to be a JSON object.", param="options")
     if len(samples) % SAMPLE_BYTES:
         raise Refused(400, "The samples have to be whole: signed, 16 bits each.")
     if len(samples) > SECONDS_MAX * SAMPLE_RATE * SAMPLE_BYTES:
@@ -103,7 +96,7 @@ def read(body: bytes, model: Model) -> Request:
     options = _options(header.get("options", {}), model)
     task = _task(header, model)
     language = _language(header.get("language") or header.get("options", {}).get("language"), model)
-    return Request(task, language, _flag(header, "words"), _flag(header, "last"), options, samples)
+    return Request(task, language, flag(header, "words"), flag(header, "last"), options, samples)
 
 
 def _task(header: dict[str, Any], model: Model) -> str:
@@ -127,13 +120,6 @@ def _language(wanted: Any, model: Model) -> str | None:
     raise Refused(400, "This model does not know that `language`. Send a code such as `en`.", param="language")
 
 
-def _flag(found: dict[str, Any], name: str) -> bool:
-    value = found.get(name, False)
-    if not isinstance(value, bool):
-        raise Refused(400, f"`{name}` has to be true or false.", param=name)
-    return value
-
-
 def _options(given: dict[str, Any], model: Model) -> Options:
     known = {field.name for field in fields(Options)}
     unknown = sorted(set(given) - known - {"language"})
@@ -151,27 +137,6 @@ def _options(given: dict[str, Any], model: Model) -> Options:
     return options
 
 
-Check = Callable[[str, Any], Any]
-
-
-def _number(low: float, high: float) -> Check:
-    def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise Refused(400, f"`{name}` has to be a number from {low:g} to {high:g}.", param=name)
-        return float(value)
-
-    return check
-
-
-def _whole(low: int, high: int) -> Check:
-    def check(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise Refused(400, f"`{name}` has to be a whole number from {low} to {high}.", param=name)
-        return value
-
-    return check
-
-
 def _several(check_one: Check, least: int, most: int) -> Check:
     def check(name: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, Sequence) or isinstance(value, str) or not least <= len(value) <= most:
@@ -187,32 +152,28 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _yes_or_no(name: str, value: Any) -> bool:
-    return _flag({name: value}, name)
-
-
 _MAY_BE_NONE = frozenset({"compression_ratio_threshold", "log_prob_threshold", "no_speech_threshold"})
 _CHECKS: dict[str, Check] = {
-    "beam_size": _whole(1, 16),
-    "best_of": _whole(1, 16),
-    "patience": _number(0.1, 5),
-    "length_penalty": _number(0, 5),
-    "repetition_penalty": _number(0.1, 5),
-    "no_repeat_ngram_size": _whole(0, 32),
-    "temperatures": _several(_number(0, 1), 1, _TEMPERATURES_MAX),
-    "compression_ratio_threshold": _number(0, 100),
-    "log_prob_threshold": _number(-100, 0),
-    "no_speech_threshold": _number(0, 1),
+    "beam_size": whole(1, 16),
+    "best_of": whole(1, 16),
+    "patience": number(0.1, 5),
+    "length_penalty": number(0, 5),
+    "repetition_penalty": number(0.1, 5),
+    "no_repeat_ngram_size": whole(0, 32),
+    "temperatures": _several(number(0, 1), 1, _TEMPERATURES_MAX),
+    "compression_ratio_threshold": number(0, 100),
+    "log_prob_threshold": number(-100, 0),
+    "no_speech_threshold": number(0, 1),
     "initial_prompt": _text,
     "hotwords": _text,
-    "suppress_tokens": _several(_whole(-1, 65_535), 0, _TOKENS_MAX),
-    "suppress_numerals": _yes_or_no,
-    "vad": _yes_or_no,
-    "vad_onset": _number(0.001, 1),
-    "vad_offset": _number(0, 1),
-    "vad_min_speech_ms": _whole(0, 60_000),
-    "vad_min_silence_ms": _whole(0, 60_000),
-    "vad_pad_ms": _whole(0, 10_000),
-    "chunk_seconds": _whole(1, 30),
-    "logprobs": _yes_or_no,
+    "suppress_tokens": _several(whole(-1, 65_535), 0, _TOKENS_MAX),
+    "suppress_numerals": yes_or_no,
+    "vad": yes_or_no,
+    "vad_onset": number(0.001, 1),
+    "vad_offset": number(0, 1),
+    "vad_min_speech_ms": whole(0, 60_000),
+    "vad_min_silence_ms": whole(0, 60_000),
+    "vad_pad_ms": whole(0, 10_000),
+    "chunk_seconds": whole(1, 30),
+    "logprobs": yes_or_no,
 }
