@@ -1,8 +1,6 @@
 import contextlib
-import http.client
 import json
 import os
-import re
 import socket
 import wave
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ import pytest
 
 from forebay.engines.start import CANNOT_START
 from tests.support import tiny_letters, tiny_onnx
-from tests.support.engines import KEY, Engine, eventually
+from tests.support.engines import KEY, Engine, eventually, parted, ready
 from tests.support.models import whisper_tiny
 from tests.support.speech import SAMPLE_SECONDS, sample_stm, sample_wav
 from tests.support.tiny_letters import RATE, said
@@ -26,14 +24,8 @@ PATH = "/v1/audio/alignments"
 TEXT = " Well, I don't know it's here."
 
 
-@contextlib.contextmanager
-def running(model: Path | None, **more: Any) -> Iterator[Engine]:
-    engine = Engine("aligner", {"name": "a", "model_path": str(model or ""), "slots": 4, **more})
-    try:
-        engine.wait_until_ready()
-        yield engine
-    finally:
-        engine.end()
+def running(model: Path | None, **more: Any) -> contextlib.AbstractContextManager[Engine]:
+    return ready("aligner", {"name": "a", "model_path": str(model or ""), "slots": 4, **more})
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +47,12 @@ def sphinx() -> Iterator[Engine]:
 
 def body_of(segments: Any, samples: np.ndarray | bytes, **more: Any) -> bytes:
     sound = samples if isinstance(samples, bytes) else samples.tobytes()
-    return json.dumps({"language": "en", "segments": segments, **more}).encode() + b"\n" + sound
-
-
-def post(engine: Engine, body: bytes) -> tuple[int, list[Any]]:
-    connection = http.client.HTTPConnection(*engine.address, timeout=60)
-    with contextlib.closing(connection):
-        connection.request("POST", PATH, body, {"Authorization": f"Bearer {KEY}"})
-        answer = connection.getresponse()
-        return answer.status, [json.loads(line) for line in answer.read().splitlines() if line.strip()]
+    return parted({"language": "en", "segments": segments, **more}, sound)
 
 
 def aligned(engine: Engine, segments: Any, samples: np.ndarray | bytes, **more: Any) -> list[list[Any]]:
     """The words of each segment."""
-    status, records = post(engine, body_of(segments, samples, **more))
+    status, records = engine.records(PATH, body_of(segments, samples, **more))
     assert status == 200, records
     assert records.pop() == {"type": "done"}
     assert [each["type"] for each in records] == ["segment"] * len(segments)
@@ -188,18 +172,9 @@ def test_pieces_of_several_requests_are_heard_together(model: Path) -> None:
         found = list(pool.map(lambda _: aligned(engine, whole(TEXT, samples) * 4, samples), range(12)))
         for words in (words for each in found for words in each):
             near(words, times)
-        assert metric(engine, "listening_items_total") == 48
-        assert metric(engine, "listening_batches_total") < 40
-        assert metric(engine, "words_total") == 48 * len(times)
-
-
-def metric(engine: Engine, name: str) -> float:
-    connection = http.client.HTTPConnection(*engine.address, timeout=60)
-    with contextlib.closing(connection):
-        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
-        found = re.search(rf"^forebay_engine_{name} (\S+)$", connection.getresponse().read().decode(), re.MULTILINE)
-    assert found, name
-    return float(found[1])
+        assert engine.metric("listening_items_total") == 48
+        assert engine.metric("listening_batches_total") < 40
+        assert engine.metric("words_total") == 48 * len(times)
 
 
 def test_out_of_memory_makes_batches_smaller_and_one_piece_alone_fails(model: Path) -> None:
@@ -207,9 +182,9 @@ def test_out_of_memory_makes_batches_smaller_and_one_piece_alone_fails(model: Pa
     with running(model, rehearse_seconds_max=11, batch_seconds=600) as engine:
         for words in aligned(engine, whole(TEXT, samples) * 8, samples):
             near(words, times)
-        assert metric(engine, "listening_out_of_memory_total") > 0
+        assert engine.metric("listening_out_of_memory_total") > 0
     with running(model, rehearse_seconds_max=2) as engine:
-        status, records = post(engine, body_of(whole(TEXT, samples), samples))
+        status, records = engine.records(PATH, body_of(whole(TEXT, samples), samples))
         assert status == 500
         assert records[0]["error"]["code"] == "out_of_memory"
         short, times = said(" a b", 0.1, 0.8)
@@ -248,14 +223,14 @@ def test_out_of_memory_makes_batches_smaller_and_one_piece_alone_fails(model: Pa
 )
 def test_what_is_refused(letters: Engine, header: Any, sound: bytes, said: str) -> None:
     body = header if isinstance(header, bytes) else json.dumps(header).encode() + b"\n"
-    status, records = post(letters, body + sound)
+    status, records = letters.records(PATH, body + sound)
     assert status == 400, records
     assert said in records[0]["error"]["message"]
 
 
 def test_another_language_is_refused_by_a_model_that_has_one(sphinx: Engine) -> None:
     samples = np.zeros(RATE, "<i2")
-    status, records = post(sphinx, body_of(whole(" Guten Tag", samples), samples, language="de"))
+    status, records = sphinx.records(PATH, body_of(whole(" Guten Tag", samples), samples, language="de"))
     assert status == 400
     assert "`en`" in records[0]["error"]["message"]
     for language in ("en", "EN", "en-GB", None):
@@ -444,7 +419,7 @@ def test_a_step_that_nobody_waits_for_is_broken_off(tmp_path: Path) -> None:
     samples, _ = said(TEXT, 0.4, 60)
     with running(tiny_letters.save(tmp_path, layers=150), threads=1) as engine:
         half = Half(engine, body_of(whole(TEXT, samples), samples))
-        eventually(lambda: metric(engine, "listening_batches_total") == 1, 20)
+        eventually(lambda: engine.metric("listening_batches_total") == 1, 20)
         assert half.stop() < 3  # of a minute that the step would take; 2 s are the aim
         assert engine.busy() == 0
 
@@ -453,13 +428,13 @@ def test_what_others_want_of_a_step_that_is_broken_off_is_computed_again(tmp_pat
     samples, times = said(TEXT, 0.4, 9)
     with running(tiny_letters.save(tmp_path, layers=30), threads=1) as engine, ThreadPoolExecutor(1) as pool:
         first = Half(engine, body_of(whole(TEXT, samples), samples))
-        eventually(lambda: metric(engine, "listening_batches_total") == 1, 20)
+        eventually(lambda: engine.metric("listening_batches_total") == 1, 20)
         gone = Half(engine, body_of(whole(TEXT, samples) * 2, samples))
         kept = pool.submit(aligned, engine, whole(TEXT, samples), samples)
-        eventually(lambda: metric(engine, "items_waiting") == 3, 20)
+        eventually(lambda: engine.metric("items_waiting") == 3, 20)
         first.stop()
-        eventually(lambda: metric(engine, "items_waiting") == 0, 20)
-        assert metric(engine, "listening_batches_total") == 2
+        eventually(lambda: engine.metric("items_waiting") == 0, 20)
+        assert engine.metric("listening_batches_total") == 2
         assert gone.stop() < 3
         for words in kept.result():
             near(words, times)

@@ -20,7 +20,7 @@ from forebay.model_config import OnnxModel, OnnxOptions
 from forebay.replicas import figures
 from forebay.replicas.commands import command_for
 from tests.support import tiny_onnx
-from tests.support.engines import KEY, Engine, eventually
+from tests.support.engines import KEY, Engine, eventually, ready
 from tests.support.models import minilm_path, minilm_weights
 from tests.support.reference import Reference, unit
 
@@ -45,15 +45,9 @@ def _vectors(answer: dict[str, Any]) -> np.ndarray:
     return np.stack([np.frombuffer(base64.b64decode(each["embedding"]), "<f4") for each in answer["data"]])
 
 
-@contextlib.contextmanager
-def _engine(model: Path | None = None, **more: Any) -> Iterator[Engine]:
+def _engine(model: Path | None = None, **more: Any) -> contextlib.AbstractContextManager[Engine]:
     spec = {"name": "m", "model_path": str(model or minilm_path()), "slots": 64, **more}
-    engine = Engine("onnx_text", {"tokenizer_path": str(minilm_path().with_name("tokenizer.json")), **spec})
-    try:
-        engine.wait_until_ready()
-        yield engine
-    finally:
-        engine.end()
+    return ready("onnx_text", {"tokenizer_path": str(minilm_path().with_name("tokenizer.json")), **spec})
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +68,6 @@ def _embed(engine: Engine, given: Any, **more: Any) -> np.ndarray:
     status, answer = engine.ask("POST", EMBEDDINGS, {"input": given, **more})
     assert status == 200, answer
     return _vectors(answer)
-
-
-def _metric(engine: Engine, name: str) -> float:
-    stream = _raw_get(engine, "/metrics")
-    found = re.search(rf"^forebay_engine_{name} (\S+)$", stream, re.MULTILINE)
-    assert found, stream
-    return float(found[1])
-
-
-def _raw_get(engine: Engine, path: str) -> str:
-    connection = http.client.HTTPConnection(*engine.address, timeout=60)
-    with contextlib.closing(connection):
-        connection.request("GET", path, headers={"Authorization": f"Bearer {KEY}"})
-        return connection.getresponse().read().decode()
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +110,7 @@ def test_order_is_kept_under_mixed_requests(engine: Engine) -> None:
         for texts, found in zip(requests, pool.map(lambda each: _embed(engine, each), requests), strict=True):
             for text, vector in zip(texts, found, strict=True):
                 assert float(vector @ alone[text]) > 0.9999
-    assert _metric(engine, "requests_running") == 0
+    assert engine.metric("requests_running") == 0
 
 
 def test_the_same_text_in_all_four_forms(engine: Engine, tokenizer: Tokenizer) -> None:
@@ -231,40 +211,40 @@ def test_what_the_library_says_of_a_batch_is_in_the_log_alone(tmp_path: Path) ->
 
 
 def test_its_figures_are_those_that_the_server_passes_on(engine: Engine) -> None:
-    lines = _raw_get(engine, "/metrics").splitlines()
+    lines = engine.metrics().splitlines()
     assert len(lines) > 10
     assert set(figures.read("\n".join(lines))) == {line.split()[0] for line in lines}
 
 
 def test_a_request_that_is_given_up_stops_between_two_batches(engine: Engine) -> None:
-    before = _metric(engine, "items_total")
+    before = engine.metric("items_total")
     stream = engine.open({"input": ["river " * 200] * 1000}, EMBEDDINGS)
-    eventually(lambda: _metric(engine, "items_total") > before, 30)
+    eventually(lambda: engine.metric("items_total") > before, 30)
     stream.half_close()
     assert stream.read_to_end() == b""
-    done = _metric(engine, "items_total") - before
+    done = engine.metric("items_total") - before
     assert done < 500
-    assert (_metric(engine, "items_waiting"), _metric(engine, "requests_running")) == (0, 0)
+    assert (engine.metric("items_waiting"), engine.metric("requests_running")) == (0, 0)
     _embed(engine, "still there")
-    assert _metric(engine, "items_total") - before == done + 1
+    assert engine.metric("items_total") - before == done + 1
     assert "event=cancelled request_id=req_test inputs=1000" in engine.log
 
 
 def test_who_has_gone_altogether_is_stopped_as_well(engine: Engine) -> None:
-    before = _metric(engine, "cancelled_total")
+    before = engine.metric("cancelled_total")
     stream = engine.open({"input": ["river " * 200] * 1000}, EMBEDDINGS)
-    eventually(lambda: _metric(engine, "requests_running") == 1, 30)
+    eventually(lambda: engine.metric("requests_running") == 1, 30)
     stream.close()
-    eventually(lambda: _metric(engine, "requests_running") == 0, 30)
-    assert _metric(engine, "cancelled_total") == before + 1
+    eventually(lambda: engine.metric("requests_running") == 0, 30)
+    assert engine.metric("cancelled_total") == before + 1
 
 
 def test_short_texts_are_answered_while_a_long_request_runs(engine: Engine) -> None:
     stream = engine.open({"input": ["river " * 100] * 2048}, EMBEDDINGS)
-    eventually(lambda: _metric(engine, "items_waiting") > 0, 30)
+    eventually(lambda: engine.metric("items_waiting") > 0, 30)
     for number in range(20):
         _embed(engine, f"short text {number}")
-    assert _metric(engine, "items_waiting") > 1000
+    assert engine.metric("items_waiting") > 1000
     stream.half_close()
     stream.read_to_end()
 
@@ -273,10 +253,10 @@ def test_a_shortage_of_memory_halves_the_batches_and_they_recover(engine: Engine
     texts = _texts(60, seed=5, longest=20)
     with _engine(batch_tokens=1024, rehearse_tokens_max=300, oom_cooldown_seconds=0.5) as small:
         found = _embed(small, texts)
-        assert _metric(small, "out_of_memory_total") >= 1
+        assert small.metric("out_of_memory_total") >= 1
         halved = re.findall(r"^event=batch_halved budget_tokens=(\d+)$", small.log, re.MULTILINE)
         assert min(map(int, halved)) <= 300  # by now it may have grown again
-        eventually(lambda: _embed(small, "a").size and _metric(small, "batch_budget_tokens") == 1024, 60)
+        eventually(lambda: _embed(small, "a").size and small.metric("batch_budget_tokens") == 1024, 60)
         status, answer = small.ask("POST", EMBEDDINGS, {"input": ["fine", "river " * 400]})
         assert (status, answer["error"]["code"]) == (500, "out_of_memory")
         _embed(small, "still there")

@@ -1,6 +1,5 @@
 import base64
 import contextlib
-import http.client
 import json
 import socket
 import time
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.support.der import Turn, der, read_rttm
-from tests.support.engines import KEY, Engine, eventually
+from tests.support.engines import KEY, Engine, eventually, ready
 from tests.support.memory import forget_peak, peak
 from tests.support.models import ge2e
 from tests.support.speech import sample_rttm, sample_wav
@@ -25,14 +24,8 @@ RATE = 16_000
 VOICES, SPEAKERS = "/v1/audio/voices", "/v1/audio/speakers"
 
 
-@contextlib.contextmanager
-def _engine(**more: Any) -> Iterator[Engine]:
-    engine = Engine("speakers", {"name": "s", "model_path": str(ge2e()), "slots": 4, **more})
-    try:
-        engine.wait_until_ready()
-        yield engine
-    finally:
-        engine.end()
+def _engine(**more: Any) -> contextlib.AbstractContextManager[Engine]:
+    return ready("speakers", {"name": "s", "model_path": str(ge2e()), "slots": 4, **more})
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +44,11 @@ def _reference() -> list[Turn]:
     return read_rttm(sample_rttm())
 
 
-def _post(engine: Engine, path: str, header: Any, payload: bytes) -> tuple[int, list[dict[str, Any]]]:
-    line = header if isinstance(header, bytes) else json.dumps(header).encode()
-    connection = http.client.HTTPConnection(*engine.address, timeout=120)
-    with contextlib.closing(connection):
-        connection.request("POST", path, line + b"\n" + payload, {"Authorization": f"Bearer {KEY}"})
-        answer = connection.getresponse()
-        return answer.status, [json.loads(each) for each in answer.read().splitlines() if each.strip()]
-
-
 class Voices:
     """What was heard in a recording."""
 
     def __init__(self, engine: Engine, pcm: np.ndarray, *, last: bool = True) -> None:
-        status, records = _post(engine, VOICES, {"last": last}, pcm.astype("<i2").tobytes())
+        status, records = engine.records(VOICES, {"last": last}, pcm.astype("<i2").tobytes())
         assert status == 200, records
         assert [each["type"] for each in records] == ["voices"] * (len(records) - 1) + ["done"]
         self.consumed: int = records[-1]["consumed"]
@@ -76,7 +60,7 @@ class Voices:
 
     def turns(self, engine: Engine, **more: Any) -> tuple[list[Turn], list[str]]:
         header = {"regions": self.regions, "windows": self.windows, "dimensions": 256, **more}
-        status, records = _post(engine, SPEAKERS, header, self.vectors)
+        status, records = engine.records(SPEAKERS, header, self.vectors)
         assert status == 200, records
         assert records[-1] == {"type": "done"}
         turns = [(each["start"], each["end"], each["speaker"]) for each in records[0]["turns"]]
@@ -241,7 +225,7 @@ def test_six_hours_take_little_memory_and_time(engine: Engine, heard: Voices) ->
     forget_peak(engine.pid)
     before = peak(engine.pid)
     begun = time.monotonic()
-    status, records = _post(engine, SPEAKERS, header, vectors)
+    status, records = engine.records(SPEAKERS, header, vectors)
     seconds = time.monotonic() - begun
     assert status == 200
     assert records[0]["speakers"] == ["A", "B"]
@@ -307,7 +291,7 @@ def test_a_shortage_of_memory_makes_smaller_batches(heard: Voices) -> None:
 
 def test_regions_that_meet_but_for_rounding_are_one_turn(engine: Engine) -> None:
     header = {"regions": [[0, 1.001], [1.0005, 2]], "windows": [[0, 1.6], [0.4, 2]], "dimensions": 256}
-    status, records = _post(engine, SPEAKERS, header, VECTORS)
+    status, records = engine.records(SPEAKERS, header, VECTORS)
     assert (status, records[0]["turns"]) == (200, [{"start": 0.0, "end": 2.0, "speaker": "A"}])
 
 
@@ -347,7 +331,7 @@ BAD_ORDERS: dict[str, tuple[Any, bytes]] = {
 
 @pytest.mark.parametrize("why", BAD_ORDERS)
 def test_what_cannot_be_computed_is_refused(why: str, engine: Engine) -> None:
-    status, (answer,) = _post(engine, SPEAKERS, *BAD_ORDERS[why])
+    status, (answer,) = engine.records(SPEAKERS, *BAD_ORDERS[why])
     assert status == 400 or (status == 200 and "error" in answer), answer
     assert answer["error"]["type"] == "invalid_request_error"
     assert answer["error"]["message"].endswith(".")
@@ -355,11 +339,11 @@ def test_what_cannot_be_computed_is_refused(why: str, engine: Engine) -> None:
 
 
 def test_sound_that_is_none_is_refused(engine: Engine) -> None:
-    assert _post(engine, VOICES, {"last": True}, b"")[0] == 400
-    assert _post(engine, VOICES, {"last": True}, b"123")[0] == 400
-    assert _post(engine, VOICES, {"last": 1}, b"1234")[0] == 400
-    assert _post(engine, VOICES, b"no line", b"")[0] == 400
-    assert _post(engine, VOICES, {}, bytes(661 * RATE * 2))[0] == 413
+    assert engine.records(VOICES, {"last": True}, b"")[0] == 400
+    assert engine.records(VOICES, {"last": True}, b"123")[0] == 400
+    assert engine.records(VOICES, {"last": 1}, b"1234")[0] == 400
+    assert engine.records(VOICES, b"no line", b"")[0] == 400
+    assert engine.records(VOICES, {}, bytes(661 * RATE * 2))[0] == 413
 
 
 @pytest.mark.parametrize(
@@ -389,11 +373,7 @@ def _refuses_to_start(spec: dict[str, Any], said: str) -> None:
 
 
 def test_figures_and_slots_are_shown(engine: Engine, heard: Voices) -> None:
-    connection = http.client.HTTPConnection(*engine.address, timeout=60)
-    with contextlib.closing(connection):
-        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
-        text = connection.getresponse().read().decode()
-    figures = dict(line.split() for line in text.splitlines())
+    figures = dict(line.split() for line in engine.metrics().splitlines())
     assert float(figures["forebay_engine_items_total"]) >= len(heard.windows)
     assert float(figures["forebay_engine_audio_seconds_total"]) >= 30
     assert figures["forebay_engine_requests_running"] == "0"

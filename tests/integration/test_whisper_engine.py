@@ -1,6 +1,5 @@
 import contextlib
 import http.client
-import json
 import os
 import random
 import re
@@ -21,7 +20,7 @@ import pytest
 from forebay.engines.whisper_chunks import windows
 from forebay.replicas import figures
 from forebay.speech import Segment, segment_from_wire
-from tests.support.engines import KEY, Engine, alive, children, eventually
+from tests.support.engines import KEY, Engine, alive, children, eventually, parted, ready
 from tests.support.models import whisper_base, whisper_tiny
 from tests.support.speech import sample_wav, sample_words
 
@@ -37,16 +36,12 @@ def _sample() -> np.ndarray:
 
 
 def _body(pcm: np.ndarray, **header: Any) -> bytes:
-    return json.dumps({"task": "transcribe", "last": True, **header}).encode() + b"\n" + pcm.astype("<i2").tobytes()
+    return parted({"task": "transcribe", "last": True, **header}, pcm.astype("<i2").tobytes())
 
 
 def _ask(engine: Engine, pcm: np.ndarray, **header: Any) -> tuple[int, list[dict[str, Any]]]:
     """The status, and the records of the answer."""
-    connection = http.client.HTTPConnection(*engine.address, timeout=120)
-    with contextlib.closing(connection):
-        connection.request("POST", PATH, _body(pcm, **header), {"Authorization": f"Bearer {KEY}"})
-        answer = connection.getresponse()
-        return answer.status, [json.loads(line) for line in answer.read().splitlines() if line.strip()]
+    return engine.records(PATH, _body(pcm, **header))
 
 
 def _heard(engine: Engine, pcm: np.ndarray, **header: Any) -> list[Segment]:
@@ -65,7 +60,7 @@ class _Call:
 
     def __init__(self, engine: Engine, pcm: np.ndarray, **header: Any) -> None:
         self._engine = engine
-        self._taken = _metric(engine, "requests_total")
+        self._taken = engine.metric("requests_total")
         self.socket = socket.create_connection(engine.address, timeout=120)
         body = _body(pcm, **header)
         head = f"POST {PATH} HTTP/1.1\r\nHost: engine\r\nAuthorization: Bearer {KEY}\r\nX-Request-ID: req_test\r\n"
@@ -79,7 +74,7 @@ class _Call:
 
     def wait_for_a_step(self) -> None:
         """Wait until it is computed, where nobody else asks meanwhile."""
-        eventually(lambda: _metric(self._engine, "requests_total") > self._taken, 60)
+        eventually(lambda: self._engine.metric("requests_total") > self._taken, 60)
 
     def give_up(self) -> float:
         """Half-close, and wait until the engine has closed; the seconds that took."""
@@ -90,20 +85,6 @@ class _Call:
                 pass
         self.socket.close()
         return time.monotonic() - begun
-
-
-def _raw_metrics(engine: Engine) -> str:
-    connection = http.client.HTTPConnection(*engine.address, timeout=60)
-    with contextlib.closing(connection):
-        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
-        return connection.getresponse().read().decode()
-
-
-def _metric(engine: Engine, name: str) -> float:
-    text = _raw_metrics(engine)
-    found = re.search(rf"^forebay_engine_{name} (\S+)$", text, re.MULTILINE)
-    assert found, text
-    return float(found[1])
 
 
 def _computing(engine: Engine) -> int:
@@ -123,14 +104,9 @@ def _busy_seconds(engine: Engine, seconds: float) -> float:
     return taken() - before
 
 
-@contextlib.contextmanager
-def _engine(**more: Any) -> Iterator[Engine]:
-    engine = Engine("whisper", {"name": "w", "slots": 32, "model_path": str(more.pop("model", whisper_tiny())), **more})
-    try:
-        engine.wait_until_ready()
-        yield engine
-    finally:
-        engine.end()
+def _engine(**more: Any) -> contextlib.AbstractContextManager[Engine]:
+    spec = {"name": "w", "slots": 32, "model_path": str(more.pop("model", whisper_tiny())), **more}
+    return ready("whisper", spec)
 
 
 @pytest.fixture(scope="module")
@@ -203,15 +179,15 @@ def test_eight_at_once_hear_what_each_hears_alone(engine: Engine) -> None:
     parts = [_sample()[second * SECOND : (second + 9) * SECOND] for second in range(6, 14)]
     exact: dict[str, Any] = {"words": True, "options": {"temperatures": [0]}}  # other temperatures take chances
     alone = [_heard(engine, part, **exact) for part in parts]
-    before = {name: _metric(engine, name) for name in ("batches_total", "items_total")}
+    before = {name: engine.metric(name) for name in ("batches_total", "items_total")}
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda part: _heard(engine, part, **exact), parts))
     assert together == alone
     assert len(set(map(_text, alone))) > 1
-    batches, items = (_metric(engine, name) - before[name] for name in ("batches_total", "items_total"))
+    batches, items = (engine.metric(name) - before[name] for name in ("batches_total", "items_total"))
     assert items == 8
     assert batches < 8
-    assert (_metric(engine, "requests_running"), _metric(engine, "items_waiting")) == (0, 0)
+    assert (engine.metric("requests_running"), engine.metric("items_waiting")) == (0, 0)
 
 
 def test_a_stretch_that_is_not_the_last_ends_in_a_silence(engine: Engine) -> None:
@@ -267,7 +243,7 @@ def test_a_short_recording_does_not_wait_for_a_long_one(engine: Engine) -> None:
     long = np.tile(_sample(), 6)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(_heard, engine, long, options={"beam_size": 1, "temperatures": [0]})
-        eventually(lambda: _metric(engine, "items_waiting") > 0, 30)
+        eventually(lambda: engine.metric("items_waiting") > 0, 30)
         assert _heard(engine, _sample()[6 * SECOND : 12 * SECOND], options={"temperatures": [0]})
         assert not first.done()
         assert len(first.result()) > 6
@@ -349,7 +325,7 @@ def test_every_request_leaves_a_line_with_its_names(engine: Engine) -> None:
 
 
 def test_its_figures_are_those_that_the_server_passes_on(engine: Engine) -> None:
-    lines = _raw_metrics(engine).splitlines()
+    lines = engine.metrics().splitlines()
     assert len(lines) > 10
     assert set(figures.read("\n".join(lines))) == {line.split()[0] for line in lines}
 
@@ -359,13 +335,13 @@ def test_its_figures_are_those_that_the_server_passes_on(engine: Engine) -> None
 
 def test_a_step_for_nobody_is_killed_within_two_seconds(engine: Engine) -> None:
     before = _computing(engine)
-    restarts = _metric(engine, "child_restarts_total")
+    restarts = engine.metric("child_restarts_total")
     with _Call(engine, _sample(), options={"initial_prompt": "[[hang]]"}) as call:
         call.wait_for_a_step()
         assert call.give_up() < CANCEL_SECONDS
     assert not alive(before)
-    assert _metric(engine, "requests_running") == 0
-    eventually(lambda: _metric(engine, "child_restarts_total") == restarts + 1, 10)
+    assert engine.metric("requests_running") == 0
+    eventually(lambda: engine.metric("child_restarts_total") == restarts + 1, 10)
     assert _text(_heard(engine, _sample()))
     assert _busy_seconds(engine, 1.0) < 0.3
     assert "event=cancelled request_id=req_test" in engine.log
@@ -375,7 +351,7 @@ def test_who_is_beside_a_hanging_request_loses_nothing_when_that_is_given_up(eng
     with _Call(engine, _sample(), options={"initial_prompt": "[[hang]]"}) as call, ThreadPoolExecutor(1) as pool:
         call.wait_for_a_step()
         other = pool.submit(_heard, engine, _sample())
-        eventually(lambda: _metric(engine, "items_waiting") == 1, 30)
+        eventually(lambda: engine.metric("items_waiting") == 1, 30)
         call.give_up()
         assert _text(other.result()).endswith("New Jersey now.")
 
@@ -401,10 +377,10 @@ def test_who_waits_hears_of_life_until_a_step_takes_too_long() -> None:
 
 def test_a_real_step_is_given_up_as_fast(engine: Engine) -> None:
     with _Call(engine, np.tile(_sample(), 8)) as call:
-        before = _metric(engine, "batches_total")
-        eventually(lambda: _metric(engine, "batches_total") > before, 60)
+        before = engine.metric("batches_total")
+        eventually(lambda: engine.metric("batches_total") > before, 60)
         assert call.give_up() < CANCEL_SECONDS
-    assert (_metric(engine, "items_waiting"), _metric(engine, "requests_running")) == (0, 0)
+    assert (engine.metric("items_waiting"), engine.metric("requests_running")) == (0, 0)
 
 
 def test_random_cancels_leave_nothing(engine: Engine, prove: bool) -> None:
@@ -419,7 +395,7 @@ def test_random_cancels_leave_nothing(engine: Engine, prove: bool) -> None:
     with ThreadPoolExecutor(5) as pool:
         longest = max(pool.map(cancelled, range(50 if prove else 20)))
     assert longest < CANCEL_SECONDS + 4  # beside others a step runs to its end
-    assert (_metric(engine, "items_waiting"), _metric(engine, "requests_running")) == (0, 0)
+    assert (engine.metric("items_waiting"), engine.metric("requests_running")) == (0, 0)
     assert engine.busy() == 0
     assert len(children(engine.pid)) == 1
     assert _text(_heard(engine, _sample())).endswith("New Jersey now.")
@@ -427,10 +403,10 @@ def test_random_cancels_leave_nothing(engine: Engine, prove: bool) -> None:
 
 
 def test_a_compute_process_that_dies_costs_nobody_anything(engine: Engine) -> None:
-    taken = _metric(engine, "requests_total")
+    taken = engine.metric("requests_total")
     with ThreadPoolExecutor(3) as pool:
         pending = [pool.submit(_heard, engine, _sample()) for _ in range(3)]
-        eventually(lambda: _metric(engine, "requests_running") == 3 and _metric(engine, "requests_total") > taken, 30)
+        eventually(lambda: engine.metric("requests_running") == 3 and engine.metric("requests_total") > taken, 30)
         os.kill(_computing(engine), signal.SIGKILL)
         texts = {_text(each.result()) for each in pending}
     assert len(texts) == 1
@@ -458,9 +434,9 @@ def test_a_shortage_halves_the_steps_and_they_recover() -> None:
             options = {"initial_prompt": "[[out of memory together]]"}
             texts = list(pool.map(lambda _: _text(_heard(small, _sample(), options=options)), range(4)))
         assert all("New Jersey" in text for text in texts)
-        assert _metric(small, "out_of_memory_total") >= 1
+        assert small.metric("out_of_memory_total") >= 1
         assert re.search(r"^event=batch_halved budget_chunks=\d$", small.log, re.MULTILINE)
-        eventually(lambda: _heard(small, _sample()[: 8 * SECOND]) and _metric(small, "batch_budget_chunks") == 4, 30)
+        eventually(lambda: _heard(small, _sample()[: 8 * SECOND]) and small.metric("batch_budget_chunks") == 4, 30)
 
 
 def test_the_compute_process_ends_with_its_engine() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -41,6 +42,11 @@ def environment(spec: dict[str, Any]) -> dict[str, str]:
 
 def guarded(*argv: str) -> list[str]:
     return [sys.executable, "-I", "-S", str(GUARD), "--", *argv]
+
+
+def parted(header: Any, payload: bytes) -> bytes:
+    """A body of a line, of JSON where it is not given as bytes, and raw bytes."""
+    return (header if isinstance(header, bytes) else json.dumps(header).encode()) + b"\n" + payload
 
 
 class Engine:
@@ -94,6 +100,29 @@ class Engine:
     def get(self, path: str) -> tuple[int, Any]:
         return self.ask("GET", path)
 
+    def records(self, path: str, header: Any, payload: bytes | None = None) -> tuple[int, list[dict[str, Any]]]:
+        """One exchange of a body as in `parted`, or whole as it is: status, and the records of the answer."""
+        body = header if payload is None else parted(header, payload)
+        connection = http.client.HTTPConnection(*self.address, timeout=120)
+        with contextlib.closing(connection):
+            connection.request("POST", path, body, {"Authorization": f"Bearer {KEY}"})
+            answer = connection.getresponse()
+            return answer.status, [json.loads(each) for each in answer.read().splitlines() if each.strip()]
+
+    def metrics(self) -> str:
+        """What GET /metrics answers."""
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        with contextlib.closing(connection):
+            connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+            return connection.getresponse().read().decode()
+
+    def metric(self, name: str) -> float:
+        """One figure of them, by its name without `forebay_engine_`."""
+        text = self.metrics()
+        found = re.search(rf"^forebay_engine_{name} (\S+)$", text, re.MULTILINE)
+        assert found, (name, text)
+        return float(found[1])
+
     def busy(self) -> int:
         return sum(slot["is_processing"] for slot in self.get("/slots")[1])
 
@@ -116,13 +145,24 @@ class Engine:
         return code
 
 
+@contextlib.contextmanager
+def ready(module: str, spec: dict[str, Any]) -> Iterator[Engine]:
+    """A running engine that is ready; its end is that of the `with`."""
+    engine = Engine(module, spec)
+    try:
+        engine.wait_until_ready()
+        yield engine
+    finally:
+        engine.end()
+
+
 class Stream:
     """One streamed request on a connection of its own."""
 
     def __init__(self, address: tuple[str, int], path: str, body: Any, samples: bytes | None = None) -> None:
         """`samples` come after a line with the body, as speech engines take it."""
         self.socket = socket.create_connection(address, timeout=60)
-        data = json.dumps(body).encode() + (b"" if samples is None else b"\n" + samples)
+        data = json.dumps(body).encode() if samples is None else parted(body, samples)
         head = f"POST {path} HTTP/1.1\r\nHost: engine\r\nAuthorization: Bearer {KEY}\r\nX-Request-ID: req_test\r\n"
         self.socket.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         self.received = b""
