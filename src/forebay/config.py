@@ -28,6 +28,7 @@ from forebay.model_config import (
 )
 
 _SECRET_BYTES_MAX = 65_536
+_STORE_URL = r"^(s3://|file:)"
 
 
 class HttpSettings(Section):
@@ -227,14 +228,10 @@ class FileSettings(Section):
     )
 
 
-class BlobSettings(Section):
-    """The cellar: where the bytes of files and results are."""
+class StoreSettings(Section):
+    """A store of objects, and how it is reached."""
 
-    url: str | None = Field(
-        None,
-        pattern=r"^(s3://|file:)",
-        description="`s3://bucket/prefix` or `file:/folder`; `blobs` inside the data folder if absent.",
-    )
+    url: str | None = Field(None, pattern=_STORE_URL, description="`s3://bucket/prefix` or `file:/folder`.")
     endpoint: str | None = Field(None, description="Address of an S3-compatible store; Amazon's own if absent.")
     region: str | None = Field(None, description="Region of the bucket.")
     access_key_id: str | None = Field(None, description="Access key; the usual AWS variables and roles if absent.")
@@ -243,6 +240,70 @@ class BlobSettings(Section):
     allow_http: bool = Field(False, description="Speak plain HTTP to the endpoint.")
     timeout_seconds: Seconds = Field(30, description="Longest wait for one answer of the store.")
     retries_max: Annotated[int, Field(ge=0, le=20)] = Field(3, description="Further tries after an answer of 5xx.")
+
+
+class BlobSettings(StoreSettings):
+    """The cellar: where the bytes of files and results are."""
+
+    url: str | None = Field(
+        None,
+        pattern=_STORE_URL,
+        description="`s3://bucket/prefix` or `file:/folder`; `blobs` inside the data folder if absent.",
+    )
+
+
+class IntakeSettings(StoreSettings):
+    """Work that is pushed to us: messages that name objects of a store; `images` says what these may be."""
+
+    url: str | None = Field(
+        None,
+        pattern=_STORE_URL,
+        description="`s3://bucket/prefix` or `file:/folder` whose objects are read and written; without it no message is taken.",
+    )
+    model: Annotated[str, Field(pattern=MODEL_NAME)] | None = Field(
+        None, description="Model of a message that names none."
+    )
+    output_name: str = Field(
+        "edited.jpg",
+        description="Name of a result where the message gives none, beside its image; `{stem}` is the image's own without its ending.",
+    )
+    preview_name: str = Field("preview.jpg", description="The same of its preview, which is always a JPEG.")
+    output_compression: Annotated[int, Field(ge=0, le=100)] = Field(
+        95, description="Quality of a JPEG or WebP where the message says nothing of it."
+    )
+    message_bytes_max: Bytes = Field(2**20, description="Size of one message as it is pushed; a larger one gets 413.")
+    dedupe_seconds: Annotated[int, Field(ge=60, le=31_536_000)] = Field(
+        604_800,
+        description="How long a message is remembered, so that one that is delivered again makes no second job.",
+    )
+    attempts_max: Annotated[int, Field(ge=1, le=100)] = Field(
+        5,
+        description="Deliveries of a message that cannot be used, by its `deliveryAttempt`, before it is taken as a dead letter.",
+    )
+    token_audience: str | None = Field(
+        None,
+        description="Audience of the platform's signed tokens; without it and `token_email` only API keys are taken.",
+    )
+    token_email: str | None = Field(None, description="Service account that these tokens are made for.")
+    token_issuer: str = Field("https://accounts.google.com", description="Who makes these tokens.")
+    token_keys_url: str = Field(
+        "https://www.googleapis.com/oauth2/v3/certs",
+        description="Where the public keys of their signatures are (JWKS).",
+    )
+    token_project: str = Field("default", description="Project that these tokens act for, as members.")
+
+    @field_validator("output_name", "preview_name")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if not value.isprintable() or not 0 < len(value) <= 128 or value[0] == "." or set("/\\") & set(value):
+            raise ValueError("a name beside the image has no slash and no dot in front")
+        return value
+
+    @model_validator(mode="after")
+    def _token_is_whole(self) -> Self:
+        if (self.token_audience is None) != (self.token_email is None):
+            raise ValueError("`token_audience` and `token_email` go together")
+        return self
 
 
 class ResponseSettings(Section):
@@ -505,6 +566,7 @@ class Settings(Section):
     batches: BatchSettings = BatchSettings()
     files: FileSettings = FileSettings()
     blobs: BlobSettings = BlobSettings()
+    intake: IntakeSettings = IntakeSettings()
     responses: ResponseSettings = ResponseSettings()
     webhooks: WebhookSettings = WebhookSettings()
     outbound: OutboundSettings = OutboundSettings()
@@ -614,7 +676,7 @@ def _put(tree: dict[str, Any], keys: list[str], value: str) -> None:
 def _read_secret_files(tree: dict[str, Any]) -> None:
     """Replace each `*_file` of a secret by what the file holds; giving both is a mistake."""
     places = [(tree, "admin_key"), (tree, "database_url")]
-    for section, name in (("pull", "hub_token"), ("blobs", "secret_access_key")):
+    for section, name in (("pull", "hub_token"), ("blobs", "secret_access_key"), ("intake", "secret_access_key")):
         table = tree.get(section)
         places.append((table if isinstance(table, dict) else {}, name))
     for table, name in places:
@@ -655,7 +717,8 @@ def upstream_key(options: UpstreamOptions, environment: Mapping[str, str]) -> st
 
 def secrets_of(settings: Settings, environment: Mapping[str, str]) -> list[str]:
     """Every secret that the settings hold or point to, to be struck out of logs."""
-    held = (settings.admin_key, settings.database_url, settings.pull.hub_token, settings.blobs.secret_access_key)
+    stores = (settings.blobs.secret_access_key, settings.intake.secret_access_key)
+    held = (settings.admin_key, settings.database_url, settings.pull.hub_token, *stores)
     found = [secret.get_secret_value() for secret in held if secret is not None]
     passwords = [urlsplit(url).password or "" for url in found if "://" in url]
     found += passwords + [unquote(password) for password in passwords]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+from forebay.blobs.key import checked_object
 from forebay.blobs.local import LocalBlobs
 from forebay.blobs.s3 import S3Blobs
 from forebay.config import Settings
@@ -68,16 +69,29 @@ class Blobs(Protocol):
 
 
 def open_blobs(settings: Settings) -> Blobs:
-    """The store that the settings name; `check` tells whether it can be used."""
+    """The store that the settings name for what this server keeps; `check` tells whether it can be used."""
     url = settings.blobs.url
     if url is not None and url.startswith("s3://"):
-        return S3Blobs(settings.blobs)
-    folder = settings.data_dir / "blobs" if url is None else _folder(url)
-    return LocalBlobs(folder, settings.files.free_bytes_min)
+        return S3Blobs(settings.blobs, "blobs")
+    folder = settings.data_dir / "blobs" if url is None else _folder(url, "blobs")
+    return LocalBlobs(folder, settings.files.free_bytes_min, "blobs")
 
 
-def _folder(url: str) -> Path:
+def open_objects(settings: Settings) -> Blobs | None:
+    """The store that others fill, whose objects pushed messages name; none where the settings name none.
+
+    Its keys are names of objects as `is_object_name` has them, and an object that is written takes the place of another.
+    """
+    url = settings.intake.url
+    if url is None:
+        return None
+    if url.startswith("s3://"):
+        return S3Blobs(settings.intake, "intake", checked_object)
+    return LocalBlobs(_folder(url, "intake"), settings.files.free_bytes_min, "intake", checked_object)
+
+
+def _folder(url: str, section: str) -> Path:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-        raise SetupError("`blobs.url` is no folder. Write it as file:/folder with an absolute path.")
+        raise SetupError(f"`{section}.url` is no folder. Write it as file:/folder with an absolute path.")
     return Path(unquote(parts.path))

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import itertools
 import os
+import stat
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -29,11 +30,22 @@ T = TypeVar("T")
 
 
 class LocalBlobs:
-    """Implements `Blobs` on a folder that several processes of one machine may share."""
+    """Implements `Blobs` on a folder that several processes of one machine may share.
 
-    def __init__(self, folder: Path, free_bytes_min: int) -> None:
+    `section` is where the settings have it, and `checked` refuses what is no key.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        free_bytes_min: int,
+        section: str = "blobs",
+        checked: Callable[[str], str] = checked_key,
+    ) -> None:
         self._folder = folder
         self._free_bytes_min = free_bytes_min
+        self._section = section
+        self._checked = checked
 
     async def check(self) -> None:
         """Create the folder, write and remove a blob, and sweep what dead processes left half-written."""
@@ -43,12 +55,15 @@ class LocalBlobs:
             await _in_thread(self._put, key, b"check", 0)
             await self.delete(key)
         except InsufficientStorage:
-            raise SetupError(f"The disk of the blob folder {self._folder} is full. Make room on it.") from None
+            raise SetupError(
+                f"The disk of the folder {self._folder} of `{self._section}` is full. Make room on it."
+            ) from None
         except (StoreUnavailable, OSError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             reason = cause.strerror if isinstance(cause, OSError) else "it cannot be used"
             raise SetupError(
-                f"The blob folder {self._folder} cannot be written: {reason}. Choose another with FOREBAY_BLOBS_URL."
+                f"The folder {self._folder} of `{self._section}` cannot be written: {reason}. "
+                f"Choose another with FOREBAY_{self._section.upper()}_URL."
             ) from None
 
     async def put(self, key: str, data: bytes) -> None:
@@ -58,7 +73,7 @@ class LocalBlobs:
     @asynccontextmanager
     async def write(self, key: str) -> AsyncIterator["LocalWriter"]:
         """Store a blob as it comes."""
-        part = _Part(self._folder, checked_key(key), self._free_bytes_min)
+        part = _Part(self._folder, self._checked(key), self._free_bytes_min)
         writer = LocalWriter(part)
         try:
             yield writer
@@ -85,7 +100,7 @@ class LocalBlobs:
 
     async def size(self, key: str) -> int:
         """How many bytes it has."""
-        return (await _in_thread(os.stat, self._path(key))).st_size
+        return await _in_thread(_size, self._path(key))
 
     async def delete(self, key: str) -> None:
         """Remove a blob; the removal is durable on return."""
@@ -104,10 +119,10 @@ class LocalBlobs:
                 yield key
 
     def _path(self, key: str) -> Path:
-        return self._folder / checked_key(key)
+        return self._folder / self._checked(key)
 
     def _put(self, key: str, data: bytes, free_bytes_min: int) -> None:
-        part = _Part(self._folder, checked_key(key), free_bytes_min)
+        part = _Part(self._folder, self._checked(key), free_bytes_min)
         try:
             part.write(data)
             part.commit()
@@ -248,7 +263,7 @@ async def _in_thread(function: Callable[P, T], *arguments: P.args, **named: P.kw
 def _translated() -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise NotFound("The content is not there any more.") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -279,6 +294,13 @@ def _check_room(folder: Path, size: int, free_bytes_min: int) -> None:
     disk = os.statvfs(folder)
     if disk.f_bavail * disk.f_frsize - size < free_bytes_min:
         raise InsufficientStorage
+
+
+def _size(path: Path) -> int:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # of a folder, or of what a reader would wait for
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return found.st_size
 
 
 def _read_whole(descriptor: int, size: int) -> bytes:

@@ -5,7 +5,7 @@ It refuses to hold a blob whole in memory and to leave a half of one behind: a w
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from obstore.store import S3Store
 from forebay.blobs.key import checked_key, checked_prefix
 from forebay.blobs.shielded import shielded
 from forebay.clock import new_id
-from forebay.config import BlobSettings
+from forebay.config import StoreSettings
 from forebay.errors import InsufficientStorage, NotFound, SetupError, StoreUnavailable
 
 _PIECE_BYTES = 4 * 2**20  # of a read
@@ -28,9 +28,13 @@ _OUT_OF_RANGE = re.compile(r"\b416\b")
 
 
 class S3Blobs:
-    """Implements `Blobs` on a bucket."""
+    """Implements `Blobs` on a bucket. `section` is where the settings have it, and `checked` refuses what is no key."""
 
-    def __init__(self, settings: BlobSettings) -> None:
+    def __init__(
+        self, settings: StoreSettings, section: str = "blobs", checked: Callable[[str], str] = checked_key
+    ) -> None:
+        self._section = section
+        self._checked = checked
         place = urlsplit(settings.url or "")
         self._bucket = place.netloc
         prefix = place.path.strip("/")
@@ -55,7 +59,7 @@ class S3Blobs:
                 },
             )
         except (BaseError, ValueError) as error:
-            raise SetupError(f"The settings of `blobs` name no usable bucket: {type(error).__name__}.") from None
+            raise SetupError(f"The settings of `{section}` name no usable bucket: {type(error).__name__}.") from None
 
     async def check(self) -> None:
         """Write, read and remove a blob. Raises SetupError with the remedy."""
@@ -65,17 +69,18 @@ class S3Blobs:
             await self.read(key)
             await self.delete(key)
         except (NotFound, StoreUnavailable, InsufficientStorage) as error:
-            raise SetupError(f"The bucket {self._bucket} cannot be used: {_remedy(error.__cause__)}") from None
+            remedy = _remedy(error.__cause__, f"FOREBAY_{self._section.upper()}")
+            raise SetupError(f"The bucket {self._bucket} cannot be used: {remedy}") from None
 
     async def put(self, key: str, data: bytes) -> None:
         """Store a small blob; it is durable on return."""
         with _translated():
-            await obstore.put_async(self._store, checked_key(key), data, use_multipart=False)
+            await obstore.put_async(self._store, self._checked(key), data, use_multipart=False)
 
     @asynccontextmanager
     async def write(self, key: str) -> AsyncIterator["S3Writer"]:
         """Store a blob as it comes."""
-        writer = S3Writer(self, self._store, checked_key(key))
+        writer = S3Writer(self, self._store, self._checked(key))
         try:
             yield writer
             await writer.commit()
@@ -109,12 +114,12 @@ class S3Blobs:
     async def size(self, key: str) -> int:
         """How many bytes it has."""
         with _translated():
-            return (await obstore.head_async(self._store, checked_key(key)))["size"]
+            return (await obstore.head_async(self._store, self._checked(key)))["size"]
 
     async def delete(self, key: str) -> None:
         """Remove a blob."""
         with suppress(NotFound), _translated():
-            await obstore.delete_async(self._store, checked_key(key))
+            await obstore.delete_async(self._store, self._checked(key))
 
     async def delete_prefix(self, prefix: str) -> int:
         """Remove every blob below `prefix`."""
@@ -139,7 +144,7 @@ class S3Blobs:
 
     async def _range(self, key: str, offset: int, length: int) -> bytes:
         with _translated():
-            return bytes(await obstore.get_range_async(self._store, checked_key(key), start=offset, length=length))
+            return bytes(await obstore.get_range_async(self._store, self._checked(key), start=offset, length=length))
 
 
 class S3Writer:
@@ -224,9 +229,10 @@ def _translated() -> Iterator[None]:
         raise StoreUnavailable from error
 
 
-def _remedy(cause: BaseException | None) -> str:
+def _remedy(cause: BaseException | None, variables: str) -> str:
+    """What to do, by environment variables that begin with `variables`."""
     if isinstance(cause, FileNotFoundError):
-        return "there is no such bucket. Create it, or correct FOREBAY_BLOBS_URL."
+        return f"there is no such bucket. Create it, or correct {variables}_URL."
     if isinstance(cause, (PermissionDeniedError, UnauthenticatedError)):
-        return "the access key may not write there. Check FOREBAY_BLOBS_ACCESS_KEY_ID and its secret."
-    return "it does not answer as a store does. Check FOREBAY_BLOBS_URL, FOREBAY_BLOBS_ENDPOINT and the network."
+        return f"the access key may not write there. Check {variables}_ACCESS_KEY_ID and its secret."
+    return f"it does not answer as a store does. Check {variables}_URL, {variables}_ENDPOINT and the network."
