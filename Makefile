@@ -7,6 +7,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DIFFUSION := $(VENV)/.diffusion
+TORCH := $(shell grep -o 'torch==[0-9.]*' pyproject.toml)
 ARGS ?=
 
 help: ## List the targets
@@ -19,7 +21,7 @@ serve: $(STAMP) ## Set up, pull the default model and start the server (ARGS='--
 chat: $(STAMP) ## Talk to a running server (ARGS='MODEL')
 	@exec $(BIN)/forebay chat $(ARGS)
 
-test: gates ## Every gate and every test
+test: gates $(DIFFUSION) ## Every gate and every test
 	@echo "== pytest"
 	@$(BIN)/pytest -q $(ARGS)
 
@@ -34,16 +36,24 @@ gates: $(STAMP)
 	@echo "== import contracts"; $(BIN)/lint-imports --no-cache > $(VENV)/.contracts 2>&1 || { cat $(VENV)/.contracts; exit 1; }
 	@echo "== dependencies"; $(BIN)/deptry src > $(VENV)/.deptry 2>&1 || { cat $(VENV)/.deptry; exit 1; }
 
-bench: $(STAMP) ## Measure (ARGS='overhead', 'chat', 'jobs', 'batch', 'embed' or 'speech')
+bench: $(DIFFUSION) ## Measure (ARGS='overhead', 'chat', 'jobs', 'batch', 'embed' or 'speech')
 	@$(BIN)/forebay bench $(or $(ARGS),overhead)
 
-prove: $(STAMP) ## The long versions of the tests: hundreds of kills, thousands of mutations
+prove: $(DIFFUSION) ## The long versions of the tests: hundreds of kills, thousands of mutations
 	@$(BIN)/pytest -q --prove --timeout 3600 $(ARGS)
 
-lock: $(STAMP) ## Pin every dependency with its hashes in requirements.lock
+lock: $(STAMP) ## Pin every dependency with its hashes in requirements.lock and requirements-diffusion.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --group dev \
 		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --output-file requirements.lock
+	@{ $(DIFFUSION_WANTS); } | $(BIN)/uv pip compile - --quiet --universal --python-version 3.11 --generate-hashes \
+		--constraint requirements.lock --override <(echo "torch; python_version < '0'") \
+		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --output-file requirements-diffusion.lock
+
+# What the extra `diffusion` asks for, and what torch does. Torch itself is left out: which build fits depends on the machine.
+DIFFUSION_WANTS = $(BIN)/python -c 'import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["diffusion"], sep="\n")'; \
+	printf '%s\n' filelock fsspec jinja2 networkx 'setuptools>=77.0.3' sympy typing-extensions
 
 clean: ## Remove the environment and every cache; data and models stay
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
@@ -70,3 +80,11 @@ $(STAMP): requirements.lock pyproject.toml
 		| awk '/^Collecting/ {n++; printf "\r   %d packages", n; fflush()} END {print (n ? "" : "   already there")}'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
+
+# The extra `diffusion`, for what makes pictures: `make serve` does without it. Everything but torch has its hash.
+$(DIFFUSION): $(STAMP) requirements-diffusion.lock
+	@echo "== installing $(TORCH) and what makes pictures with it (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off \
+		--require-hashes --no-deps -r requirements-diffusion.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off $(TORCH)
+	@touch $(DIFFUSION)

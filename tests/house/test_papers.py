@@ -3,6 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -62,19 +63,49 @@ def test_the_paper_is_there(paper: str) -> None:
     assert len((source.ROOT / paper).read_text(encoding="utf-8")) > 40
 
 
-def test_the_lock_covers_what_is_declared() -> None:
-    declared = tomllib.loads((source.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    wanted = [
-        *declared["project"]["dependencies"], *declared["dependency-groups"]["dev"], *declared["build-system"]["requires"]
-    ]  # fmt: skip
-    pins = {
-        canonicalize_name(match["name"]): match["version"]
-        for match in _PIN.finditer((source.ROOT / "requirements.lock").read_text(encoding="utf-8"))
-    }
+def _declared() -> dict[str, Any]:
+    return tomllib.loads((source.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _pins(lock: str) -> dict[str, set[str]]:
+    """The versions of each package in a lock; there may be several, for different Pythons."""
+    found: dict[str, set[str]] = {}
+    for match in _PIN.finditer((source.ROOT / lock).read_text(encoding="utf-8")):
+        found.setdefault(canonicalize_name(match["name"]), set()).add(match["version"])
+    return found
+
+
+def _assert_covered(wanted: list[str], lock: str) -> None:
+    pins = _pins(lock)
     for requirement in map(Requirement, wanted):
-        version = pins.get(canonicalize_name(requirement.name))
-        assert version, f"{requirement.name} is not in requirements.lock with a hash. Run `make lock`."
-        assert requirement.specifier.contains(version), f"{requirement} but the lock has {version}. Run `make lock`."
+        versions = pins.get(canonicalize_name(requirement.name))
+        assert versions, f"{requirement.name} is not in {lock} with a hash. Run `make lock`."
+        for version in versions:
+            assert requirement.specifier.contains(version), f"{requirement} but {lock} has {version}. Run `make lock`."
+
+
+def test_the_lock_covers_what_is_declared() -> None:
+    declared = _declared()
+    dependencies, groups = declared["project"]["dependencies"], declared["dependency-groups"]
+    _assert_covered([*dependencies, *groups["dev"], *declared["build-system"]["requires"]], "requirements.lock")
+
+
+def test_the_lock_of_what_makes_pictures_covers_all_but_torch() -> None:
+    extra = _declared()["project"]["optional-dependencies"]["diffusion"]
+    torch = [each for each in extra if Requirement(each).name == "torch"]
+    assert re.fullmatch(r"torch==[0-9.]+", *torch), "the Makefile takes exactly this version"
+    _assert_covered([each for each in extra if each not in torch], "requirements-diffusion.lock")
+    pins, of_all = _pins("requirements-diffusion.lock"), _pins("requirements.lock")
+    assert not [name for name in pins if name.startswith(("torch", "nvidia", "triton"))]
+    assert {name: pins[name] for name in pins.keys() & of_all} == {name: of_all[name] for name in pins.keys() & of_all}
+
+
+def test_the_server_does_not_install_torch() -> None:
+    text = (source.ROOT / "Makefile").read_text(encoding="utf-8")
+    needs = {target: re.search(rf"^{target}: (.*?) ##", text, re.MULTILINE) for target in ("serve", "test", "prove")}
+    assert {target: bool(found and "$(DIFFUSION)" in found[1]) for target, found in needs.items()} == {
+        "serve": False, "test": True, "prove": True
+    }  # fmt: skip
 
 
 def test_every_target_is_explained() -> None:
