@@ -30,6 +30,7 @@ from forebay.jobs.batch import BatchWork
 from forebay.jobs.chunk import ChunkWork
 from forebay.jobs.kinds import Kind
 from forebay.jobs.line_runner import LineRunner
+from forebay.jobs.media_work import MediaRooms
 from forebay.jobs.node import Node
 from forebay.jobs.office import Office
 from forebay.jobs.response import ResponseEnds, ResponseWork, response_kind
@@ -59,8 +60,8 @@ from forebay.store.idempotency import IdempotencyStore
 from forebay.store.jobs import JobStore
 from forebay.store.key_format import Role
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
+from forebay.store.media_jobs import MediaJobStore
 from forebay.store.responses import ResponseStore
-from forebay.store.transcriptions import TranscriptionStore
 from forebay.store.uploads import UploadStore
 from forebay.store.webhooks import WebhookStore
 from forebay.telemetry import Log, Metrics
@@ -93,7 +94,7 @@ class Stores:
         self.batches = BatchStore(database, clock)
         self.idempotency = IdempotencyStore(database, clock)
         self.responses = ResponseStore(database, clock, settings.responses)
-        self.transcriptions = TranscriptionStore(database, clock, node)
+        self.media_jobs = MediaJobStore(database, clock, node)
 
 
 class Speech:
@@ -151,17 +152,8 @@ def build_office(
     keep = settings.jobs.keep_seconds
     batches = _batch_work(settings, stores, machine, clock)
     admission = Admission(machine.catalog, machine.scheduler, settings, clock)
-    transcriptions = TranscriptionWork(
-        stores.jobs,
-        stores.transcriptions,
-        stores.blobs,
-        calls,
-        speech.recordings,
-        speech.transcriber,
-        admission,
-        clock,
-        metrics,
-    )
+    rooms = MediaRooms(stores.jobs, stores.media_jobs, stores.blobs, calls, admission, clock, metrics)
+    transcriptions = TranscriptionWork(rooms, speech.recordings, speech.transcriber)
     kinds: list[Kind] = [
         _batch_kind(batches, settings),
         _chunk_kind(settings, stores, machine, calls, admission, speech, clock, metrics),
@@ -191,15 +183,15 @@ def build_office(
     async def responses(now: float, rows: int) -> int:
         return await ResponseEnds(stores.responses).sweep(now, rows)
 
-    async def recordings(now: float, rows: int) -> int:
-        return await transcriptions.sweep(now, rows)
+    async def media(now: float, rows: int) -> int:
+        return await stores.media_jobs.sweep(stores.blobs, now, rows)
 
     return Office(
         stores.jobs,
         stores.webhooks,
         stores.dead_letters,
         kinds,
-        [finished_jobs, old_dead_letters, files, uploads, segments, responses, recordings, idempotency_keys],
+        [finished_jobs, old_dead_letters, files, uploads, segments, responses, media, idempotency_keys],
         stores.node,
         settings.jobs,
         clock,
@@ -293,7 +285,7 @@ class House:
         state.webhooks, state.dead_letters, state.outbound = stores.webhooks, stores.dead_letters, self._outbound
         state.idempotency, state.batches = stores.idempotency, stores.batches
         state.responses, state.response_ends = stores.responses, ResponseEnds(stores.responses)
-        state.transcriptions, state.audio_places = stores.transcriptions, Places(settings.audio.uploads_at_once)
+        state.media_jobs, state.audio_places = stores.media_jobs, Places(settings.audio.uploads_at_once)
         state.hearing = Hearing(self._speech.recordings, self._speech.transcriber, settings.audio)
         state.desk, state.clock = self._office.desk, self._clock
         state.metrics, state.started_at = metrics, self._clock.now()

@@ -22,10 +22,16 @@ NAMES = {
     "batch.joined": "The output files are stored; the batch is not settled.",
     "batch.settled": "A batch is settled and its webhooks are enqueued; the segments are still there.",
     "batch.swept": "The segments of a settled batch are removed.",
-    "transcription.recording_stored": "The recording of a transcription is stored; its job is not committed.",
+    "transcription.media_stored": "The recording of a transcription is stored; its job is not committed.",
     "transcription.created": "A transcription and its job are committed; its creator has no answer yet.",
     "transcription.stretch_kept": "A stretch of a recording is finished and committed.",
     "transcription.settled": "A transcription is settled; its recording is still there.",
+    "image.media_stored": "What came with a request for pictures is stored; its job is not committed.",
+    "image.created": "A request for pictures and its job are committed; its creator has no answer yet.",
+    "image.picture_stored": "The files of a finished picture are stored; the picture is not kept yet.",
+    "image.picture_kept": "A finished picture is kept, and is not painted again.",
+    "image.finished": "Every picture of a job is kept; the job is not settled.",
+    "image.settled": "An image job is settled and its files are there; what came with it still is.",
     "webhook.sent": "A receiver has answered; the delivery is not settled.",
 }
 

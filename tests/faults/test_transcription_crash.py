@@ -46,7 +46,7 @@ STRETCHES = 6
 RECORDING = speech(30 * STRETCHES)
 PACE = "[[fake token_ms=20]]"  # 0.3 s a stretch
 ALL = {"diarize": True, "diarization_model": "whisper", "align_model": "whisper"}
-KEPT = "SELECT stage, number, attempt FROM stretches ORDER BY attempt, stage DESC, number"
+KEPT = "SELECT stage, number, attempt FROM media_parts ORDER BY attempt, stage DESC, number"
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -99,7 +99,7 @@ async def test_an_engine_that_is_killed_loses_one_stretch_at_most(tmp_path: Path
         await until_nothing_is_left(server)
 
 
-@pytest.mark.parametrize("point", ["recording_stored", "created", "settled"])
+@pytest.mark.parametrize("point", ["media_stored", "created", "settled"])
 async def test_what_a_crash_leaves_is_swept_or_finished(tmp_path: Path, point: str, prove: bool) -> None:
     """A recording without a job goes at the next start; a job that nobody was told of runs."""
     if point == "created" and not prove:
@@ -116,8 +116,8 @@ async def test_what_a_crash_leaves_is_swept_or_finished(tmp_path: Path, point: s
 
         await eventually(clear, within_seconds=20, what="a cellar without recordings")
         jobs = (await server.get("/v1/jobs?kind=transcription"))["data"]
-        assert [job["status"] for job in jobs] == ([] if point == "recording_stored" else ["completed"])
-        assert len(await rows(server, "SELECT id FROM transcriptions")) == len(jobs)
+        assert [job["status"] for job in jobs] == ([] if point == "media_stored" else ["completed"])
+        assert len(await rows(server, "SELECT id FROM media_jobs")) == len(jobs)
 
 
 async def test_a_job_ends_at_its_deadline(tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ async def test_no_sound_stays_behind_in_a_request(server: Server, url: str | Non
     }
     for name, fields in requests.items():
         job_id = await ended(server, None, **fields)
-        query = f"SELECT request FROM transcriptions WHERE id = '{job_id}'"
+        query = f"SELECT request FROM media_jobs WHERE id = '{job_id}'"
 
         async def kept(query: str = query) -> bool:
             return (await rows(server, query, url))[0][0] is not None
@@ -393,7 +393,7 @@ async def test_no_sound_stays_behind_in_a_request(server: Server, url: str | Non
 
 async def test_a_result_goes_with_its_job(server: Server, url: str | None) -> None:
     job_id = await ended(server, speech(4))
-    query = f"SELECT id FROM transcriptions WHERE id = '{job_id}'"
+    query = f"SELECT id FROM media_jobs WHERE id = '{job_id}'"
     assert await rows(server, query, url) == [(job_id,)]
     async with server.session.delete(f"{server.url}/v1/jobs/{job_id}", headers=server.headers) as response:
         assert response.status == 200

@@ -3,9 +3,10 @@
 import pytest
 
 from forebay.dialects.speech import Align, Diarize, SpeechTask
-from forebay.jobs.transcription import DECODING, FETCHING, Plan
+from forebay.jobs.ledger import FETCHING
+from forebay.jobs.transcription import DECODING, plan_of
 from forebay.scheduler.transcriber import ALIGNING, DIARIZING, TRANSCRIBING
-from forebay.store.transcriptions import WHOLE
+from forebay.store.media_jobs import WHOLE
 
 ALL = (FETCHING, DECODING, TRANSCRIBING, ALIGNING, DIARIZING)
 
@@ -21,7 +22,7 @@ ALL = (FETCHING, DECODING, TRANSCRIBING, ALIGNING, DIARIZING)
     ],
 )
 def test_it_grows_through_the_stages_that_were_asked_for(task: SpeechTask, stages: tuple[str, ...]) -> None:
-    plan = Plan(task)
+    plan = plan_of(task)
     told = [plan.done(stage, percent) for stage in stages for percent in (-1, 0, 0.5, 50, 99.9, 100, 101)]
     assert told == sorted(told)
     assert (told[0], told[-1]) == (0, WHOLE - 1), "the last thousandth is for the result"

@@ -163,7 +163,8 @@ def _edited_line(letter: DeadLetter, body: dict[str, Any]) -> bytes:
 def _gone(letter: DeadLetter) -> Conflict:
     if letter.endpoint is None:
         return Conflict(
-            "The job of this dead letter is gone, or its recording is, or it is being tried already.", code="input_gone"
+            "The job of this dead letter is gone, or what came with it is, or it is being tried already.",
+            code="input_gone",
         )
     return Conflict("The input of this dead letter is gone. Send a `body` in its place.", code="input_gone")
 
@@ -198,8 +199,8 @@ class _Taken:
         for letter in letters:
             if letter.endpoint is None:
                 self._letters.setdefault(letter.job_id, []).append(letter)
-        silent = await self._request.app.state.transcriptions.without_sound(self._letters)
-        for job_id in (each for each in self._letters if each not in silent):
+        lost = await self._request.app.state.media_jobs.without_media(self._letters)
+        for job_id in (each for each in self._letters if each not in lost):
             with suppress(NotFound):
                 job = await self._desk.get(self._caller.project_id, job_id)
                 if job.finished and job.state is not JobState.COMPLETED:

@@ -18,17 +18,13 @@ from forebay.dialects.openai.errors import body_of
 from forebay.errors import Conflict, ForebayError, NotFound, Overloaded
 from forebay.gateway.answers import error_answer, json_answer
 from forebay.gateway.auth import Principal, principal, role_at_least
+from forebay.gateway.streams import send_while_there
 from forebay.jobs.desk import Desk, Outlook
 from forebay.store.job_state import FINISHED, JobState
 from forebay.store.jobs import PAGE_SIZE_MAX, Job, JobStore
 from forebay.store.key_format import Role
 
 _REFRESH_SECONDS = 10.0  # how often there is an event although nothing has changed but the outlook
-_EVENT_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 router = APIRouter(prefix="/v1/jobs", dependencies=[Depends(principal)])
 
@@ -57,6 +53,8 @@ def job_object(job: Job, outlook: Outlook) -> dict[str, Any]:
             "failed": job.failed,
             "stage": job.stage,
             "percent": _percent(job),
+            "step": job.step,
+            "steps": job.steps,
         },
         "attempts": job.errors,
         "error": _error(job),
@@ -143,8 +141,8 @@ async def retry_job(request: Request, job_id: str, caller: Member) -> Response:
     """Try a job again that did not end well."""
     desk: Desk = request.app.state.desk
     job = await desk.get(caller.project_id, job_id)
-    if await request.app.state.transcriptions.without_sound([job.id]):
-        raise Conflict("The recording went when this job ended. Send it again as a new request.", code="input_gone")
+    if await request.app.state.media_jobs.without_media([job.id]):
+        raise Conflict("What came with this job went when it ended. Send it again as a new request.", code="input_gone")
     return await _show(desk, await desk.retry(caller.project_id, job_id))
 
 
@@ -220,27 +218,9 @@ class WatchAnswer(Response):
         """Send events until the job is done, the reader is gone or the server stops."""
         try:
             with self._watchers.watching(self._desk.jobs, self._clock, self._job.id) as news:
-                await self._send_while_there(news, receive, send)
+                await send_while_there(self._events(news), receive, send)
         except Overloaded as error:
             await error_answer(error)(scope, receive, send)
-
-    async def _send_while_there(self, news: asyncio.Event, receive: Receive, send: Send) -> None:
-        leaving = asyncio.create_task(_gone(receive))
-        telling = asyncio.create_task(self._tell(news, send))
-        try:
-            await asyncio.wait({leaving, telling}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            leaving.cancel()
-            telling.cancel()
-            await asyncio.gather(leaving, telling, return_exceptions=True)
-        if not telling.cancelled():
-            telling.result()
-
-    async def _tell(self, news: asyncio.Event, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
-        async for event in self._events(news):
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
 
     async def _events(self, news: asyncio.Event) -> AsyncIterator[bytes]:
         told: Job | None = None
@@ -269,11 +249,6 @@ class WatchAnswer(Response):
         except TimeoutError:
             return False
         return True
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _name(job: Job, told: Job | None) -> str:

@@ -24,7 +24,7 @@ from forebay.gateway import (
     health,
     jobs,
     responses,
-    transcriptions,
+    results,
     uploads,
     webhooks,
 )
@@ -87,7 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(webhooks.router)
     app.include_router(responses.router)
     app.include_router(audio.router)
-    app.include_router(transcriptions.router)
+    app.include_router(results.router)
     app.add_exception_handler(ForebayError, _forebay_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)

@@ -15,8 +15,8 @@ from forebay.store.database import Database, Transaction
 from forebay.store.files import is_readable
 from forebay.store.job_state import FINISHED, JobState, sources
 from forebay.store.jobs import ERRORS_MAX, Job, Verdict
+from forebay.store.media_jobs import media_are_lost
 from forebay.store.tables import dead_letters, jobs
-from forebay.store.transcriptions import sound_is_lost
 
 PAGE_SIZE_MAX = 100
 _MESSAGE_CHARS_MAX = 2000
@@ -63,7 +63,7 @@ class Chosen:
     """Which dead letters are meant.
 
     `waiting` leaves out those that were requeued, `takeable` those of which nothing is left to take up: the input file
-    is gone, or the job or its recording is, or it does not stand still.
+    is gone, or the job or what came with it is, or it does not stand still.
     """
 
     kind: str | None = None
@@ -185,7 +185,7 @@ class DeadLetterStore:
 def _can_be_revived() -> sa.ColumnElement[bool]:
     ended = jobs.c.state.in_(sources(JobState.AVAILABLE) & FINISHED)
     job = sa.exists().where(jobs.c.id == dead_letters.c.job_id, jobs.c.project_id == dead_letters.c.project_id, ended)
-    return sa.and_(dead_letters.c.endpoint.is_(None), job, ~sound_is_lost(dead_letters.c.job_id))
+    return sa.and_(dead_letters.c.endpoint.is_(None), job, ~media_are_lost(dead_letters.c.job_id))
 
 
 def _kept(message: str) -> str:

@@ -300,39 +300,46 @@ response_events = sa.Table(
     sa.Column("events", sa.LargeBinary, nullable=False),  # JSON: a list
 )
 
-# What a job of kind `transcription` with the same id has to do and has found; it goes when its job is gone. What holds sound
-# goes when the job ends: its recording where that is a blob of its own, and the request that brought sound along.
-transcriptions = sa.Table(
-    "transcriptions",
+# What a job about a recording or pictures, with the same id, has to do and has found or made; it goes when its job is gone.
+# What came with the request goes when the job ends: the blob of its own, and the request where media are in it.
+media_jobs = sa.Table(
+    "media_jobs",
     metadata,
     sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("kind", sa.String(32), nullable=False),  # that of its job
     sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), nullable=False),
-    sa.Column("node", sa.String(64), nullable=False),  # who takes the recording in
+    sa.Column("node", sa.String(64), nullable=False),  # who takes the media in
     sa.Column("submitted", sa.Boolean, nullable=False),  # whether there is, or was, a job
-    sa.Column("sound", sa.String(16), nullable=False),  # none, kept, removing, removed
-    sa.Column("bytes", sa.BigInteger, nullable=False),  # of its recording
+    sa.Column("media", sa.String(16), nullable=False),  # none, kept, removing, removed
+    sa.Column("bytes", sa.BigInteger, nullable=False),  # of the media
     sa.Column("path", sa.String(64), nullable=False),  # the endpoint that was asked
-    sa.Column("request", sa.LargeBinary),  # JSON: the body, as long as it may be run
-    sa.Column("shown", sa.LargeBinary, nullable=False),  # JSON: what of the body says how the result is written
-    sa.Column("duration", sa.Double),  # of the recording in seconds, once it is decoded
-    sa.Column("result", sa.LargeBinary),  # JSON: the transcript
+    sa.Column("request", sa.LargeBinary),  # JSON: what its attempts read, as long as it may be run
+    sa.Column("shown", sa.LargeBinary, nullable=False),  # JSON: what of the request says how the result is written
+    sa.Column("result", sa.LargeBinary),  # JSON: the transcript, or the pictures
     sa.Column("created_at", sa.Double, nullable=False),
-    sa.Index("ix_transcriptions_project", "project_id", "created_at", "id"),
-    sa.Index("ix_transcriptions_sound", "sound"),
-    sa.Index("ix_transcriptions_submitted", "submitted"),
+    sa.Index("ix_media_jobs_project", "project_id", "created_at", "id"),
+    sa.Index("ix_media_jobs_media", "media"),
+    sa.Index("ix_media_jobs_submitted", "submitted"),
 )
 
-# Stretches of a recording that are finished, whichever attempt has finished them; those of a whole one are its result.
-stretches = sa.Table(
-    "stretches",
+# Parts of it that are finished, whichever attempt has finished them: stretches of a recording, pictures.
+media_parts = sa.Table(
+    "media_parts",
     metadata,
-    sa.Column(
-        "transcription_id", sa.String(64), sa.ForeignKey("transcriptions.id", ondelete="CASCADE"), primary_key=True
-    ),
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("media_jobs.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("stage", sa.String(32), primary_key=True),
     sa.Column("number", sa.Integer, primary_key=True),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("body", sa.LargeBinary, nullable=False),  # JSON
+)
+
+# Files that a job has stored, or is about to, and that are none before it ends well.
+drafted_files = sa.Table(
+    "drafted_files",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("job_id", sa.String(64), nullable=False, index=True),
+    sa.Column("state", sa.String(16), nullable=False),  # drafted, removing
 )
 
 # Keys that all nodes share, made by whoever needs one first.

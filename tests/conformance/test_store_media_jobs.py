@@ -1,4 +1,4 @@
-"""One suite for transcriptions, their recordings and their stretches, over SQLite and PostgreSQL."""
+"""One suite for jobs about media, what came with them, their parts and the files that they draft, over SQLite and PostgreSQL."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,13 +16,13 @@ from forebay.store.files import LEFTOVER_SECONDS
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
 from forebay.store.keys import DEFAULT_PROJECT
-from forebay.store.transcriptions import (
+from forebay.store.media_jobs import (
     TRANSCRIPTION,
     WHOLE,
-    NewTranscription,
-    Stretch,
-    TranscriptionStore,
-    recording_key,
+    MediaJobStore,
+    NewMediaJob,
+    Part,
+    media_key,
 )
 from tests.support.clock import FakeClock
 
@@ -30,8 +30,8 @@ PATH = "/v1/audio/transcriptions"
 
 
 @pytest.fixture
-def store(database: Database, clock: FakeClock) -> TranscriptionStore:
-    return TranscriptionStore(database, clock, "node")
+def store(database: Database, clock: FakeClock) -> MediaJobStore:
+    return MediaJobStore(database, clock, "node")
 
 
 @pytest.fixture
@@ -48,14 +48,12 @@ async def recordings(cellar: Blobs) -> set[str]:
     return {key async for key in cellar.list("recordings/")}
 
 
-async def handed_in(
-    store: TranscriptionStore, jobs: JobStore, cellar: Blobs, name: str = "t", *, own: bool = True
-) -> None:
+async def handed_in(store: MediaJobStore, jobs: JobStore, cellar: Blobs, name: str = "t", *, own: bool = True) -> None:
     """A transcription with its job, whose recording came with it if `own`."""
-    new = NewTranscription(name, DEFAULT_PROJECT, PATH, b"{}", b"[]", own)
+    new = NewMediaJob(name, TRANSCRIPTION, DEFAULT_PROJECT, PATH, b"{}", b"[]", own)
     if own:
         await store.begin(new)
-        await cellar.put(recording_key(name), b"sound")
+        await cellar.put(media_key(TRANSCRIPTION, name), b"sound")
     async with store.database.begin() as transaction:
         await jobs.insert(transaction, [NewJob(TRANSCRIPTION, DEFAULT_PROJECT, id=name, stage="queued")])
         await store.submit(transaction, new, 7 if own else None)
@@ -71,14 +69,12 @@ async def settled(jobs: JobStore, lease: Lease, state: JobState) -> None:
         await jobs.settle(transaction, lease, Verdict(state, 0, error=("x", "y") if state is JobState.FAILED else None))
 
 
-async def names(store: TranscriptionStore, table: str = "transcriptions", column: str = "id") -> Iterable[str]:
+async def names(store: MediaJobStore, table: str = "media_jobs", column: str = "id") -> Iterable[str]:
     async with store.database.read() as connection:
         return list(await connection.scalars(sa.text(f"SELECT {column} FROM {table} ORDER BY 1")))
 
 
-async def test_what_is_submitted_is_there_for_an_attempt(
-    store: TranscriptionStore, jobs: JobStore, cellar: Blobs
-) -> None:
+async def test_what_is_submitted_is_there_for_an_attempt(store: MediaJobStore, jobs: JobStore, cellar: Blobs) -> None:
     await handed_in(store, jobs, cellar, "own")
     await handed_in(store, jobs, cellar, "elsewhere", own=False)
     for name in ("own", "elsewhere"):
@@ -87,14 +83,14 @@ async def test_what_is_submitted_is_there_for_an_attempt(
         assert (found.path, found.request) == (PATH, b"{}")
     assert await store.get("nothing") is None
     async with store.database.begin() as transaction:
-        assert await store.unfinished(transaction, DEFAULT_PROJECT) == 2
-        assert await store.unfinished(transaction, "other") == 0
+        assert await store.unfinished(transaction, DEFAULT_PROJECT, TRANSCRIPTION) == 2
+        assert await store.unfinished(transaction, "other", TRANSCRIPTION) == 0
 
 
-async def test_what_is_not_submitted_goes(store: TranscriptionStore, jobs: JobStore, cellar: Blobs) -> None:
-    new = NewTranscription("t", DEFAULT_PROJECT, PATH, b"{}", b"[]", has_sound=True)
+async def test_what_is_not_submitted_goes(store: MediaJobStore, jobs: JobStore, cellar: Blobs) -> None:
+    new = NewMediaJob("t", TRANSCRIPTION, DEFAULT_PROJECT, PATH, b"{}", b"[]", has_media=True)
     await store.begin(new)
-    await cellar.put(recording_key("t"), b"sound")
+    await cellar.put(media_key(TRANSCRIPTION, "t"), b"sound")
     await store.discard(cellar, "t")
     assert not await recordings(cellar)
     assert not await names(store)
@@ -108,21 +104,21 @@ async def test_what_is_not_submitted_goes(store: TranscriptionStore, jobs: JobSt
 
 
 async def test_a_stretch_is_kept_by_the_attempt_that_has_the_job(
-    store: TranscriptionStore, jobs: JobStore, cellar: Blobs
+    store: MediaJobStore, jobs: JobStore, cellar: Blobs
 ) -> None:
     await handed_in(store, jobs, cellar)
     first = await leased(jobs)
     for number, body in enumerate((b"a", b"b", b"b")):
-        await store.keep(jobs, first, Stretch("transcribing", min(number, 1), body))
-    await store.keep(jobs, first, Stretch("diarizing", 0, b"v"))
+        await store.keep(jobs, first, Part("transcribing", min(number, 1), body))
+    await store.keep(jobs, first, Part("diarizing", 0, b"v"))
     await settled(jobs, first, JobState.AVAILABLE)
     second = await leased(jobs)
     with pytest.raises(LeaseLost):
-        await store.keep(jobs, first, Stretch("transcribing", 2, b"late"))
+        await store.keep(jobs, first, Part("transcribing", 2, b"late"))
     with pytest.raises(LeaseLost):
         await store.advance(first, "transcribing", 500)
-    await store.keep(jobs, second, Stretch("transcribing", 2, b"c"))
-    assert [(each.stage, each.number, each.body) for each in await store.stretches("t")] == [
+    await store.keep(jobs, second, Part("transcribing", 2, b"c"))
+    assert [(each.stage, each.number, each.body) for each in await store.parts("t")] == [
         ("diarizing", 0, b"v"),
         ("transcribing", 0, b"a"),
         ("transcribing", 1, b"b"),
@@ -131,7 +127,7 @@ async def test_a_stretch_is_kept_by_the_attempt_that_has_the_job(
 
 
 async def test_progress_never_goes_back_and_forgives_nothing(
-    store: TranscriptionStore, jobs: JobStore, cellar: Blobs, clock: FakeClock
+    store: MediaJobStore, jobs: JobStore, cellar: Blobs, clock: FakeClock
 ) -> None:
     await handed_in(store, jobs, cellar)
     failed = Verdict(JobState.AVAILABLE, clock.now(), error=("x", "y"), counts_as_failure=True)
@@ -143,36 +139,34 @@ async def test_progress_never_goes_back_and_forgives_nothing(
         await store.advance(lease, stage, done)
     job = await jobs.get(DEFAULT_PROJECT, "t")
     assert (job.stage, job.completed, job.total, job.failures) == ("fetching", 300, WHOLE, 1)
-    await store.keep(jobs, lease, Stretch("transcribing", 0, b"a"))
+    await store.keep(jobs, lease, Part("transcribing", 0, b"a"))
     assert (await jobs.get(DEFAULT_PROJECT, "t")).failures == 0
 
 
-async def test_a_result_takes_the_place_of_its_stretches(
-    store: TranscriptionStore, jobs: JobStore, cellar: Blobs
-) -> None:
+async def test_a_result_takes_the_place_of_its_stretches(store: MediaJobStore, jobs: JobStore, cellar: Blobs) -> None:
     await handed_in(store, jobs, cellar)
     lease = await leased(jobs)
-    await store.keep(jobs, lease, Stretch("transcribing", 0, b"a"))
+    await store.keep(jobs, lease, Part("transcribing", 0, b"a"))
     assert await store.result(DEFAULT_PROJECT, "t") is None
     async with store.database.begin() as transaction:
         await jobs.settle(transaction, lease, Verdict(JobState.COMPLETED, 0))
-        await store.finish(transaction, "t", 12.5, b"{}")
+        await store.finish(transaction, "t", b"{}")
     found = await store.result(DEFAULT_PROJECT, "t")
     assert found is not None
-    assert (found.shown, found.transcript) == (b"[]", b"{}")
+    assert (found.shown, found.body) == (b"[]", b"{}")
     assert await store.result("other", "t") is None
-    assert not await store.stretches("t")
+    assert not await store.parts("t")
     job = await jobs.get(DEFAULT_PROJECT, "t")
     assert (job.stage, job.completed, job.total) == ("finished", WHOLE, WHOLE)
 
 
 @pytest.mark.parametrize("state", [JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED])
 async def test_a_recording_goes_with_the_end_of_its_job(
-    store: TranscriptionStore, jobs: JobStore, cellar: Blobs, state: JobState
+    store: MediaJobStore, jobs: JobStore, cellar: Blobs, state: JobState
 ) -> None:
     await handed_in(store, jobs, cellar)
     lease = await leased(jobs)
-    await store.keep(jobs, lease, Stretch("transcribing", 0, b"a"))
+    await store.keep(jobs, lease, Part("transcribing", 0, b"a"))
     await store.close(cellar, "t")
     assert await recordings(cellar), "it is still worked on"
     await settled(jobs, lease, state)
@@ -181,19 +175,19 @@ async def test_a_recording_goes_with_the_end_of_its_job(
     found = await store.get("t")
     assert found is not None
     assert found.request is None
-    assert not await store.stretches("t")
+    assert not await store.parts("t")
     await store.close(cellar, "t")
 
 
 async def test_a_sweep_does_what_a_crash_has_left_undone(
-    store: TranscriptionStore, jobs: JobStore, cellar: Blobs, clock: FakeClock
+    store: MediaJobStore, jobs: JobStore, cellar: Blobs, clock: FakeClock
 ) -> None:
     await handed_in(store, jobs, cellar, "ended")
     await settled(jobs, await leased(jobs), JobState.CANCELLED)
     await handed_in(store, jobs, cellar, "running")
     await handed_in(store, jobs, cellar, "elsewhere", own=False)
     assert await store.sweep(cellar, clock.now(), 10) == 1
-    assert await recordings(cellar) == {recording_key("running")}
+    assert await recordings(cellar) == {media_key(TRANSCRIPTION, "running")}
     async with store.database.begin() as transaction:
         await transaction.execute(sa.text("DELETE FROM jobs"))
     assert await store.sweep(cellar, clock.now(), 10) == 3
@@ -202,25 +196,23 @@ async def test_a_sweep_does_what_a_crash_has_left_undone(
 
 
 async def test_what_a_dead_process_has_begun_is_swept_by_the_next_of_its_name(
-    store: TranscriptionStore, cellar: Blobs, clock: FakeClock
+    store: MediaJobStore, cellar: Blobs, clock: FakeClock
 ) -> None:
     for name in ("a", "b"):
-        await store.begin(NewTranscription(name, DEFAULT_PROJECT, PATH, b"{}", b"[]", has_sound=True))
-        await cellar.put(recording_key(name), b"sound")
+        await store.begin(NewMediaJob(name, TRANSCRIPTION, DEFAULT_PROJECT, PATH, b"{}", b"[]", has_media=True))
+        await cellar.put(media_key(TRANSCRIPTION, name), b"sound")
     assert await store.sweep(cellar, clock.now(), 10) == 0
     clock.advance(1)
-    stranger = TranscriptionStore(store.database, clock, "another")
+    stranger = MediaJobStore(store.database, clock, "another")
     assert await stranger.sweep(cellar, clock.now(), 10) == 0
-    heir = TranscriptionStore(store.database, clock, "node")
+    heir = MediaJobStore(store.database, clock, "node")
     assert await heir.sweep(cellar, clock.now(), 1) == 1
     assert await stranger.sweep(cellar, clock.now() + LEFTOVER_SECONDS, 10) == 1
     assert not await recordings(cellar)
     assert not await names(store)
 
 
-async def test_what_was_too_late_has_its_time_again(
-    store: TranscriptionStore, jobs: JobStore, clock: FakeClock
-) -> None:
+async def test_what_was_too_late_has_its_time_again(store: MediaJobStore, jobs: JobStore, clock: FakeClock) -> None:
     began = jobs.now()
     async with store.database.begin() as transaction:
         [job_id] = await jobs.insert(transaction, [NewJob(TRANSCRIPTION, DEFAULT_PROJECT, deadline_at=began - 1)])
@@ -234,17 +226,79 @@ async def test_what_was_too_late_has_its_time_again(
     assert job.deadline_at - jobs.now() == pytest.approx(span + 60, abs=10)
 
 
+async def test_drafts_become_files_when_the_job_ends_well(
+    store: MediaJobStore, jobs: JobStore, cellar: Blobs, clock: FakeClock
+) -> None:
+    await handed_in(store, jobs, cellar, own=False)
+    await drafted(store, cellar, await leased(jobs), "lost")
+    async with store.database.begin() as transaction:
+        await jobs.take_back(transaction, await jobs.lost(1, "node"))
+    lease = await leased(jobs)
+    for _ in range(2):  # nobody knew whether it was announced
+        await drafted(store, cellar, lease, "good")
+    await store.keep(jobs, lease, Part("painting", 0, b"good"))
+    assert await store.sweep(cellar, clock.now(), 10) == 0, "it is worked on"
+    async with store.database.begin() as transaction:
+        await jobs.settle(transaction, lease, Verdict(JobState.COMPLETED, 0))
+        await store.finish(transaction, "t", b"{}", ["good"])
+    await store.close(cellar, "t")
+    assert {key async for key in cellar.list("files/")} == {"files/good"}
+    assert not await names(store, "drafted_files")
+
+
+@pytest.mark.parametrize("swept", [False, True])
+async def test_drafts_of_a_job_that_ends_otherwise_go_with_what_names_them(
+    store: MediaJobStore, jobs: JobStore, cellar: Blobs, clock: FakeClock, swept: bool
+) -> None:
+    await handed_in(store, jobs, cellar, own=False)
+    lease = await leased(jobs)
+    await drafted(store, cellar, lease, "vain")
+    await store.keep(jobs, lease, Part("painting", 0, b"vain"))
+    await store.close(cellar, "t")
+    assert await names(store, "drafted_files") == ["vain"], "it is worked on"
+    await settled(jobs, lease, JobState.FAILED)
+    with pytest.raises(LeaseLost):
+        await store.draft(lease, ["late"])
+    if swept:
+        assert await store.sweep(cellar, clock.now(), 10) == 1
+    else:
+        await store.close(cellar, "t")
+    assert not [key async for key in cellar.list("files/")]
+    assert not await names(store, "drafted_files")
+    assert not await store.parts("t"), "it is painted again"
+    assert not await store.without_media(["t"]), "it may be tried again"
+
+
+async def drafted(store: MediaJobStore, cellar: Blobs, lease: Lease, name: str) -> None:
+    await store.draft(lease, [name])
+    await cellar.put(f"files/{name}", b"picture")
+
+
 async def test_a_database_of_the_version_before_keeps_what_it_has(database: Database) -> None:
-    def downgraded(connection: sa.Connection) -> None:
+    columns = "id, project_id, node, submitted, sound, bytes, path, shown, duration, created_at"
+    values = "'t', 'p', 'n', true, 'kept', 7, '/v1/audio/transcriptions', 'json', 1.5, 0"
+    before = [
+        "INSERT INTO projects (id, name, created_at) VALUES ('p', 'p', 0)",
+        f"INSERT INTO transcriptions ({columns}) VALUES ({values})",
+        "INSERT INTO stretches (transcription_id, stage, number, attempt, body) VALUES ('t', 's', 0, 1, 'body')",
+    ]
+
+    def moved(connection: sa.Connection) -> None:
         config = Config()
         config.set_main_option("script_location", "src/forebay/store/migrations")
         config.attributes["connection"] = connection
-        command.downgrade(config, "0003")
-        assert "transcriptions" not in sa.inspect(connection).get_table_names()
-        connection.execute(sa.text("INSERT INTO projects (id, name, created_at) VALUES ('p', 'p', 0)"))
-        command.upgrade(config, "head")
-        assert "stretches" in sa.inspect(connection).get_table_names()
+        for _ in range(2):
+            command.downgrade(config, "0004")
+            tables = sa.inspect(connection).get_table_names()
+            assert {"transcriptions", "stretches"} <= set(tables)
+            while before:
+                connection.execute(sa.text(before.pop(0)))
+            command.upgrade(config, "head")
+            assert not {"transcriptions", "stretches"} & set(sa.inspect(connection).get_table_names())
 
+    query = "SELECT kind, media, bytes, attempt, j.id FROM media_jobs j JOIN media_parts p ON p.job_id = j.id"
     async with database.begin() as transaction:
-        await transaction.run_sync(downgraded)
-        assert await transaction.scalar(sa.text("SELECT name FROM projects WHERE id = 'p'")) == "p"
+        await transaction.run_sync(moved)
+        assert (await transaction.execute(sa.text(query))).one() == (TRANSCRIPTION, "kept", 7, 1, "t")
+        await transaction.execute(sa.text("DELETE FROM media_jobs"))
+        assert not (await transaction.execute(sa.text("SELECT 1 FROM media_parts"))).all()
