@@ -104,12 +104,14 @@ async def test_a_program_that_dies_is_replaced_once_for_each_image(made: Any) ->
     await asyncio.sleep(0)  # it has begun
     first.kill()
     assert await waiting
-    (second,) = checker._idle
+    (second,) = checker._programs.idle
     second._process.send_signal(signal.SIGSTOP)
     waiting = asyncio.create_task(check(checker, picture()))
     await asyncio.sleep(0)
     second.kill()
-    third = await eventually(lambda: [each for each in checker._busy if each is not second], what="another program")
+    third = await eventually(
+        lambda: [each for each in checker._programs.busy if each is not second], what="another program"
+    )
     third[0].kill()
     with pytest.raises(ServerError):
         await waiting
@@ -130,7 +132,7 @@ def test_a_program_whose_end_is_not_told_yet_is_not_asked() -> None:
         checker = Checker(MediaSettings(), SystemClock())
         try:
             await check(checker, picture())
-            (program,) = checker._idle
+            (program,) = checker._programs.idle
             assert program._process.stdin is not None
             program._process.stdin.close()
             with pytest.raises(OSError):

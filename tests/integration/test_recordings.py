@@ -393,7 +393,7 @@ async def test_few_at_once_and_a_line_that_ends(tmp_path: Path) -> None:
         content, most = opus_of(10, 1), 0
         asked = [asyncio.create_task(samples(made, content)) for _ in range(80)]
         while not all(each.done() for each in asked):
-            most = max(most, len(made._decoder._busy))
+            most = max(most, len(made._decoder._programs.busy))
             await asyncio.wait(asked, timeout=0.01)
         ended = [each.exception() for each in asked]
         refused = [each for each in ended if each is not None]

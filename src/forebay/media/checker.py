@@ -1,4 +1,4 @@
-"""The programs that look at images: started when one is needed, spoken to over their pipes, ended when they hang.
+"""The check of images before an engine sees them, by programs that are spoken to over their pipes.
 
 It refuses to decode anything itself, and to believe a program further than that its answer has the form of a picture.
 """
@@ -7,15 +7,15 @@ import asyncio
 import contextlib
 import json
 import struct
-import sys
+from asyncio.subprocess import PIPE
 from enum import IntEnum
 
 from forebay.clock import Clock
-from forebay.config import MediaSettings, environment_for_others
+from forebay.config import MediaSettings
 from forebay.errors import CallerError, InvalidRequest, PayloadTooLarge, ServerError
+from forebay.media.programs import Programs, launch
 
 _OUT_BYTES_MAX = 32 * 2**20
-_GRACE_SECONDS = 2.0
 _PICTURES = (b"data:image/png;base64,", b"data:image/jpeg;base64,")
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 _FAILED = "The program that looks at images failed. Try again."
@@ -39,19 +39,12 @@ class Checker:
 
     def __init__(self, settings: MediaSettings, clock: Clock) -> None:
         self._settings = settings
-        self._clock = clock
         self._places = asyncio.Semaphore(settings.checks_at_once)
-        self._idle: list[_Program] = []
-        self._busy: set[_Program] = set()
+        self._programs = Programs(self._start, settings.check_seconds_max, _FAILED, clock)
 
     async def close(self) -> None:
         """End every program."""
-        programs = [*self._idle, *self._busy]
-        self._idle.clear()
-        for program in programs:
-            program.kill()
-        for program in programs:
-            await program.wait()
+        await self._programs.close()
 
     async def check(self, data: bytes, *, declared: str | None, in_base64: bool, low: bool) -> str:
         """The `data:` URL of the image as our own encoder writes it.
@@ -63,43 +56,23 @@ class Checker:
         edge = settings.low_edge_pixels_max if low else settings.edge_pixels_max
         head = json.dumps({"declared": declared, "base64": in_base64, "edge": min(edge, settings.edge_pixels_max)})
         async with self._places:
-            for program in (self._take(), None):  # one that was killed by somebody else is nobody's mistake, once
-                with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                    verdict, picture = await self._ask(program or await _start(settings), head.encode(), data)
-                    break
-            else:
-                raise ServerError(_FAILED)
+            answer = await self._programs.ask(lambda program: program.ask(head.encode(), data))
+        verdict, picture = (_Verdict.TOO_COSTLY, b"") if answer is None else answer
         if verdict != _Verdict.OK:
             raise _refusal(verdict, settings)
         if not _is_picture(picture):
             raise ServerError(_FAILED)
         return picture.decode("ascii")
 
-    async def _ask(self, program: "_Program", head: bytes, data: bytes) -> tuple[int, bytes]:
-        """Its verdict and picture; one that has not answered is ended. Raises OSError or IncompleteReadError if it died."""
-        self._busy.add(program)
-        whole = False
-        try:
-            async with self._clock.timeout(2 * self._settings.check_seconds_max + _GRACE_SECONDS):
-                answer = await program.ask(head, data)
-            whole = True
-        except TimeoutError:
-            raise _refusal(_Verdict.TOO_COSTLY, self._settings) from None
-        finally:
-            self._busy.discard(program)
-            if whole:
-                self._idle.append(program)
-            else:
-                program.kill()
-        return answer
-
-    def _take(self) -> "_Program | None":
-        """One that is idle, and has not died of something else meanwhile."""
-        while self._idle:
-            program = self._idle.pop()
-            if program.lives:
-                return program
-        return None
+    async def _start(self) -> "_Program":
+        settings = self._settings
+        limits = {
+            "pixels_max": settings.pixels_max,
+            "frames_max": settings.frames_max,
+            "memory_bytes_max": settings.check_memory_bytes_max,
+            "seconds_max": settings.check_seconds_max,
+        }
+        return _Program(await launch("forebay.engines.image_check", limits, stdin=PIPE, stdout=PIPE))
 
 
 class _Program:
@@ -115,7 +88,7 @@ class _Program:
         return self._process.returncode is None and not self._process.stdin.is_closing()
 
     async def ask(self, head: bytes, data: bytes) -> tuple[int, bytes]:
-        """Verdict and picture. Raises OSError or IncompleteReadError if it has ended."""
+        """Verdict and picture. Raises OSError if it has ended."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -123,10 +96,13 @@ class _Program:
             raise BrokenPipeError
         stdin.writelines((struct.pack(">II", len(head), len(data)), head, data))
         await stdin.drain()
-        verdict, size = struct.unpack(">BI", await stdout.readexactly(5))
-        if size > _OUT_BYTES_MAX:
-            raise OSError("an answer that is too long")
-        return verdict, await stdout.readexactly(size)
+        try:
+            verdict, size = struct.unpack(">BI", await stdout.readexactly(5))
+            if size > _OUT_BYTES_MAX:
+                raise OSError("an answer that is too long")
+            return verdict, await stdout.readexactly(size)
+        except asyncio.IncompleteReadError:
+            raise ConnectionResetError from None
 
     def kill(self) -> None:
         """End it; the child that looks at an image ends with it."""
@@ -136,27 +112,6 @@ class _Program:
     async def wait(self) -> None:
         """Wait until it has ended."""
         await self._process.wait()
-
-
-async def _start(settings: MediaSettings) -> _Program:
-    limits = {
-        "pixels_max": settings.pixels_max,
-        "frames_max": settings.frames_max,
-        "memory_bytes_max": settings.check_memory_bytes_max,
-        "seconds_max": settings.check_seconds_max,
-    }
-    pipe = asyncio.subprocess.PIPE
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "forebay.engines.image_check", json.dumps(limits)),
-            stdin=pipe,
-            stdout=pipe,
-            env=environment_for_others(),
-            start_new_session=True,
-        )
-    except OSError:
-        raise ServerError(_FAILED) from None
-    return _Program(process)
 
 
 def _is_picture(answer: bytes) -> bool:
