@@ -17,12 +17,12 @@ from forebay.blobs.blobs import open_blobs
 from forebay.clock import Clock, SystemClock
 from forebay.config import Settings
 from forebay.errors import SetupError
-from forebay.gateway.audio import Places
 from forebay.gateway.auth import Authenticator
 from forebay.gateway.envelope import Envelope
 from forebay.gateway.hearing import Hearing
 from forebay.gateway.listener import Listener
 from forebay.gateway.online import Door
+from forebay.gateway.places import Places
 from forebay.gateway.rates import Rates
 from forebay.gateway.server import create_app
 from forebay.jobs.admission import Admission
@@ -285,7 +285,7 @@ class House:
         state.webhooks, state.dead_letters, state.outbound = stores.webhooks, stores.dead_letters, self._outbound
         state.idempotency, state.batches = stores.idempotency, stores.batches
         state.responses, state.response_ends = stores.responses, ResponseEnds(stores.responses)
-        state.media_jobs, state.audio_places = stores.media_jobs, Places(settings.audio.uploads_at_once)
+        state.media_jobs, state.audio_places = stores.media_jobs, Places(settings.audio.uploads_at_once, "recordings")
         state.hearing = Hearing(self._speech.recordings, self._speech.transcriber, settings.audio)
         state.desk, state.clock = self._office.desk, self._clock
         state.metrics, state.started_at = metrics, self._clock.now()

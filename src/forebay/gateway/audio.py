@@ -4,9 +4,6 @@ A recording comes in a form, or a JSON body says where it is. It refuses to hold
 file as they come. More than a bounded number of requests about recordings at once get 429.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -17,12 +14,13 @@ from forebay.config import Settings
 from forebay.dialects.openai.audio_events import SpeechShape
 from forebay.dialects.openai.audio_forms import AUDIO_FORM
 from forebay.dialects.openai.call import Call
-from forebay.errors import CallerError, InvalidRequest, Overloaded, RateLimited
+from forebay.errors import CallerError, InvalidRequest, RateLimited
 from forebay.gateway.answers import error_answer, read_body
 from forebay.gateway.auth import Principal, may_create, principal, upstream_key
 from forebay.gateway.hearing import Hearing, SpeechAnswer
-from forebay.gateway.multipart import Form, Rules, is_form, read_form
+from forebay.gateway.multipart import FilePart, Form, Rules, is_form, read_form
 from forebay.gateway.online import Door, trace_of
+from forebay.gateway.places import Places
 from forebay.gateway.protocol import allow_steady_body
 from forebay.gateway.transcriptions import in_background
 from forebay.inference import Capability
@@ -30,7 +28,6 @@ from forebay.media.recordings import Spool
 from forebay.replicas.calls import ALIGNMENTS, DIARIZATIONS, ENDPOINTS, TRANSCRIPTIONS, TRANSLATIONS
 from forebay.replicas.catalog import Catalog
 
-_FULL_SECONDS = 5.0
 _FORM_FIELDS_MAX = 1536  # a list is as many fields as it has items; the longest are tokens that are not to be said
 _FILE = "file"
 _WITHOUT_SPEAKERS = frozenset({"json", "text"})
@@ -41,31 +38,6 @@ CanTranscribe = Annotated[Principal, Depends(may_create(Capability.TRANSCRIPTION
 CanTranslate = Annotated[Principal, Depends(may_create(Capability.TRANSLATION))]
 CanAlign = Annotated[Principal, Depends(may_create(Capability.ALIGNMENT))]
 CanDiarize = Annotated[Principal, Depends(may_create(Capability.DIARIZATION))]
-
-
-class Places:
-    """Counts the requests about recordings that are received or worked on. One project leaves a quarter to the others."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._of_one_max = most - most // 4
-        self._taken: Counter[str] = Counter()
-
-    @contextmanager
-    def entered(self, project: str) -> Iterator[None]:
-        """Count one of the project while the block lasts. Raises Overloaded if there are as many as there may be."""
-        if self._taken.total() >= self._most or self._taken[project] >= self._of_one_max:
-            raise Overloaded(
-                "Too many recordings are being received or worked on. Try again later.",
-                retry_after_seconds=_FULL_SECONDS,
-            )
-        self._taken[project] += 1
-        try:
-            yield
-        finally:
-            self._taken[project] -= 1
-            if not self._taken[project]:
-                del self._taken[project]
 
 
 def _takes(path: str) -> dict[str, Any]:
@@ -155,7 +127,7 @@ class RecordingAnswer(Response):
         catalog: Catalog = self._state.catalog
         allow_steady_body(request.scope, settings.files.receive_bytes_per_second_min)
 
-        async def take(form: Form, data: bytes) -> None:
+        async def take(form: Form, _part: FilePart, data: bytes) -> None:
             if "model" in form.fields:
                 catalog.get(form.fields["model"])  # a mistake that is known early spares the rest
             try:
@@ -165,8 +137,8 @@ class RecordingAnswer(Response):
                 raise
 
         names = AUDIO_FORM.names(ENDPOINTS[self._path].body)
-        form = await read_form(request, _FILE, names, take, _rules(names, settings))
-        return AUDIO_FORM.json_of([*form.fields.items(), *form.repeated]), form.has_file
+        form = await read_form(request, {_FILE: 1}, names, take, _rules(names, settings))
+        return AUDIO_FORM.json_of([*form.fields.items(), *form.repeated]), bool(form.files)
 
 
 def _check_shown(call: Call) -> None:

@@ -25,7 +25,7 @@ from forebay.gateway.answers import json_answer
 from forebay.gateway.auth import Principal, principal, role_at_least
 from forebay.gateway.download import Download
 from forebay.gateway.idempotency import create, idempotency_key, replayed
-from forebay.gateway.multipart import Form, read_form
+from forebay.gateway.multipart import FilePart, Form, read_form
 from forebay.gateway.protocol import allow_steady_body
 from forebay.store.database import Transaction
 from forebay.store.files import File, FileStore
@@ -121,13 +121,13 @@ class _Intake:
         """Of what has arrived."""
         return self._digest.hexdigest()
 
-    async def take(self, form: Form, data: bytes) -> None:
+    async def take(self, form: Form, part: FilePart, data: bytes) -> None:
         """Store a piece, or refuse the file as soon as it is known to be wrong."""
         purpose = wire.purpose_of(form.fields) if "purpose" in form.fields else None
-        if form.filename is None:
+        if part.filename is None:
             raise InvalidRequest("Send `file` as a file, with a name.", param="file", code="invalid_value")
         if purpose is not None:
-            wire.check_name(wire.label_of(form.filename), purpose)
+            wire.check_name(wire.label_of(part.filename), purpose)
         self.size += len(data)
         wire.check_size(self.size, purpose, self._limits)
         self._digest.update(data)
@@ -153,12 +153,12 @@ async def _receive_file(request: Request, caller: Principal) -> Response:
     async with drafted(lambda: store.discard(blobs, begun)) as draft:
         async with blobs.write(begun.blob_key) as writer:
             intake = _Intake(limits, writer.write)
-            form = await read_form(request, "file", wire.FORM_FIELDS, intake.take)
-            await intake.take(form, b"")  # an empty file, or a purpose that came last
+            form = await read_form(request, {"file": 1}, wire.FORM_FIELDS, intake.take)
+            await intake.take(form, form.files[0], b"")  # an empty file, or a purpose that came last
             purpose, expires_after = wire.purpose_of(form.fields), wire.expiry_of(form.fields)
         commit_points.reach("file.blob_written")
         keep_seconds = wire.keep_seconds(purpose, expires_after, limits)
-        named = replace(begun, filename=wire.label_of(form.filename or ""), purpose=purpose)
+        named = replace(begun, filename=wire.label_of(form.files[0].filename or ""), purpose=purpose)
 
         async def finish(transaction: Transaction) -> dict[str, Any]:
             return file_object(await store.finish(transaction, named, intake.size, intake.sha256, keep_seconds))

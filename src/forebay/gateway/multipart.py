@@ -1,9 +1,9 @@
-"""Forms with one file in them, taken apart as they arrive.
+"""Forms with files in them, taken apart as they arrive.
 
-It refuses to hold the file, in memory or on a disk of its own: its bytes go on to whoever takes them, piece by piece.
+It refuses to hold a file, in memory or on a disk of its own: its bytes go on to whoever takes them, piece by piece.
 """
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -20,17 +20,26 @@ _HEADER_BYTES_MAX = 4096
 _AS_THEY_ARE = {"", "binary", "8bit", "7bit"}  # transfer encodings that change nothing
 
 
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A file of a form: the `number`-th of its field, from 0. Its `filename` has been checked by nobody."""
+
+    field: str
+    number: int = 0
+    filename: str | None = None
+
+
 @dataclass(slots=True)
 class Form:
-    """What has arrived of a form so far. `filename` is what the sender calls the file, and has been checked by nobody.
-
-    `repeated` are the fields, with their names, that may be there several times.
-    """
+    """What has arrived of a form so far. `repeated` are the fields, with their names, that may be there several times."""
 
     fields: dict[str, str] = field(default_factory=dict)
     repeated: list[tuple[str, str]] = field(default_factory=list)
-    has_file: bool = False
-    filename: str | None = None
+    files: list[FilePart] = field(default_factory=list)
+
+    def count(self, name: str) -> int:
+        """How many files have come in a field."""
+        return sum(part.field == name for part in self.files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +53,7 @@ class Rules:
     needs_file: bool = True
 
 
-Take = Callable[[Form, bytes], Awaitable[None]]
+Take = Callable[[Form, FilePart, bytes], Awaitable[None]]
 _PLAIN = Rules()
 
 
@@ -54,18 +63,19 @@ def is_form(request: Request) -> bool:
 
 
 async def read_form(
-    request: Request, file_field: str, others: Collection[str], take: Take, rules: Rules = _PLAIN
+    request: Request, files: Mapping[str, int], others: Collection[str], take: Take, rules: Rules = _PLAIN
 ) -> Form:
-    """Read the whole body, handing each piece of the file to `take` with what is known by then.
+    """Read the whole body, handing each piece of a file to `take` with what is known by then.
 
+    `files` are the fields that are files, and how many each may have; one of several may call itself `name[]`, too.
     The fields may come in any order. Raises InvalidRequest for whatever is no such form, PayloadTooLarge for fields that
     are too large, RequestCancelled when it is cut.
     """
-    reader = _Reader(_boundary(request), file_field, others, rules)
+    reader = _Reader(_boundary(request), files, others, rules)
     try:
         async for data in request.stream():
-            for piece in reader.feed(data):
-                await take(reader.form, piece)
+            for part, piece in reader.feed(data):
+                await take(reader.form, part, piece)
     except ClientDisconnect:
         raise RequestCancelled from None
     reader.finish()
@@ -85,9 +95,9 @@ def _boundary(request: Request) -> bytes:
 class _Reader:
     """Keeps the state of one form between pieces of its body."""
 
-    def __init__(self, boundary: bytes, file_field: str, others: Collection[str], rules: Rules) -> None:
+    def __init__(self, boundary: bytes, files: Mapping[str, int], others: Collection[str], rules: Rules) -> None:
         self.form = Form()
-        self._file_field = file_field
+        self._files = files
         self._others = others
         self._rules = rules
         self._parts = 0
@@ -96,8 +106,8 @@ class _Reader:
         self._headers: dict[str, bytearray] = {}
         self._header = bytearray()
         self._value = bytearray()
-        self._name: str | None = None  # of the field that is being read; none while it is the file
-        self._pieces: list[bytes] = []
+        self._name: str | None = None  # of the field that is being read; none while it is a file
+        self._pieces: list[tuple[FilePart, bytes]] = []
         try:
             self._parser = MultipartParser(
                 boundary,
@@ -117,8 +127,8 @@ class _Reader:
         except FormParserError:
             raise InvalidRequest("The boundary of the form is too long.", code="invalid_multipart") from None
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Read on; the pieces of the file that `data` held."""
+    def feed(self, data: bytes) -> list[tuple[FilePart, bytes]]:
+        """Read on; the pieces of files that `data` held."""
         self._pieces = []
         try:
             self._parser.write(data)
@@ -130,10 +140,9 @@ class _Reader:
         """Raise InvalidRequest unless the form came to its end and had a file."""
         if not self._ended:
             raise InvalidRequest("The form ends before its last boundary.", code="invalid_multipart")
-        if self._rules.needs_file and not self.form.has_file:
-            raise InvalidRequest(
-                f"The form has no file `{self._file_field}`.", param=self._file_field, code="missing_required_parameter"
-            )
+        if self._rules.needs_file and not self.form.files:
+            wanted = next(iter(self._files))
+            raise InvalidRequest(f"The form has no file `{wanted}`.", param=wanted, code="missing_required_parameter")
 
     def _part_begin(self) -> None:
         self._parts += 1
@@ -154,16 +163,19 @@ class _Reader:
         if disposition != b"form-data" or b"name" not in options or encoding not in _AS_THEY_ARE:
             raise InvalidRequest("A part of the form is no plain form field.", code="invalid_multipart")
         name = options[b"name"].decode("utf-8", "replace")
-        if name == self._file_field:
-            self._begin_file(options.get(b"filename"))
+        plain = name.removesuffix("[]")
+        if name in self._files or self._files.get(plain, 0) > 1:
+            self._begin_file(plain, options.get(b"filename"))
         else:
             self._begin_field(name, is_file=b"filename" in options)
 
-    def _begin_file(self, filename: bytes | None) -> None:
-        if self.form.has_file:
-            raise InvalidRequest("Send one file at a time.", param=self._file_field, code="invalid_multipart")
-        self.form.has_file = True
-        self.form.filename = filename.decode("utf-8", "replace") if filename is not None else None
+    def _begin_file(self, name: str, filename: bytes | None) -> None:
+        most, number = self._files[name], self.form.count(name)
+        if number >= most:
+            much = "one file at a time" if most == 1 else f"at most {most} files"
+            raise InvalidRequest(f"Send {much} as `{name}`.", param=name, code="invalid_multipart")
+        called = None if filename is None else filename.decode("utf-8", "replace")
+        self.form.files.append(FilePart(name, number, called))
         self._name = None
 
     def _begin_field(self, name: str, *, is_file: bool) -> None:
@@ -177,7 +189,7 @@ class _Reader:
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         if self._name is None:
-            self._pieces.append(data[start:end])
+            self._pieces.append((self.form.files[-1], data[start:end]))
             return
         self._value += data[start:end]
         self._bytes_left -= end - start

@@ -21,7 +21,7 @@ from forebay.gateway.answers import json_answer, read_body
 from forebay.gateway.auth import Principal, principal
 from forebay.gateway.files import Caller, Member, Receiving, drafted, file_object, limits_of
 from forebay.gateway.idempotency import create, idempotency_key, replayed
-from forebay.gateway.multipart import Form, read_form
+from forebay.gateway.multipart import FilePart, Form, read_form
 from forebay.gateway.protocol import allow_steady_body
 from forebay.store.database import Transaction
 from forebay.store.files import File, FileStore
@@ -91,7 +91,7 @@ async def _receive_part(request: Request, caller: Principal, upload_id: str) -> 
     async with drafted(lambda: store.discard_part(blobs, begun)) as draft:
         async with blobs.write(begun.blob_key) as writer:
             intake = _PartIntake(writer, settings.files.part_bytes_max)
-            await read_form(request, "data", (), intake.take)
+            await read_form(request, {"data": 1}, (), intake.take)
             if not intake.size:
                 raise InvalidRequest("The part is empty.", param="data", code="invalid_value")
 
@@ -148,7 +148,7 @@ class _PartIntake:
         self._writer = writer
         self._bytes_max = bytes_max
 
-    async def take(self, _form: Form, data: bytes) -> None:
+    async def take(self, _form: Form, _part: FilePart, data: bytes) -> None:
         """Store a piece."""
         self.size += len(data)
         if self.size > self._bytes_max:

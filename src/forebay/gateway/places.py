@@ -1,0 +1,38 @@
+"""Bounds how many requests of one kind are received or worked on at once, in all and by project.
+
+It refuses one more than that, and lets no project take the last quarter from the others.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from forebay.errors import Overloaded
+
+_FULL_SECONDS = 5.0
+
+
+class Places:
+    """Counts the requests about `what`."""
+
+    def __init__(self, most: int, what: str) -> None:
+        self._most = most
+        self._what = what
+        self._of_one_max = most - most // 4
+        self._taken: Counter[str] = Counter()
+
+    @contextmanager
+    def entered(self, project: str) -> Iterator[None]:
+        """Count one of the project while the block lasts. Raises Overloaded if there are as many as there may be."""
+        if self._taken.total() >= self._most or self._taken[project] >= self._of_one_max:
+            raise Overloaded(
+                f"Too many {self._what} are being received or worked on. Try again later.",
+                retry_after_seconds=_FULL_SECONDS,
+            )
+        self._taken[project] += 1
+        try:
+            yield
+        finally:
+            self._taken[project] -= 1
+            if not self._taken[project]:
+                del self._taken[project]
