@@ -2,14 +2,13 @@
 
 import json
 import random
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.faults.test_fuzz import CONTENT_TYPES, ODD_HEADERS, check_refusal, swarm, unharmed
+from tests.faults.test_fuzz import CONTENT_TYPES, ODD_HEADERS, check_refusal, fuzzed
 from tests.support.mutate import EVIL, spoiled
 from tests.support.recordings import LOUD, QUIET, SILENT, data_url, form_of, wav
 from tests.support.server import FAKE, Server, serving
@@ -101,23 +100,18 @@ async def test_mutated_requests(prove: bool) -> None:
     count = 20_000 if prove else 1_000
     chance = random.Random(20263)
     async with serving(CONFIG) as server:
-        outcomes = Counter[str]()
-        async with unharmed(server) as batch_done:
-            for _ in range(10):
-                jobs: list[Callable[[], Awaitable[str]]] = []
-                for _ in range(count // 10):
-                    path = chance.choice(PATHS)
-                    body = valid(chance, path)
-                    if chance.random() < 0.7:
-                        data, kind = as_form(chance, body), f"multipart/form-data; boundary={BOUNDARY}"
-                    else:
-                        data = spoiled(chance, {**body, "url": data_url(sound(chance))})
-                        kind = chance.choice(CONTENT_TYPES)
-                    jobs.append(partial(send, server, path, data, kind, chance))
-                outcomes += await swarm(jobs, 8)
-                batch_done()
-        print(f"{outcomes.total()} requests: {dict(outcomes)}")
-        assert outcomes.total() == count
+
+        def make() -> Callable[[], Awaitable[str]]:
+            path = chance.choice(PATHS)
+            body = valid(chance, path)
+            if chance.random() < 0.7:
+                data, kind = as_form(chance, body), f"multipart/form-data; boundary={BOUNDARY}"
+            else:
+                data = spoiled(chance, {**body, "url": data_url(sound(chance))})
+                kind = chance.choice(CONTENT_TYPES)
+            return partial(send, server, path, data, kind, chance)
+
+        outcomes = await fuzzed(server, count, make)
         assert {"ok", "streamed", "media_invalid", "media_too_large", "invalid_value", "invalid_multipart"} <= set(
             outcomes
         )

@@ -1,14 +1,13 @@
 """Mutated requests to the routes of embeddings and rankings: the server neither dies nor grows, and no fault is ours."""
 
 import random
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.faults.test_fuzz import CONTENT_TYPES, ODD_HEADERS, check_refusal, swarm, unharmed
+from tests.faults.test_fuzz import CONTENT_TYPES, ODD_HEADERS, check_refusal, fuzzed
 from tests.support.mutate import spoiled
 from tests.support.server import FAKE, Server, serving
 
@@ -54,17 +53,12 @@ async def test_mutated_requests(prove: bool) -> None:
     count = 20_000 if prove else 3_000
     chance = random.Random(20262)
     async with serving(CONFIG) as server:
-        outcomes = Counter[str]()
-        async with unharmed(server) as batch_done:
-            for _ in range(10):
-                jobs: list[Callable[[], Awaitable[str]]] = []
-                for _ in range(count // 10):
-                    path = chance.choice((EMBEDDINGS, EMBEDDINGS, "/v1/rerank", "/rerank", "/v2/rerank"))
-                    body = valid_embedding(chance) if path == EMBEDDINGS else valid_ranking(chance)
-                    data = spoiled(chance, body)
-                    jobs.append(partial(send, server, path, data, chance))
-                outcomes += await swarm(jobs, 8)
-                batch_done()
-        print(f"{outcomes.total()} requests: {dict(outcomes)}")
-        assert outcomes.total() == count
+
+        def make() -> Callable[[], Awaitable[str]]:
+            path = chance.choice((EMBEDDINGS, EMBEDDINGS, "/v1/rerank", "/rerank", "/v2/rerank"))
+            body = valid_embedding(chance) if path == EMBEDDINGS else valid_ranking(chance)
+            data = spoiled(chance, body)
+            return partial(send, server, path, data, chance)
+
+        outcomes = await fuzzed(server, count, make)
         assert {"ok", "invalid_json", "invalid_value", "missing_required_parameter"} <= set(outcomes)

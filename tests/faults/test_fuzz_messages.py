@@ -3,14 +3,13 @@
 import copy
 import json
 import random
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.faults.test_fuzz import CONTENT_TYPES, GIVEAWAYS, ODD_HEADERS, check_refusal, swarm, unharmed
+from tests.faults.test_fuzz import CONTENT_TYPES, GIVEAWAYS, ODD_HEADERS, check_refusal, fuzzed
 from tests.support.mutate import SCHEMAS, spoiled
 from tests.support.server import FAKE, Server, serving
 
@@ -129,17 +128,12 @@ async def test_mutated_requests(prove: bool) -> None:
     count = 20_000 if prove else 3_000
     chance = random.Random(20263)
     async with serving(CONFIG) as server:
-        outcomes = Counter[str]()
-        async with unharmed(server) as batch_done:
-            for _ in range(10):
-                jobs: list[Callable[[], Awaitable[str]]] = []
-                for _ in range(count // 10):
-                    path = chance.choice(PATHS)
-                    body = valid_body(chance, path)
-                    data = json.dumps(body).encode() if chance.random() < 0.2 else spoiled(chance, body)
-                    jobs.append(partial(send, server, path, data, chance))
-                outcomes += await swarm(jobs, 8)
-                batch_done()
-        print(f"{outcomes.total()} requests: {dict(outcomes)}")
-        assert outcomes.total() == count
+
+        def make() -> Callable[[], Awaitable[str]]:
+            path = chance.choice(PATHS)
+            body = valid_body(chance, path)
+            data = json.dumps(body).encode() if chance.random() < 0.2 else spoiled(chance, body)
+            return partial(send, server, path, data, chance)
+
+        outcomes = await fuzzed(server, count, make)
         assert {"ok", "invalid_json", "invalid_value", "missing_required_parameter"} <= set(outcomes)
