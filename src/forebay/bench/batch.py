@@ -14,7 +14,7 @@ from pydantic_core import to_json
 
 from forebay.bench.caller import ENDED, Caller, calling
 from forebay.bench.report import Measure, Report
-from forebay.bench.stage import Stage, cpu_seconds, staged
+from forebay.bench.stage import Stage, cpu_seconds, literal, staged
 from forebay.bench.wire import now
 from forebay.clock import seeded
 from forebay.errors import SetupError
@@ -83,7 +83,7 @@ async def run(database_url: str | None, seeds: int, size: Size, say: Callable[[s
 
 
 def _settings(database_url: str | None) -> str:
-    where = "" if database_url is None else f"database_url = {to_json(database_url).decode()}\n"
+    where = "" if database_url is None else f"database_url = {literal(database_url)}\n"
     return f"""
 default_models = false
 {where}

@@ -18,7 +18,7 @@ from pydantic_core import to_json
 from forebay.bench.caller import ENDED, Caller, calling
 from forebay.bench.reference import Reference, referring
 from forebay.bench.report import Measure, Report, percentile
-from forebay.bench.stage import Endpoint, Stage, cpu_seconds, staged
+from forebay.bench.stage import Endpoint, Stage, config_of, cpu_seconds, literal, staged
 from forebay.bench.wire import Reply, Target, now
 from forebay.clock import seeded
 from forebay.config import Settings
@@ -141,30 +141,9 @@ def _model(settings: Settings) -> tuple[OnnxModel, Path]:
 
 
 def _toml(model: OnnxModel, database_url: str | None) -> str:
-    options = model.options.model_dump(mode="json", exclude_none=True)
-    where = [] if database_url is None else [f"database_url = {_literal(database_url)}"]
-    lines = [
-        "default_models = false",
-        *where,
-        "[embeddings]",
-        "cache_bytes = 0",
-        "[scheduler]",
-        f"headroom_seconds = {_HEADROOM_SECONDS}",
-        f'[models."{_MODEL}"]',
-        'engine = "onnx"',
-        f"source = {_literal(model.source)}",
-        "preload = true",
-        f"slots = {model.slots}",
-        f"queue_places = {model.queue_places}",
-        f'[models."{_MODEL}".options]',
-        *(f"{name} = {_literal(value)}" for name, value in options.items()),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _literal(value: Any) -> str:
-    """A text, a number or a truth in TOML, which writes them as JSON does."""
-    return to_json(value).decode()
+    where = [] if database_url is None else [f"database_url = {literal(database_url)}"]
+    nothing_kept = ["[embeddings]", "cache_bytes = 0", "[scheduler]", f"headroom_seconds = {_HEADROOM_SECONDS}"]
+    return config_of({_MODEL: model}, *where, *nothing_kept)
 
 
 @asynccontextmanager

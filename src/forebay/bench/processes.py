@@ -1,4 +1,4 @@
-"""What a process and all that it has started take: memory, the most of it that they took together, and CPU time.
+"""What a process and all that it has started take: memory, the most of it that they took together, and CPU time; and its end.
 
 It refuses to know what they do. It needs /proc.
 """
@@ -63,3 +63,13 @@ def _children(pid: int) -> list[int]:
         return [int(child) for each in threads for child in (each / "children").read_text(encoding="ascii").split()]
     except OSError:
         return []
+
+
+async def ended(process: asyncio.subprocess.Process, seconds: float) -> None:
+    """Wait so long for one that was told to end; then kill it."""
+    try:
+        async with asyncio.timeout(seconds):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from forebay import config
+from forebay.bench.processes import ended
 from forebay.errors import SetupError
 
 _ANSWER_SECONDS = 600.0
@@ -81,9 +82,4 @@ async def running(command: Sequence[str], name: str, remedy: str) -> AsyncIterat
 async def _stop(process: asyncio.subprocess.Process) -> None:
     if process.stdin is not None:
         process.stdin.close()
-    try:
-        async with asyncio.timeout(_STOP_SECONDS):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
+    await ended(process, _STOP_SECONDS)

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from pydantic_core import to_json
 
 from forebay.bench.processes import Memory, spent_seconds, watched
 from forebay.bench.program import Program, running
 from forebay.bench.report import Measure, Report
-from forebay.bench.stage import served
+from forebay.bench.stage import config_of, served
 from forebay.bench.wire import now
 from forebay.clock import SystemClock, seeded
 from forebay.config import Settings
@@ -95,7 +94,7 @@ async def run(settings: Settings, name: str, seeds: int, size: Size, say: Callab
     model, folder = _model(settings, name)
     sample = await _sample(settings)
     async with (
-        served(_toml(name, model)) as (url, key, pid),
+        served(config_of({name: model})) as (url, key, pid),
         _directly(model, folder) as program,
         _asking(name, url, key) as through,
         watched(pid) as of_server,
@@ -315,27 +314,6 @@ def _model(settings: Settings, name: str) -> tuple[WhisperModel, Path]:
     path = catalog.path(name)
     folder = path if path.is_dir() else path.parent
     return model.model_copy(update={"source": f"file:{folder}", "files": {}}), folder
-
-
-def _toml(name: str, model: WhisperModel) -> str:
-    options = model.options.model_dump(mode="json", exclude_none=True)
-    lines = [
-        "default_models = false",
-        f"[models.{_literal(name)}]",
-        'engine = "whisper"',
-        f"source = {_literal(model.source)}",
-        "preload = true",
-        f"slots = {model.slots}",
-        f"queue_places = {model.queue_places}",
-        f"[models.{_literal(name)}.options]",
-        *(f"{key} = {_literal(value)}" for key, value in options.items()),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _literal(value: Any) -> str:
-    """A text, a number or a truth in TOML, which writes them as JSON does."""
-    return to_json(value).decode()
 
 
 @asynccontextmanager

@@ -4,19 +4,22 @@ It refuses to measure anything that it has not started itself.
 """
 
 import asyncio
+import itertools
 import re
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from pydantic_core import to_json
 
 import forebay
 from forebay import config
+from forebay.bench.processes import ended
 from forebay.bench.wire import Target
 from forebay.clock import new_token
 from forebay.dialects.openai.call import Context, parse
@@ -118,6 +121,37 @@ def _child_of(pid: int) -> int:
         return pid
 
 
+def config_of(models: Mapping[str, Model], *more: str) -> str:
+    """The settings of a server (TOML) that has these models alone, loaded; `more` are lines in front of them."""
+    return "\n".join(["default_models = false", *more, *itertools.starmap(_table, models.items())]) + "\n"
+
+
+def _table(name: str, model: Model) -> str:
+    lines = [
+        f"[models.{literal(name)}]",
+        f"engine = {literal(model.engine)}",
+        *([] if model.source is None else [f"source = {literal(model.source)}"]),
+        "preload = true",
+        f"slots = {model.slots}",
+        f"queue_places = {model.queue_places}",
+        f"[models.{literal(name)}.options]",
+        *(
+            f"{key} = {literal(value)}"
+            for key, value in model.options.model_dump(mode="json", exclude_none=True).items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def literal(value: Any) -> str:
+    """A value in TOML, which writes texts, numbers, truths and lists as JSON does, and tables nearly so."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(key)} = {literal(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    return to_json(value).decode()
+
+
 @asynccontextmanager
 async def served(settings: str) -> AsyncIterator[tuple[str, str, int]]:
     """Start a server with `settings` (TOML) in a folder of its own: its address, its key and its process."""
@@ -152,7 +186,9 @@ async def _server(folder: Path) -> AsyncIterator[tuple[str, str, int]]:
     except TimeoutError:
         raise SetupError(f"The server was not ready in time:\n{_last_lines(log)}") from None
     finally:
-        await _stop(process)
+        if process.returncode is None:
+            process.terminate()
+        await ended(process, _STOP_SECONDS)
 
 
 async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
@@ -171,17 +207,6 @@ def _last_lines(log: Path) -> str:
 
 def _text(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.terminate()
-        try:
-            async with asyncio.timeout(_STOP_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
 
 
 async def _until_ok(url: str) -> None:
