@@ -14,8 +14,7 @@ import numpy as np
 
 from forebay.engines.compute import Compute
 from forebay.engines.ctc import WILDCARD, Alphabet, Span, align
-from forebay.engines.onnx_model import cores
-from forebay.engines.threads import Threads, Unwanted, Wanted, all_ended
+from forebay.engines.threads import Threads, Unwanted, Wanted, all_ended, cores
 from forebay.engines.wav2vec2 import Ear, Letters, Listener, Samples, joined, pieces
 from forebay.engines.word_times import Heard
 from forebay.speech import SAMPLE_RATE, Character, Segment

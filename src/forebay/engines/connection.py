@@ -32,6 +32,10 @@ class Refused(Exception):
         self.body = json.dumps({"error": {"message": message, "type": kind, "code": code, **more}}).encode()
 
 
+async def _at_once() -> None:
+    """Where nobody has to be waited for."""
+
+
 @dataclass(slots=True)
 class Visit:
     """One request as its route sees it."""
@@ -48,6 +52,8 @@ class Visit:
 
     An error that follows one is the last record, with the key `error`.
     """
+    drained: Callable[[], Awaitable[object]] = _at_once
+    """Returns when whoever reads the records has taken nearly all; for who has many megabytes of them to tell."""
 
     @property
     def ids(self) -> str:
@@ -100,6 +106,8 @@ class Connection(asyncio.Protocol):
         self._gone = False
         self._begun = False
         self._records = False
+        self._writable = asyncio.Event()
+        self._writable.set()
         self._reset()
 
     def _reset(self) -> None:
@@ -111,11 +119,18 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
 
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
     def eof_received(self) -> bool:
         self._leave()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._writable.set()
         self._leave()
 
     def _leave(self) -> None:
@@ -167,7 +182,16 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         path = self._url.decode("latin-1").partition("?")[0]
         method, keep_alive = self._parser.get_method().decode(), self._parser.should_keep_alive()
-        visit = Visit(method, path, bytes(self._body), self._headers, keep_alive, self._proceed, self._tell)
+        visit = Visit(
+            method,
+            path,
+            bytes(self._body),
+            self._headers,
+            keep_alive,
+            self._proceed,
+            self._tell,
+            self._writable.wait,
+        )
         self._pending.append(visit)
         self._body = bytearray()
         self._next()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from forebay.engines.start import check_types, keep_stdout, read_spec, refuse_to_start, run_out_of_memory
+from forebay.engines.threads import cores
 
 _TAIL_BYTES = 8 * 1024
 _MIB = 1024 * 1024
@@ -197,7 +198,7 @@ def _parameters(spec: Spec, key: str, xllamacpp: Any) -> Any:
     params.n_ctx = spec.slots * spec.context
     params.n_batch = spec.batch
     params.n_ubatch = min(spec.batch, _MICRO_BATCH)
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads or _cores()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads or cores()
     params.n_gpu_layers = spec.gpu_layers
     params.main_gpu = spec.main_gpu
     if spec.tensor_split:
@@ -239,12 +240,6 @@ def _close_doors(params: Any, spec: Spec, key: str) -> None:
     params.lora_adapters = []
     params.server_tools = []
     params.cors_origins = "http://127.0.0.1"
-
-
-def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _kv_type(spec: Spec, types: Any) -> Any:

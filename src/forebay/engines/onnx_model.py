@@ -4,7 +4,6 @@ It refuses to fall back from the device that was asked for to another one, and t
 when there is none that fits.
 """
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -78,11 +77,6 @@ def run_session(
         raise_if_memory(error)
         raise StepFailed(str(error)) from error
     return np.asarray(rows)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Encoder:

@@ -20,11 +20,10 @@ from forebay.engines import reports
 from forebay.engines.clustering import Floats
 from forebay.engines.connection import Answer, Refused, Route, Visit
 from forebay.engines.ge2e import DIMENSIONS, HOP_SAMPLES, Ge2e, gain, mel_frames
-from forebay.engines.onnx_model import cores
 from forebay.engines.reports import one_line
 from forebay.engines.serving import OutOfMemory
 from forebay.engines.speakers_orders import Order, Stretch, read_order, read_stretch
-from forebay.engines.threads import Threads, Unwanted, Wanted, all_ended
+from forebay.engines.threads import Threads, Unwanted, Wanted, all_ended, cores
 from forebay.engines.turns import Region, turns
 from forebay.engines.vad import WINDOW_SAMPLES, Vad, VadOptions, regions
 from forebay.engines.whisper_chunks import consumed, until

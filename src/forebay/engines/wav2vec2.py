@@ -20,10 +20,10 @@ import onnxruntime
 from forebay.engines.batcher import Item
 from forebay.engines.compute import StepFailed
 from forebay.engines.ctc import WILDCARD, Alphabet, Emissions
-from forebay.engines.onnx_model import cores, open_session, run_session
+from forebay.engines.onnx_model import open_session, run_session
 from forebay.engines.serving import OutOfMemory
 from forebay.engines.start import refuse_to_start
-from forebay.engines.threads import Wanted
+from forebay.engines.threads import Wanted, cores
 from forebay.speech import SAMPLE_RATE
 
 Samples = npt.NDArray[np.int16]

@@ -22,6 +22,7 @@ from forebay.engines.connection import Answer, Refused, Route, Visit
 from forebay.engines.reports import one_line
 from forebay.engines.serving import Service, run
 from forebay.engines.start import CANNOT_START, OUT_OF_MEMORY, check_types, read_spec, refuse_to_start
+from forebay.engines.threads import cores
 from forebay.engines.vad import Vad, regions
 from forebay.engines.whisper_child import Ended
 from forebay.engines.whisper_chunks import Chunk, Region, collect, consumed, quietest, until, windows
@@ -57,7 +58,6 @@ class Spec:
 
     def for_compute(self) -> dict[str, Any]:
         """What the compute process has to know."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         numbers = self.compute_type
         if numbers == "auto":
             numbers = "int8" if self.device == "cpu" else "float16"
@@ -67,7 +67,7 @@ class Spec:
             "device": self.device,
             "device_index": self.device_index,
             "compute_type": numbers,
-            "threads": self.threads or cores,
+            "threads": self.threads or cores(),
             "rehearse": self.rehearse,
         }
 
