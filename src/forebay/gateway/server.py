@@ -45,6 +45,7 @@ from forebay.replicas.calls import (
     TOKENIZE,
 )
 from forebay.replicas.catalog import Catalog
+from forebay.replicas.commands import capabilities_of
 from forebay.store.key_format import Role
 
 _BUG = "The server met a bug of its own. Report it with this request's id."
@@ -178,7 +179,7 @@ async def openapi(request: Request) -> Response:
 
 
 def _model(request: Request, name: str) -> dict[str, Any]:
-    request.app.state.catalog.get(name)
+    model = request.app.state.catalog.get(name)
     supervisor = request.app.state.supervisor
     reason = supervisor.record(name).reason
     return {
@@ -186,6 +187,7 @@ def _model(request: Request, name: str) -> dict[str, Any]:
         "object": "model",
         "created": int(request.app.state.started_at),
         "owned_by": "forebay",
+        "capabilities": sorted(each.value for each in capabilities_of(model)),
         "state": supervisor.state(name).value,
         "reason": sanitise(reason) if reason else None,  # paths are for operators
         "circuit": supervisor.circuit(name),
