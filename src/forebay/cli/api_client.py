@@ -103,10 +103,12 @@ class ApiClient:
         async with self.request(method, path, **content) as response:
             return _parsed(await _read(response, _ANSWER_BYTES_MAX))
 
-    async def events(self, path: str) -> AsyncGenerator[dict[str, Any], None]:
-        """The parsed events of a stream, with their names as `event`."""
-        async with self.request("GET", path) as response:
-            async for block in blocks_of(response):
+    async def events(
+        self, path: str, method: str = "GET", bytes_max: int = _EVENT_BYTES_MAX, **content: Any
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The parsed events of a stream, none longer than `bytes_max`, with their names as `event`."""
+        async with self.request(method, path, **content) as response:
+            async for block in blocks_of(response, bytes_max):
                 name, data = b"", b""
                 for line in block.splitlines():
                     name = line[6:].strip() if line.startswith(b"event:") else name
@@ -163,15 +165,18 @@ class _Request:
         return NotNow(f"The connection to {where} broke off ({type(error).__name__}). Ask again.")
 
 
-async def blocks_of(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def blocks_of(response: aiohttp.ClientResponse, bytes_max: int = _EVENT_BYTES_MAX) -> AsyncIterator[bytes]:
     """The events of a stream as they came. Raises SetupError for one without end."""
-    rest = b""
+    buffer, searched = bytearray(), 0
     async for data in response.content.iter_any():
-        *blocks, rest = (rest + data).split(b"\n\n")
-        if len(rest) > _EVENT_BYTES_MAX:
+        buffer += data
+        while (end := buffer.find(b"\n\n", searched)) >= 0:
+            yield bytes(buffer[:end])
+            del buffer[: end + 2]
+            searched = 0
+        searched = max(0, len(buffer) - 1)
+        if len(buffer) > bytes_max:
             raise SetupError(_NO_ANSWER)
-        for block in blocks:
-            yield block
 
 
 async def _read(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:

@@ -17,6 +17,7 @@ HELP = {  # the first paragraph of each command's own help; tests/house holds th
     "worker": "Work on jobs; Ctrl-C or SIGTERM writes down what is done so far and stops it.",
     "chat": "Talk to a model of a running server. Type /help inside. `echo question | forebay chat` works too.",
     "transcribe": "Write down what is said in recordings, as text, subtitles or JSON.",
+    "edit": "Change what a mask marks in an image, as a prompt says.",
     "doctor": "Look at this machine and the configuration; status 1 if something would stop `forebay serve`.",
     "models": "List, pull, verify and remove models.",
     "keys": "Create, list and revoke API keys.",

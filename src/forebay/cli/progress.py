@@ -32,6 +32,10 @@ class View(AbstractContextManager[Any], Protocol):
         """Tell how much of a file is on its way."""
         ...
 
+    def show_steps(self, phase: str, step: int, steps: int) -> None:
+        """Tell how many of its steps are done."""
+        ...
+
 
 def view_of(name: str = "") -> View:
     """A bar on a terminal, otherwise lines. `name` is what several of them differ in."""
@@ -129,6 +133,10 @@ class _Bar:
         """Draw how much of a file is on its way."""
         self._draw(phase, sent, size, f"{sent / 2**20:.1f}/{size / 2**20:.1f} MiB", "")
 
+    def show_steps(self, phase: str, step: int, steps: int) -> None:
+        """Draw how many of its steps are done."""
+        self._draw(phase, step, steps, f"{step}/{steps}", "")
+
     def _draw(self, phase: str, done: int, total: int, amount: str, note: str) -> None:
         phase = escape(self._before + phase)
         self._progress.update(
@@ -159,6 +167,10 @@ class _Lines:
     def show_bytes(self, phase: str, _sent: int, size: int) -> None:
         """Say that a file is on its way."""
         self._tell(phase, f"{size / 2**20:.1f} MiB")
+
+    def show_steps(self, phase: str, _step: int, steps: int) -> None:
+        """Say how many steps there are."""
+        self._tell(phase, f"{steps} steps")
 
     def _tell(self, phase: str, *more: str) -> None:
         if phase != self._told:

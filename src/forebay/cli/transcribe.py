@@ -4,21 +4,20 @@ It refuses to write over what is there, and to leave a job behind when it is sto
 """
 
 import asyncio
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, cast
+from typing import Annotated, Any
 
-import aiohttp
 import typer
 
 from forebay.cli.api_client import LOCAL_SERVER, ApiClient, KeyFile, NotNow, ServerUrl, ask, path_of
 from forebay.cli.options import EXIT_FAILED, sentences
 from forebay.cli.progress import View, show_until_done, view_of
 from forebay.cli.results import write_whole
+from forebay.cli.uploads import form_of
 from forebay.errors import SetupError
 
 _SUFFIXES = {"text": ".txt", "srt": ".srt", "vtt": ".vtt", "rttm": ".rttm"}
@@ -160,29 +159,5 @@ async def _followed(client: ApiClient, job: dict[str, Any], view: View) -> dict[
 
 
 async def _send(client: ApiClient, path: str, fields: dict[str, str], recording: Path, view: View) -> dict[str, Any]:
-    try:
-        size = recording.stat().st_size
-        source = _Watched(recording, lambda sent: view.show_bytes("uploading", sent, size))
-    except OSError as error:
-        raise SetupError(f"{recording} cannot be read: {error.strerror}.") from None
-    with source:
-        form = aiohttp.FormData()
-        for name, value in fields.items():
-            form.add_field(name, value)
-        content = cast("BinaryIO", io.BufferedReader(source, 2**18))
-        form.add_field("file", content, filename=recording.name, content_type="application/octet-stream")
+    with form_of(fields, {"file": recording}, view) as form:
         return await client.call("POST", path, data=form)
-
-
-class _Watched(io.FileIO):
-    """A file that tells how much of it was read."""
-
-    def __init__(self, path: Path, told: Callable[[int], None]) -> None:
-        super().__init__(path)
-        self._told = told
-
-    def readinto(self, buffer: Any, /) -> int | None:
-        """Read the next bytes."""
-        count = super().readinto(buffer)
-        self._told(self.tell())
-        return count
