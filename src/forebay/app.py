@@ -25,6 +25,7 @@ from forebay.gateway.online import Door
 from forebay.gateway.places import Places
 from forebay.gateway.rates import Rates
 from forebay.gateway.server import create_app
+from forebay.gateway.signed import Signer
 from forebay.jobs.admission import Admission
 from forebay.jobs.batch import BatchWork
 from forebay.jobs.chunk import ChunkWork
@@ -39,7 +40,7 @@ from forebay.jobs.segments import SegmentStore
 from forebay.jobs.speech_lines import SpeechLines
 from forebay.jobs.transcription import TranscriptionWork, transcription_kind
 from forebay.jobs.webhook import webhook_kind
-from forebay.media.files import UploadedImages, UploadedRecordings
+from forebay.media.files import UploadedFiles
 from forebay.media.images import Images
 from forebay.media.recordings import Recordings
 from forebay.model_config import UpstreamModel
@@ -62,6 +63,7 @@ from forebay.store.key_format import Role
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
 from forebay.store.media_jobs import MediaJobStore
 from forebay.store.responses import ResponseStore
+from forebay.store.secrets import SecretStore
 from forebay.store.uploads import UploadStore
 from forebay.store.webhooks import WebhookStore
 from forebay.telemetry import Log, Metrics
@@ -95,6 +97,7 @@ class Stores:
         self.idempotency = IdempotencyStore(database, clock)
         self.responses = ResponseStore(database, clock, settings.responses)
         self.media_jobs = MediaJobStore(database, clock, node)
+        self.secrets = SecretStore(database)
 
 
 class Speech:
@@ -102,7 +105,7 @@ class Speech:
 
     def __init__(self, settings: Settings, stores: Stores, outbound: Outbound, clock: Clock) -> None:
         folder = settings.data_dir / "recordings" / stores.node  # nobody else who lives has the name
-        stored = UploadedRecordings(stores.files, stores.blobs)
+        stored = UploadedFiles(stores.files, stores.blobs)
         self.recordings = Recordings(
             settings.audio, folder, outbound, stored, clock, free_bytes_min=settings.files.free_bytes_min
         )
@@ -270,7 +273,7 @@ class House:
         machine = Machine(settings, environment, self._clock, metrics)
         self._machine = machine
         self._outbound = Outbound(settings.outbound, self._clock)
-        self._images = Images(settings.media, self._outbound, UploadedImages(stores.files, stores.blobs), self._clock)
+        self._images = Images(settings.media, self._outbound, UploadedFiles(stores.files, stores.blobs), self._clock)
         calls = Calls(machine.catalog, self._images, settings.audio.diarization_model)
         self._speech = Speech(settings, stores, self._outbound, self._clock)
         self._office = build_office(
@@ -288,6 +291,7 @@ class House:
         state.media_jobs, state.audio_places = stores.media_jobs, Places(settings.audio.uploads_at_once, "recordings")
         state.hearing = Hearing(self._speech.recordings, self._speech.transcriber, settings.audio)
         state.desk, state.clock = self._office.desk, self._clock
+        state.signer = Signer(stores.secrets, self._clock)
         state.metrics, state.started_at = metrics, self._clock.now()
         state.authenticator = Authenticator(self.keys, settings.auth, settings.admin_key, self._clock)
         self._state = state
@@ -418,7 +422,7 @@ async def work(settings: Settings, environment: Mapping[str, str], on_ready: Cal
             loop.add_signal_handler(number, stop.set)
         machine = Machine(settings, environment, clock, metrics)
         outbound = Outbound(settings.outbound, clock)
-        images = Images(settings.media, outbound, UploadedImages(stores.files, stores.blobs), clock)
+        images = Images(settings.media, outbound, UploadedFiles(stores.files, stores.blobs), clock)
         calls = Calls(machine.catalog, images, settings.audio.diarization_model)
         speech = Speech(settings, stores, outbound, clock)
         office = build_office(settings, stores, machine, outbound, calls, speech, clock, metrics)

@@ -8,7 +8,7 @@ from typing import Any
 from forebay.blobs.blobs import open_blobs
 from forebay.clock import SystemClock
 from forebay.config import AudioSettings, OutboundSettings, Settings
-from forebay.media.files import UploadedRecordings
+from forebay.media.files import UploadedFiles
 from forebay.media.recordings import Recordings
 from forebay.outbound import Outbound
 from forebay.store.database import Database
@@ -22,7 +22,7 @@ async def recordings(folder: Path, *, free_bytes_min: int = 0, **settings: Any) 
     whole = Settings(data_dir=folder)
     database = await Database.open(whole)
     way_out = Outbound(OutboundSettings(allowed_networks=("127.0.0.1/32",)), clock)
-    stored = UploadedRecordings(FileStore(database, clock), open_blobs(whole))
+    stored = UploadedFiles(FileStore(database, clock), open_blobs(whole))
     made = Recordings(
         AudioSettings(**settings), folder / "audio", way_out, stored, clock, free_bytes_min=free_bytes_min
     )

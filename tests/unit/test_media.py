@@ -12,6 +12,7 @@ from forebay.config import MediaSettings, OutboundSettings
 from forebay.dialects.images import ImageRef
 from forebay.errors import InvalidRequest, NotFound, Overloaded, PayloadTooLarge, Unreachable
 from forebay.media.images import Images
+from forebay.media.medium import Medium
 from forebay.outbound import Outbound
 from tests.support.images import data_url, encoded, picture
 
@@ -25,7 +26,7 @@ class Slow:
         self.go = asyncio.Event()
         self.reads = 0
 
-    async def read(self, project: str, file_id: str, bytes_max: int) -> bytes:
+    async def read(self, _medium: Medium, project: str, file_id: str, bytes_max: int) -> bytes:
         self.reads += 1
         await self.go.wait()
         raise NotFound

@@ -24,7 +24,7 @@ from forebay.gateway.places import Places
 from forebay.gateway.protocol import allow_steady_body
 from forebay.gateway.transcriptions import in_background
 from forebay.inference import Capability
-from forebay.media.recordings import Spool
+from forebay.media.spool import Spool
 from forebay.replicas.calls import ALIGNMENTS, DIARIZATIONS, ENDPOINTS, TRANSCRIPTIONS, TRANSLATIONS
 from forebay.replicas.catalog import Catalog
 

@@ -20,7 +20,8 @@ from forebay.dialects.speech import AudioRef
 from forebay.errors import CallerError, InvalidRequest, Overloaded, PayloadTooLarge
 from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer, Visit, Waiting
-from forebay.media.recordings import Recording, Recordings, Spool
+from forebay.media.recordings import Recording, Recordings
+from forebay.media.spool import Spool
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.connection import EngineStream
 from forebay.scheduler.transcriber import Kept, Transcriber

@@ -17,7 +17,7 @@ from forebay.dialects.openai.audio_formats import Look, written
 from forebay.dialects.openai.call import Call
 from forebay.gateway.auth import Principal
 from forebay.gateway.background import OF_THE_DOOR, Handed, Limits, hand_in
-from forebay.media.recordings import Spool
+from forebay.media.spool import Spool
 from forebay.speech import Transcript, transcript_from_wire
 from forebay.store.media_jobs import TRANSCRIPTION, NewMediaJob, Result
 

@@ -27,7 +27,8 @@ from forebay.jobs.ledger import FETCHING, Ledger, Plan
 from forebay.jobs.media_work import WAITS, MediaRooms, gone, later
 from forebay.jobs.outcome import Cancelled, Done, Failed, Outcome
 from forebay.jobs.retry import Delay
-from forebay.media.recordings import Recording, Recordings, Spool
+from forebay.media.recordings import Recording, Recordings
+from forebay.media.spool import Spool
 from forebay.scheduler.transcriber import (
     ALIGNING,
     DIARIZING,

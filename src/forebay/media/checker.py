@@ -12,7 +12,8 @@ from enum import IntEnum
 
 from forebay.clock import Clock
 from forebay.config import MediaSettings
-from forebay.errors import CallerError, InvalidRequest, PayloadTooLarge, ServerError
+from forebay.errors import CallerError, ServerError
+from forebay.media.medium import IMAGE
 from forebay.media.programs import Programs, launch
 
 _OUT_BYTES_MAX = 32 * 2**20
@@ -123,26 +124,18 @@ def _refusal(verdict: int, settings: MediaSettings) -> CallerError:
     """What the caller is told."""
     match verdict:
         case _Verdict.NOT_AN_IMAGE:
-            return _invalid("It is no PNG, JPEG, WebP or GIF, or another one than its `data:` URL says.")
+            return IMAGE.invalid("It is no PNG, JPEG, WebP or GIF, or another one than its `data:` URL says.")
         case _Verdict.TOO_MANY_PIXELS:
-            return _too_large(f"It has more than {settings.pixels_max} pixels. Scale it down.")
+            return IMAGE.too_large(f"It has more than {settings.pixels_max} pixels. Scale it down.")
         case _Verdict.TOO_MANY_FRAMES:
-            return _too_large(f"It is an animation of more than {settings.frames_max} frames. Send one frame.")
+            return IMAGE.too_large(f"It is an animation of more than {settings.frames_max} frames. Send one frame.")
         case _Verdict.TOO_COSTLY:
-            return _too_large("It takes too much time or memory to decode. Scale it down.")
+            return IMAGE.too_large("It takes too much time or memory to decode. Scale it down.")
         case _Verdict.TOO_NARROW:
-            return _invalid("One of its sides is more than 200 times as long as the other.")
+            return IMAGE.invalid("One of its sides is more than 200 times as long as the other.")
         case _Verdict.NOT_BASE64:
-            return _invalid(
+            return IMAGE.invalid(
                 "Its base64 is not valid: write it in one line, with its padding and without percent-encoding."
             )
         case _:
-            return _invalid("It is damaged.")
-
-
-def _invalid(message: str) -> CallerError:
-    return InvalidRequest(f"The image cannot be used. {message}", code="media_invalid")
-
-
-def _too_large(message: str) -> CallerError:
-    return PayloadTooLarge(f"The image is too large. {message}", code="media_too_large")
+            return IMAGE.invalid("It is damaged.")

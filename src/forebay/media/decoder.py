@@ -12,7 +12,8 @@ from enum import IntEnum
 
 from forebay.clock import Clock
 from forebay.config import AudioSettings
-from forebay.errors import ForebayError, InsufficientStorage, InvalidRequest, Overloaded, PayloadTooLarge
+from forebay.errors import ForebayError, InsufficientStorage, Overloaded
+from forebay.media.medium import RECORDING
 from forebay.media.programs import Programs, SocketProgram, connect
 from forebay.speech import SAMPLE_RATE
 
@@ -92,29 +93,19 @@ def _refusal(verdict: int, seconds_max: int) -> ForebayError:
     """What the caller is told."""
     match verdict:
         case _Verdict.NOT_A_RECORDING:
-            return invalid(
+            return RECORDING.invalid(
                 "It is no audio or video file of a kind that is taken here: WAV, FLAC, MP3, M4A, MP4, MOV, Ogg, Opus, "
                 "WebM, Matroska, AAC, AMR, AIFF, CAF, AVI, MPEG, FLV or WMA."
             )
         case _Verdict.NO_AUDIO:
-            return invalid("There is no sound in it.")
+            return RECORDING.invalid("There is no sound in it.")
         case _Verdict.TOO_LONG:
-            return too_large(f"It is longer than {seconds_max} seconds. Cut it into parts.")
+            return RECORDING.too_large(f"It is longer than {seconds_max} seconds. Cut it into parts.")
         case _Verdict.TOO_COSTLY:
-            return too_large(
+            return RECORDING.too_large(
                 "It takes too much time or memory to decode. Send it in another format, or cut it into parts."
             )
         case _Verdict.NO_ROOM:
             return InsufficientStorage()
         case _:
-            return invalid("It is damaged, or its sound is coded in a way that is not known here.")
-
-
-def invalid(message: str) -> InvalidRequest:
-    """The refusal of what is no recording."""
-    return InvalidRequest(f"The recording cannot be used. {message}", code="media_invalid")
-
-
-def too_large(message: str) -> PayloadTooLarge:
-    """The refusal of a recording above a limit."""
-    return PayloadTooLarge(f"The recording is too large. {message}", code="media_too_large")
+            return RECORDING.invalid("It is damaged, or its sound is coded in a way that is not known here.")

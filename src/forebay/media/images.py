@@ -13,27 +13,22 @@ from typing import Protocol
 from forebay.clock import Clock
 from forebay.config import MediaSettings
 from forebay.dialects.images import ImageRef
-from forebay.errors import (
-    ForebayError,
-    InvalidRequest,
-    Overloaded,
-    PayloadTooLarge,
-    Unreachable,
-)
+from forebay.errors import ForebayError, InvalidRequest, Overloaded
 from forebay.media.checker import Checker
+from forebay.media.medium import IMAGE, Medium
+from forebay.media.sources import check_answer, cut_short, is_address
 from forebay.outbound import Outbound
 
 _WAITING_MAX = 64  # requests at the front door whose images are being looked at, each with its body in memory
 _FETCHING_MAX = 32  # of these with images that have to be fetched: a slow host is not to turn the others away
 _DATA = re.compile(r"data:image/([a-z0-9.+-]{1,32});base64,", re.IGNORECASE)
 _NAMES = {"jpg": "jpeg", "pjpeg": "jpeg", "x-png": "png"}
-_BODY_CUT = "The image did not arrive whole."
 
 
 class StoredImages(Protocol):
     """Where uploaded files are."""
 
-    async def read(self, project: str, file_id: str, bytes_max: int) -> bytes:
+    async def read(self, medium: Medium, project: str, file_id: str, bytes_max: int) -> bytes:
         """The bytes of the project's file. Raises NotFound, and PayloadTooLarge (`media_too_large`)."""
         ...
 
@@ -101,12 +96,14 @@ class Images:
                 declared, data, in_base64 = await self._source(ref, project)
                 left -= _decoded_bytes(data) if in_base64 else len(data)
                 if left < 0:
-                    raise too_large(f"All images of a request have at most {self._settings.request_bytes_max} bytes.")
+                    raise IMAGE.too_large(
+                        f"All images of a request have at most {self._settings.request_bytes_max} bytes."
+                    )
                 async with self._patient_checks if patient else nullcontext():
                     picture = await self._checker.check(data, declared=declared, in_base64=in_base64, low=ref.low)
                 room -= len(picture)
                 if room < 0:  # a small file may be a large picture
-                    raise too_large(
+                    raise IMAGE.too_large(
                         f"As an engine is given them, all images of a request have at most {self._settings.inlined_bytes_max} bytes."
                     )
                 pictures.append(picture)
@@ -119,19 +116,19 @@ class Images:
         """The type that the sender claims, the bytes, and whether these are base64."""
         most = self._settings.image_bytes_max
         if ref.file_id is not None:
-            return None, await self._stored.read(project, ref.file_id, most), False
+            return None, await self._stored.read(IMAGE, project, ref.file_id, most), False
         url = ref.url or ""
         if _is_address(ref):
             return None, await self._fetch(url), False
         match = _DATA.match(url)
         if match is None:
-            raise InvalidRequest("Write the image as `data:image/png;base64,…`.", code="media_invalid")
+            raise IMAGE.invalid(f"Write it as `{IMAGE.example}`.")
         try:
             data = url[match.end() :].encode("ascii")
         except UnicodeEncodeError:
-            raise InvalidRequest("The base64 of the image is not valid.", code="media_invalid") from None
+            raise IMAGE.invalid("Its base64 is not valid.") from None
         if _decoded_bytes(data) > most:
-            raise too_large(f"An image has at most {most} bytes.")
+            raise IMAGE.too_large(f"An image has at most {most} bytes.")
         declared = match[1].lower()
         return _NAMES.get(declared, declared), data, True
 
@@ -148,27 +145,17 @@ class Images:
             timeout_seconds=settings.fetch_timeout_seconds,
             bytes_max=settings.image_bytes_max,
         )
-        if answer.status == 429 or answer.status >= 500:
-            raise Unreachable(f"The address of the image answers with status {answer.status}.")
-        if answer.status != 200:
-            raise InvalidRequest(
-                f"The address of the image answers with status {answer.status} and no image.", code="media_invalid"
-            )
+        check_answer(IMAGE, answer.status)
         if not answer.whole:
             if len(answer.body) >= settings.image_bytes_max:
-                raise too_large(f"An image has at most {settings.image_bytes_max} bytes.")
-            raise Unreachable(_BODY_CUT)
+                raise IMAGE.too_large(f"An image has at most {settings.image_bytes_max} bytes.")
+            raise cut_short(IMAGE)
         return answer.body
 
 
 def _is_address(ref: ImageRef) -> bool:
-    return ref.file_id is None and (ref.url or "")[:5].lower() != "data:"
+    return ref.file_id is None and is_address(ref.url or "")
 
 
 def _decoded_bytes(data: bytes) -> int:
     return len(data) * 3 // 4
-
-
-def too_large(message: str) -> PayloadTooLarge:
-    """The refusal of an image, or of all of a request, above a limit."""
-    return PayloadTooLarge(f"The image is too large. {message}", code="media_too_large")

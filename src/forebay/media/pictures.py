@@ -7,7 +7,7 @@ anything in this process; no engine ever sees an address, a file format, or what
 from dataclasses import dataclass, field
 
 from forebay.dialects.imaging import ImageTask, Painted
-from forebay.media.recordings import Spool
+from forebay.media.spool import Spool
 from forebay.pixels import Size
 
 
