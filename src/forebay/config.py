@@ -50,6 +50,10 @@ class HttpSettings(Section):
     connections_per_address_max: Count = Field(
         1024, description="Open connections from one address; further ones are closed at once."
     )
+    public_url: Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/-]*)?$")] | None = Field(
+        None,
+        description="What addresses in answers begin with, such as `https://api.example.com`; without it, the host that the caller asked.",
+    )
 
 
 class SchedulerSettings(Section):

@@ -1,6 +1,7 @@
 """The route table: every URL of the server and who may use it.
 
-It refuses whatever has no key: authentication is a dependency of every router but the one for liveness and readiness.
+It refuses whatever has no key: authentication is a dependency of every router but those for liveness and readiness, and for
+pictures by their signed addresses.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from forebay.gateway import (
     jobs,
     responses,
     results,
+    signed,
     uploads,
     webhooks,
 )
@@ -88,6 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(webhooks.router)
     app.include_router(responses.router)
     app.include_router(audio.router)
+    app.include_router(signed.open_router)
     app.include_router(results.router)
     app.add_exception_handler(ForebayError, _forebay_error)
     app.add_exception_handler(HTTPException, _http_error)

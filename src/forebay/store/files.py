@@ -118,6 +118,18 @@ class FileStore:
             raise NotFound(_NO_SUCH_FILE)
         return _file(row)
 
+    async def find(self, file_id: str, purpose: str) -> File | None:
+        """A file for `purpose` that can be read, whoever's it is; for who has shown that he may."""
+        query = sa.select(files).where(
+            files.c.id == file_id,
+            files.c.purpose == purpose,
+            files.c.state == "ready",
+            _unexpired(self._clock.now()),
+        )
+        async with self.database.read() as transaction:
+            row = (await transaction.execute(query)).one_or_none()
+        return None if row is None else _file(row)
+
     async def list(
         self,
         project_id: str,

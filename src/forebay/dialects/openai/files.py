@@ -13,6 +13,7 @@ from forebay.dialects.openai.call import Wire
 from forebay.errors import InvalidRequest, PayloadTooLarge
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+IMAGE_RESULT = "image_result"  # of the pictures that the server itself has made; nobody uploads for it
 EXPIRY_SECONDS_MIN, EXPIRY_SECONDS_MAX = 3600, 2_592_000
 PAGE_SIZE_MAX = 10_000
 PART_IDS_MAX = 10_000
