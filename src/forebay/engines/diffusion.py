@@ -1,0 +1,248 @@
+"""A diffusion model behind HTTP, in a process of its own: edits images and paints new ones, step by step.
+
+It refuses what the model cannot do, naming the field, and it opens no images: it is given pixels, and gives pixels back.
+"""
+
+import asyncio
+import json
+import os
+import time
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from forebay.engines import reports
+from forebay.engines.compute import Failed, StepFailed
+from forebay.engines.connection import Answer, Refused, Route, Visit
+from forebay.engines.diffusion_folder import PIPELINES, SCHEDULERS
+from forebay.engines.diffusion_order import read_order
+from forebay.engines.reports import one_line
+from forebay.engines.serving import OutOfMemory, Service, run
+from forebay.engines.start import check_types, read_spec, refuse_to_start
+from forebay.pixels import RGB_BYTES, Size
+
+if TYPE_CHECKING:
+    from forebay.engines.diffusion_pipeline import Setup
+
+_ROWS_BYTES_MAX = 2**20
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "gguf", "peft")
+_CHOICES = {
+    "device": ("cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "offload": ("none", "model", "sequential"),
+    "scheduler": ("model", *SCHEDULERS),
+    "task": ("auto", *sorted({kind for kinds in PIPELINES.values() for kind in kinds})),
+}
+
+_say = partial(reports.say, "diffusion")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """How this engine is set up, from FOREBAY_ENGINE_SPEC; what it means is said in `model_config.DiffusionOptions`."""
+
+    name: str
+    model_path: str
+    slots: int = 1
+    task: str = "auto"
+    device: str = "cpu"
+    device_index: int = 0
+    dtype: str = "auto"
+    offload: str = "none"
+    variant: str | None = None
+    transformer_file: str | None = None
+    loras: Sequence[Mapping[str, Any]] = ()
+    scheduler: str = "model"
+    compile: bool = False
+    lossy: Sequence[str] = ()
+    batch_images: int = 1
+    edge_max: int = 1024
+    edge_factor: int = 1
+    images_max: int = 1
+    steps: int = 28
+    steps_max: int = 100
+    guidance: float | None = None
+    guidance_max: float = 30.0
+    strength: float | None = None
+    step_seconds_max: float = 300.0
+    threads: int = 0
+    oom_cooldown_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} has to be one of {', '.join(choices)}")
+        if min(self.slots, self.batch_images, self.steps, self.edge_max, self.edge_factor) < 1:
+            raise ValueError("slots, batch_images, steps, edge_max and edge_factor have to be at least 1")
+        if self.offload != "none" and self.device == "cpu":
+            raise ValueError("offload is for a device other than the cpu")
+
+    def setup(self) -> "Setup":
+        """How the model is loaded."""
+        from forebay.engines.diffusion_pipeline import Setup
+
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if self.device == "cpu" else "bfloat16"
+        return Setup(
+            name=self.name,
+            model_path=self.model_path,
+            task=self.task,
+            device=self.device if self.device == "cpu" else f"{self.device}:{self.device_index}",
+            dtype=dtype,
+            offload=self.offload,
+            variant=self.variant,
+            transformer_file=self.transformer_file,
+            loras=self.loras,
+            scheduler=self.scheduler,
+            compile=self.compile,
+            lossy=self.lossy,
+        )
+
+    def bounds(self) -> dict[str, Any]:
+        """What a request may ask for, and what holds where it does not say."""
+        return {
+            "factor": self.edge_factor,
+            "edge_max": self.edge_max,
+            "steps": self.steps,
+            "steps_max": self.steps_max,
+            "guidance": self.guidance,
+            "guidance_max": self.guidance_max,
+            "strength": self.strength,
+        }
+
+
+class Engine:
+    """The routes of one loaded model. Made in the loading thread; the routes run in the event loop."""
+
+    def __init__(self, spec: Spec, loop: asyncio.AbstractEventLoop) -> None:
+        import torch
+
+        from forebay.engines.diffusion_pipeline import load
+        from forebay.engines.diffusion_run import Studio
+
+        torch.set_num_threads(spec.threads or _cores())
+        model = load(spec.setup())
+        self.rules = model.rules(spec.bounds())
+        self._spec = spec
+        self._used = model.used()
+        self._pipelines = {kind: type(pipe).__name__ for kind, pipe in model.pipelines.items()}
+        self._notices = tuple(model.notices)
+        self._visits = 0
+        studio = Studio(model)
+        try:
+            studio.warm_up()
+        except StepFailed as error:
+            refuse_to_start(f"{spec.name} cannot paint: its parts do not fit together. {one_line(str(error))}")
+        self._work = asyncio.run_coroutine_threadsafe(self._begin(studio), loop).result()
+
+    async def _begin(self, studio: Any) -> Any:
+        from forebay.engines.diffusion_work import Work
+
+        spec = self._spec
+        return Work(studio, spec.batch_images, spec.oom_cooldown_seconds, spec.step_seconds_max)
+
+    @property
+    def routes(self) -> Mapping[tuple[str, str], Route]:
+        """What this engine answers."""
+        return {
+            ("GET", "/slots"): self._slots,
+            ("GET", "/metrics"): self._metrics,
+            ("POST", "/v1/images/edits"): partial(self._paint, edits=True),
+            ("POST", "/v1/images/generations"): partial(self._paint, edits=False),
+        }
+
+    async def _paint(self, visit: Visit, *, edits: bool) -> Answer:
+        begun, ended, reason, pictures = time.monotonic(), "cancelled", "", 0
+        self._visits += 1
+        try:
+            order = read_order(visit.body, self.rules, edits=edits)
+            pictures = len(order.seeds)
+            await self._work.run(order, _Easel(visit, order.settings.size, self._notices))
+            ended = "finished"
+        except Failed as failed:
+            ended, reason = "failed", f" reason={one_line(failed.reason)}"
+            raise
+        except Refused as refused:
+            ended, reason = "refused", f" reason={one_line(str(refused))}"
+            raise
+        finally:
+            self._visits -= 1
+            seconds = time.monotonic() - begun
+            _say(f"event={ended} {visit.ids} pictures={pictures} seconds={seconds:.4f}{reason}")
+        used = {**self._used, "pipeline": self._pipelines[order.settings.kind], "notices": self._notices}
+        visit.tell(json.dumps({"type": "done", "used": used}).encode())
+        return b""
+
+    async def _slots(self, visit: Visit) -> Answer:
+        return reports.slots(self._spec.slots, self._visits)
+
+    async def _metrics(self, visit: Visit) -> Answer:
+        work = self._work
+        gauges = {"pictures_waiting": work.waiting, "pictures_running": work.painting, "savings": work.savings}
+        return reports.metrics(asdict(work.figures), **gauges, requests_running=self._visits)
+
+
+class _Easel:
+    """Writes the records of one visit."""
+
+    def __init__(self, visit: Visit, size: Size, notices: Sequence[str]) -> None:
+        """`notices` is what there is to say about every picture."""
+        self._visit = visit
+        self._notices = notices
+        self._row_bytes = RGB_BYTES * size.width
+
+    def step(self, image: int, step: int, steps: int) -> None:
+        self._tell({"type": "step", "image": image, "step": step, "steps": steps})
+
+    def rows(self, image: int, pixels: bytes, partial: int | None = None) -> None:
+        at_once = max(1, _ROWS_BYTES_MAX // self._row_bytes) * self._row_bytes
+        more = {} if partial is None else {"partial": partial}
+        for place in range(0, len(pixels), at_once):
+            rows = b64encode(pixels[place : place + at_once]).decode()
+            self._tell({"type": "rows", "image": image, "pixels": rows, **more})
+
+    def finished(self, image: int, steps: int, notices: Sequence[str]) -> None:
+        used = {"steps_computed": steps, "notices": [*self._notices, *notices]}
+        self._tell({"type": "image", "image": image, "used": used})
+
+    def alive(self) -> None:
+        self._visit.tell(b"")
+
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        self._visit.tell(json.dumps(record).encode())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> None:
+    """Load the model and serve until SIGTERM."""
+    spec, key = read_spec(Spec, "The engine")
+    if any(find_spec(package) is None for package in _PACKAGES):
+        refuse_to_start("The packages that paint are not installed. Run `pip install 'forebay[diffusion]'`.")
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DIFFUSERS_VERBOSITY": "error",
+    }.items():
+        os.environ[name] = value  # before the libraries are imported, which look at it then
+
+    def load(loop: asyncio.AbstractEventLoop) -> Service:
+        try:
+            engine = Engine(spec, loop)
+        except OutOfMemory:
+            raise MemoryError from None
+        _say(f"event=ready model={spec.name} device={spec.device} can={','.join(sorted(engine.rules.kinds))}")
+        return engine
+
+    run(key, load)
+
+
+if __name__ == "__main__":
+    main()
