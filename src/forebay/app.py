@@ -29,11 +29,13 @@ from forebay.gateway.signed import Signer
 from forebay.jobs.admission import Admission
 from forebay.jobs.batch import BatchWork
 from forebay.jobs.chunk import ChunkWork
+from forebay.jobs.image import ImageWork, image_kind
 from forebay.jobs.kinds import Kind
 from forebay.jobs.line_runner import LineRunner
 from forebay.jobs.media_work import MediaRooms
 from forebay.jobs.node import Node
 from forebay.jobs.office import Office
+from forebay.jobs.picture_lines import PictureLines
 from forebay.jobs.response import ResponseEnds, ResponseWork, response_kind
 from forebay.jobs.retry import Delay, doubling
 from forebay.jobs.segments import SegmentStore
@@ -42,6 +44,7 @@ from forebay.jobs.transcription import TranscriptionWork, transcription_kind
 from forebay.jobs.webhook import webhook_kind
 from forebay.media.files import UploadedFiles
 from forebay.media.images import Images
+from forebay.media.pictures import Pictures
 from forebay.media.recordings import Recordings
 from forebay.model_config import UpstreamModel
 from forebay.outbound import Outbound
@@ -157,11 +160,14 @@ def build_office(
     admission = Admission(machine.catalog, machine.scheduler, settings, clock)
     rooms = MediaRooms(stores.jobs, stores.media_jobs, stores.blobs, calls, admission, clock, metrics)
     transcriptions = TranscriptionWork(rooms, speech.recordings, speech.transcriber)
+    pictures = Pictures()
+    images = ImageWork(rooms, stores.files, pictures, settings.images)
     kinds: list[Kind] = [
         _batch_kind(batches, settings),
-        _chunk_kind(settings, stores, machine, calls, admission, speech, clock, metrics),
+        _chunk_kind(settings, stores, machine, calls, admission, speech, pictures, clock, metrics),
         _response_kind(settings, stores, machine, calls, clock, metrics),
         transcription_kind(transcriptions, settings.audio, _delay(settings)),
+        image_kind(images, settings.images, _delay(settings)),
         webhook_kind(stores.webhooks, outbound, settings, clock),
     ]
 
@@ -236,12 +242,14 @@ def _chunk_kind(
     calls: Calls,
     admission: Admission,
     speech: Speech,
+    pictures: Pictures,
     clock: Clock,
     metrics: Metrics,
 ) -> Kind:
     recorded = SpeechLines(speech.recordings, speech.transcriber, settings.audio)
+    painted = PictureLines(pictures, stores.files, stores.blobs, settings, clock)
     segments = SegmentStore(stores.jobs, stores.batches, stores.dead_letters, stores.blobs, clock)
-    lines = LineRunner(calls, admission, machine.assembler, recorded, settings, clock, metrics)
+    lines = LineRunner(calls, admission, machine.assembler, recorded, painted, settings, clock, metrics)
     work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock)
     return Kind(
         CHUNK, work.perform, settings.jobs.chunks_at_once, _delay(settings), waits_for_it=True, after=work.after

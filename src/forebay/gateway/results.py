@@ -1,4 +1,4 @@
-"""The route of results: what a job about a recording has found, in every format.
+"""The route of results: what a job about a recording has found, and what one about pictures has made, in every format.
 
 It refuses to tell of a job that is not completed.
 """
@@ -10,12 +10,12 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from forebay.errors import Conflict, InvalidRequest, NotFound
+from forebay.gateway import picture_jobs, transcriptions
 from forebay.gateway.auth import Principal, principal
-from forebay.gateway.transcriptions import rendered
 from forebay.jobs.desk import Desk
 from forebay.store.job_state import JobState
 from forebay.store.jobs import Job
-from forebay.store.media_jobs import TRANSCRIPTION, MediaJobStore, Result
+from forebay.store.media_jobs import IMAGE, TRANSCRIPTION, MediaJobStore, Result
 
 router = APIRouter(prefix="/v1/jobs", dependencies=[Depends(principal)])
 
@@ -29,12 +29,14 @@ async def show_result(
     caller: Caller,
     form: Annotated[str | None, Query(alias="format", max_length=32)] = None,
 ) -> Response:
-    """What a finished job has found, in any format of its kind; without one in that of its request."""
+    """What a finished job has found or made, in any format of its kind; without one in that of its request."""
     desk: Desk = request.app.state.desk
     job = await desk.get(caller.project_id, job_id)
     found = await _result(request.app.state.media_jobs, job)
+    if job.kind == IMAGE:
+        return Response(await picture_jobs.rendered(request, job, found, form), media_type="application/json")
     try:
-        content_type, body = await asyncio.to_thread(rendered, found, form)
+        content_type, body = await asyncio.to_thread(transcriptions.rendered, found, form)
     except InvalidRequest as error:
         error.param = "format"
         raise
@@ -43,7 +45,7 @@ async def show_result(
 
 async def _result(store: MediaJobStore, job: Job) -> Result:
     """Raises NotFound for a job without such a result, and Conflict while it is not finished."""
-    if job.kind != TRANSCRIPTION:
+    if job.kind not in {IMAGE, TRANSCRIPTION}:
         raise NotFound(f"A {job.kind} has no result of this kind. What it has made is told where it was asked for.")
     if job.state is not JobState.COMPLETED:
         raise Conflict(

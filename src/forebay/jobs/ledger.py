@@ -4,7 +4,7 @@ It refuses to hold up the work for news that nobody is waiting for, and to write
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from forebay.errors import InsufficientStorage, LeaseLost, StoreUnavailable
@@ -17,7 +17,7 @@ QUEUED = "queued"
 FETCHING = "fetching"
 
 _TELL_SECONDS = 0.5  # how often progress is written down at most
-_KEEP_SECONDS = 1.0  # before a part is written again after the store was away
+_KEEP_SECONDS = 1.0  # before something is written again after the store was away
 
 
 class Plan:
@@ -50,27 +50,29 @@ class Ledger:
 
     def stage(self, stage: str, percent: float) -> None:
         """So much of a stage is done."""
-        self._tell_of(stage, percent, self._steps if stage == self._stage else None)
+        self.tell(stage, self._plan.done(stage, percent))
 
-    def steps(self, stage: str, step: int, steps: int) -> None:
-        """So many steps of a stage are done."""
-        self._tell_of(stage, 100 * step / steps, (step, steps))
-
-    def _tell_of(self, stage: str, percent: float, steps: tuple[int, int] | None) -> None:
-        done = max(self._thousandths, self._plan.done(stage, percent))
+    def tell(self, stage: str, done: int, steps: tuple[int, int] | None = None) -> None:
+        """So much of all the work is done, and so many steps of how many of this stage."""
+        done = max(self._thousandths, done)
         if (stage, done, steps) != (self._stage, self._thousandths, self._steps):
             self._stage, self._thousandths, self._steps = stage, done, steps
             self._news.set()
 
     async def keep(self, part: Part) -> None:
         """Write down a finished part. Raises LeaseLost."""
+        await self.insist(lambda: self._rooms.store.keep(self._rooms.jobs, self._lease, part))
+        self._run.progressed = True
+
+    async def insist(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Write, again and again while the store is away or full: it comes back, or the lease runs out."""
         while True:
             try:
-                await self._rooms.store.keep(self._rooms.jobs, self._lease, part)
-                break
-            except (StoreUnavailable, InsufficientStorage):  # it comes back, or the lease runs out
+                await write()
+            except (StoreUnavailable, InsufficientStorage):
                 await self._rooms.clock.sleep(self._rooms.clock.jitter(_KEEP_SECONDS))
-        self._run.progressed = True
+            else:
+                return
 
     @asynccontextmanager
     async def telling(self) -> AsyncIterator[None]:

@@ -30,6 +30,7 @@ from forebay.errors import (
 from forebay.inference import Priority
 from forebay.jobs.admission import Admission
 from forebay.jobs.lines import Place
+from forebay.jobs.picture_lines import PictureLines
 from forebay.jobs.retry import doubling
 from forebay.jobs.segments import Result
 from forebay.jobs.speech_lines import SpeechLines
@@ -77,6 +78,7 @@ class LineRunner:
         admission: Admission,
         assembler: Assembler,
         speech: SpeechLines,
+        pictures: PictureLines,
         settings: Settings,
         clock: Clock,
         metrics: Metrics,
@@ -85,6 +87,7 @@ class LineRunner:
         self._admission = admission
         self._assembler = assembler
         self._speech = speech
+        self._pictures = pictures
         self._clock = clock
         self._metrics = metrics
         limits = settings.batches
@@ -162,7 +165,9 @@ class LineRunner:
 
     async def _answer(self, line: _Line, call: Call, on_read: OnRead) -> Gathered:
         if call.speech is not None:
-            return await self._speech.answer(call, partial(self._stretch, line, on_read))
+            return await self._speech.answer(call, partial(self._part, line, on_read))
+        if call.picture is not None:
+            return await self._pictures.answer(call, partial(self._part, line, on_read))
         if call.items is None:
             return await self._admitted(line, call, on_read)
 
@@ -171,8 +176,8 @@ class LineRunner:
 
         return await self._assembler.answer(call, compute)
 
-    async def _stretch(self, line: _Line, on_read: OnRead, part: Call) -> bytes:
-        """One stretch of a recording. Raises Preempted."""
+    async def _part(self, line: _Line, on_read: OnRead, part: Call) -> bytes:
+        """One stretch of a recording, or one picture. Raises Preempted."""
         named = replace(part, request=replace(part.request, id=new_id("req")))
         return (await self._admission.run(named, on_read=on_read, on_opened=line.opened)).body
 

@@ -20,7 +20,7 @@ CUSTOM_ID_CHARS_MAX = 512
 PREFIX_CHARS_MIN = 256  # below it an engine reads the words sooner than it finds them again
 _PREFIX_CHARS_MAX = 1024
 _FIELDS = {"custom_id", "method", "url", "body"}
-_OF_JOBS = ("background", "webhook_url")  # a line has its batch, which has a job and tells somebody
+_OF_MEDIA = ("/v1/audio/", "/v1/images/")
 _WINDOW = re.compile(r"([1-9][0-9]{0,5})([smh])")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _WINDOW_SECONDS_MAX = 86_400
@@ -103,10 +103,16 @@ def parse_line(data: bytes, endpoint: str) -> InputLine:
         raise InvalidRequest("`body` is a JSON object.", param="body", code="invalid_body")
     if body.get("stream") is True:
         raise InvalidRequest("A line of a batch cannot be streamed.", param="body.stream", code="stream_not_supported")
-    for name in _OF_JOBS if endpoint.startswith("/v1/audio/") else ():
-        if body.get(name):
-            raise InvalidRequest(f"A line of a batch has no `{name}`.", param=f"body.{name}", code="invalid_body")
+    if endpoint.startswith(_OF_MEDIA):
+        _refuse_job(body)
     return InputLine(custom_id, _model(body), body)
+
+
+def _refuse_job(body: dict[str, Any]) -> None:
+    """A line has its batch, which has a job and tells somebody; the `background` of a picture may be its backdrop."""
+    for name, asked in (("background", body.get("background") is True), ("webhook_url", bool(body.get("webhook_url")))):
+        if asked:
+            raise InvalidRequest(f"A line of a batch has no `{name}`.", param=f"body.{name}", code="invalid_body")
 
 
 def _explain_fields(fields: dict[str, Any]) -> None:

@@ -22,6 +22,10 @@ EventName = Literal[
     "transcription.failed",
     "transcription.expired",
     "transcription.cancelled",
+    "image.completed",
+    "image.failed",
+    "image.expired",
+    "image.cancelled",
 ]
 WebhookUrl = Annotated[str, Field(min_length=1, max_length=2048)]
 _Events = Annotated[tuple[EventName, ...], Field(max_length=64, fail_fast=True)]

@@ -1,0 +1,144 @@
+"""Pictures that are made in the background: what of a request its job reads, and its result as OpenAI answers.
+
+It refuses to send more bytes in one answer than fit into memory beside others: files are read one by one.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any, get_args
+
+from fastapi import Request
+from pydantic_core import from_json, to_json
+from starlette.responses import Response
+
+from forebay.clock import new_id
+from forebay.config import Settings
+from forebay.dialects.imaging import Delivery, ImageTask, OutputPlan, Painted
+from forebay.dialects.openai.call import Call
+from forebay.dialects.openai.image_events import Delivered, PictureShape
+from forebay.errors import InvalidRequest, NotFound
+from forebay.gateway.auth import Principal
+from forebay.gateway.background import OF_THE_DOOR, Handed, Limits, hand_in
+from forebay.gateway.signed import Signer, beginning_of
+from forebay.jobs.image import Asked, KeptPicture
+from forebay.media.pictures import Inputs
+from forebay.store.jobs import Job
+from forebay.store.media_jobs import IMAGE, NewMediaJob, Result
+
+ANSWER_BYTES_MAX = 64 * 2**20  # of all pictures of one answer
+_USUAL: Delivery = "file_id"
+
+
+async def in_background(
+    request: Request, caller: Principal, call: Call, path: str, raw: bytes, inputs: Inputs
+) -> Response:
+    """Make a job of a request for pictures: 202, the job, and where it is.
+
+    `raw` is the JSON body that was asked at `path`, and `call` what it was made into. `inputs` is what came with it. Raises
+    what `hand_in` does.
+    """
+    state, task = request.app.state, call.picture
+    assert task is not None, "these endpoints are about pictures"
+    for ref in _refs(task):
+        state.pictures.check(ref)
+    return await hand_in(request, caller, call, _handed(state.settings, caller, call, path, raw, inputs), raw)
+
+
+def _refs(task: ImageTask) -> list[Any]:
+    return [*task.images, *([] if task.mask is None else [task.mask])]
+
+
+def _handed(settings: Settings, caller: Principal, call: Call, path: str, raw: bytes, inputs: Inputs) -> Handed:
+    """The request as an attempt will read it: the work alone, and how much came with it."""
+    body: dict[str, Any] = from_json(raw)
+    shape, task = call.shape, call.picture
+    assert isinstance(shape, PictureShape)
+    assert task is not None
+    work = to_json({name: value for name, value in body.items() if name not in OF_THE_DOOR})
+    spools = [*inputs.images, *([] if inputs.mask is None else [inputs.mask])]
+    asked = Asked(work, tuple(each.bytes for each in inputs.images), None if inputs.mask is None else inputs.mask.bytes)
+    shown = {
+        "task": task.task,
+        "format": task.output.format,
+        "backdrop": task.output.backdrop,
+        "quality": shape.quality,
+        "delivery": body.get("response_format") or _USUAL,
+    }
+    brings = any((ref.url or "")[:5].lower() == "data:" for ref in _refs(task))
+    new = NewMediaJob(
+        new_id("job"),
+        IMAGE,
+        caller.project_id,
+        path,
+        asked.written(),
+        to_json(shown),
+        has_media=bool(spools) or brings,
+    )
+
+    async def parcel() -> AsyncIterator[bytes]:
+        for spool in spools:
+            async for piece in spool.pieces():
+                yield piece
+
+    images = settings.images
+    return Handed(
+        new,
+        Limits(images.live_per_project_max, images.background_seconds_max),
+        call.request.model,
+        body.get("webhook_url"),
+        tuple(ref.file_id for ref in _refs(task) if ref.file_id is not None),
+        parcel if spools else None,
+    )
+
+
+async def rendered(request: Request, job: Job, found: Result, form: str | None) -> bytes:
+    """The result of a job as OpenAI answers, with the file of each preview.
+
+    Raises InvalidRequest for a format that is none and NotFound for files that are gone.
+    """
+    asked, made = from_json(found.shown), from_json(found.body)
+    delivery: Delivery = asked["delivery"] if form is None else _delivery(form)
+    pictures = [KeptPicture.read(each) for each in made["pictures"]]
+    if delivery == "b64_json" and sum(each.picture.bytes for each in pictures) > ANSWER_BYTES_MAX:
+        raise InvalidRequest(
+            "These pictures are too many bytes for one answer. Ask for `file_id`, and read the files one by one.",
+            param="format",
+        )
+    output = OutputPlan(asked["format"], backdrop=asked["backdrop"])
+    shape = PictureShape(asked["task"], output, delivery, asked["quality"])
+    delivered = [await _delivered(request, job.project_id, each, delivery) for each in pictures]
+    answer = shape.answer(delivered, made["created"])
+    for shown, picture in zip(answer["data"], pictures, strict=True):
+        if picture.preview is not None:
+            shown["preview_file_id"] = picture.preview.id
+    return to_json(answer)
+
+
+def _delivery(form: str) -> Delivery:
+    for known in get_args(Delivery):
+        if form == known:
+            return form  # type: ignore[return-value]  # it is one of these
+    raise InvalidRequest(
+        f"The `format` of pictures is one of {', '.join(get_args(Delivery))}.", param="format", code="invalid_value"
+    )
+
+
+async def _address(request: Request, file_id: str) -> str:
+    settings: Settings = request.app.state.settings
+    signer: Signer = request.app.state.signer
+    return await signer.address(beginning_of(request, settings.http.public_url), file_id, settings.images.url_seconds)
+
+
+async def _delivered(request: Request, project_id: str, kept: KeptPicture, delivery: Delivery) -> Delivered:
+    file_id = kept.picture.id
+    known = Painted(b"", kept.picture.content_type, kept.size, kept.used)
+    if delivery == "file_id":
+        return Delivered(known, file_id=file_id)
+    state = request.app.state
+    file = await state.files.get(project_id, file_id)
+    if delivery == "url":
+        return Delivered(known, url=await _address(request, file_id))
+    try:
+        data = await state.blobs.read(file.blob_key)
+    except NotFound:  # removed in this moment
+        raise NotFound("The file of a picture is gone.") from None
+    return Delivered(Painted(data, known.content_type, known.size, known.used))

@@ -1,0 +1,287 @@
+"""The kind of job that makes pictures: fetch -> make ready -> paint and finish one after the other -> hand out all as files.
+
+It refuses to paint again what is kept, to show a picture before all of them are there, and to keep what came with the
+request longer than its job. A new attempt fetches and makes ready anew, and goes on after the last picture that was kept.
+"""
+
+import hashlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import from_json, to_json
+
+from forebay.clock import new_id
+from forebay.commit_points import reach
+from forebay.config import ImageSettings
+from forebay.dialects.imaging import ImageTask, Painted
+from forebay.dialects.openai.call import Call
+from forebay.dialects.openai.files import IMAGE_RESULT
+from forebay.errors import NotFound, Preempted
+from forebay.inference import Priority
+from forebay.jobs.kinds import Kind, Run
+from forebay.jobs.ledger import FETCHING, Ledger, Plan
+from forebay.jobs.media_work import WAITS, MediaRooms, gone, later
+from forebay.jobs.outcome import Cancelled, Done, Outcome
+from forebay.jobs.picture_files import file_name, store_blob
+from forebay.jobs.retry import Delay
+from forebay.media.pictures import Inputs, Pictures
+from forebay.media.spool import Spool
+from forebay.pixels import Size
+from forebay.scheduler.painter import FINISHING, PAINTING, PREPARING, Painter, Pixels
+from forebay.store.database import Transaction
+from forebay.store.files import FileStore, blob_key
+from forebay.store.job_state import FINISHED, JobState
+from forebay.store.jobs import Job, Lease
+from forebay.store.media_jobs import IMAGE, MediaJob, Part, media_key
+
+PREVIEW_TYPE = "image/jpeg"
+
+# About how long each takes beside the others; painting and finishing take turns.
+_PLAN = Plan({FETCHING: 2, PREPARING: 5, PAINTING: 93})
+_PAINTED = 0.95  # of a picture, when its last step is done
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What of a request its job reads. `images` and `mask` are the sizes of what came with it, in one blob."""
+
+    body: bytes
+    images: tuple[int, ...] = ()
+    mask: int | None = None
+
+    @property
+    def has_media(self) -> bool:
+        """Whether anything came with it."""
+        return bool(self.images) or self.mask is not None
+
+    def written(self) -> bytes:
+        """As it is kept."""
+        return to_json({"body": from_json(self.body), "images": self.images, "mask": self.mask})
+
+    @classmethod
+    def read(cls, kept: bytes) -> "Asked":
+        """The same again."""
+        values: dict[str, Any] = from_json(kept)
+        return cls(to_json(values["body"]), tuple(values["images"]), values["mask"])
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFile:
+    """A file that is stored, and is none before its job ends well."""
+
+    id: str
+    bytes: int
+    sha256: str
+    content_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPicture:
+    """A picture that is finished."""
+
+    picture: KeptFile
+    preview: KeptFile | None
+    size: Size
+    used: Mapping[str, Any]
+
+    @property
+    def files(self) -> list[KeptFile]:
+        """The files that it is."""
+        return [self.picture] if self.preview is None else [self.picture, self.preview]
+
+    def written(self) -> dict[str, Any]:
+        """As it is kept, and as a result has it."""
+        return {
+            "picture": _written(self.picture),
+            "preview": None if self.preview is None else _written(self.preview),
+            "width": self.size.width,
+            "height": self.size.height,
+            "used": dict(self.used),
+        }
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Any]) -> "KeptPicture":
+        """The same again."""
+        preview = None if kept["preview"] is None else KeptFile(**kept["preview"])
+        return cls(KeptFile(**kept["picture"]), preview, Size(kept["width"], kept["height"]), kept["used"])
+
+
+def _written(file: KeptFile) -> dict[str, Any]:
+    return {"id": file.id, "bytes": file.bytes, "sha256": file.sha256, "content_type": file.content_type}
+
+
+class ImageWork:
+    """Makes attempts at pictures."""
+
+    def __init__(self, rooms: MediaRooms, files: FileStore, pictures: Pictures, settings: ImageSettings) -> None:
+        self._rooms = rooms
+        self._files = files
+        self._pictures = pictures
+        self._painter = Painter(pictures)
+        self._keep_seconds = settings.keep_seconds
+
+    async def perform(self, lease: Lease, run: Run) -> Outcome:
+        """One attempt."""
+        job = await self._rooms.store.get(lease.id)
+        if job is None:
+            return Cancelled()  # it was removed
+        if job.request is None:
+            raise gone("image")
+        asked = Asked.read(job.request)
+        call = await self._rooms.calls.prepare(
+            job.path,
+            asked.body,
+            request_id=new_id("req"),
+            project=job.project_id,
+            priority=Priority.BATCH,
+            pictures=len(asked.images),
+            with_mask=asked.mask is not None,
+        )
+        assert call.picture is not None, "these endpoints are about pictures"
+        try:
+            self._rooms.admission.expect([call.request.model])
+            gallery = await self._worked_on(lease, run, job, asked, call, call.picture)
+        except WAITS as trouble:
+            return later(trouble)
+        reach("image.finished")
+        return self._done(lease, gallery)
+
+    async def after(self, job: Job, state: JobState) -> None:
+        """For the process in which an attempt has ended."""
+        if state in FINISHED:
+            reach("image.settled")
+            await self._rooms.close(job.id)
+
+    async def _worked_on(
+        self, lease: Lease, run: Run, job: MediaJob, asked: Asked, call: Call, task: ImageTask
+    ) -> "_Gallery":
+        gallery = _Gallery(self._rooms, lease, run, task.n, await self._rooms.store.parts(lease.id))
+        async with gallery.telling():
+            gallery.stage(FETCHING, 0)
+            async with self._inputs(job, asked, task) as inputs:
+                gallery.stage(PREPARING, 0)
+                painting = await self._painter.prepare(call, inputs, preview=True)
+                while True:
+                    try:
+                        await painting.run(self._rooms.compute, gallery, gallery.done(), each_alone=True)
+                    except Preempted:
+                        continue
+                    return gallery
+
+    @asynccontextmanager
+    async def _inputs(self, job: MediaJob, asked: Asked, task: ImageTask) -> AsyncIterator[Inputs]:
+        """What came with the request, and what lies where it says. Raises InvalidRequest if either is gone."""
+        async with AsyncExitStack() as stack:
+            came, offset = Inputs(), 0
+            for size in asked.images:
+                spool = await stack.enter_async_context(self._pictures.spool())
+                came = Inputs((*came.images, await self._copied(spool, job.id, offset, size)), None)
+                offset += size
+            if asked.mask is not None:
+                spool = await stack.enter_async_context(self._pictures.spool(mask=True))
+                came = Inputs(came.images, await self._copied(spool, job.id, offset, asked.mask))
+            yield await stack.enter_async_context(self._pictures.fetched(came, task, job.project_id))
+
+    async def _copied(self, spool: Spool, job_id: str, offset: int, size: int) -> Spool:
+        try:
+            async for piece in self._rooms.blobs.stream(media_key(IMAGE, job_id), offset, size):
+                await spool.write(piece)
+        except NotFound:
+            raise gone("image") from None
+        await spool.flush()
+        return spool
+
+    def _done(self, lease: Lease, gallery: "_Gallery") -> Outcome:
+        pictures = gallery.pictures()
+        created = int(self._rooms.clock.now())
+        result = to_json({"created": created, "pictures": [each.written() for each in pictures]})
+        files = [file for each in pictures for file in each.files]
+
+        async def write(transaction: Transaction) -> None:
+            for file in files:
+                await self._files.create_ready(
+                    transaction,
+                    lease.job.project_id,
+                    file_id=file.id,
+                    filename=file_name(file.id, file.content_type),
+                    purpose=IMAGE_RESULT,
+                    size=file.bytes,
+                    sha256=file.sha256,
+                    keep_seconds=self._keep_seconds,
+                )
+            await self._rooms.store.finish(transaction, lease.id, result, [file.id for file in files])
+
+        return Done(write)
+
+
+class _Gallery(Ledger):
+    """Keeps each picture that an attempt has finished, and tells of their steps as those of one work."""
+
+    def __init__(self, rooms: MediaRooms, lease: Lease, run: Run, count: int, kept: Sequence[Part]) -> None:
+        super().__init__(rooms, lease, run, _PLAN)
+        self._count = count
+        self._kept = {part.number: KeptPicture.read(from_json(part.body)) for part in kept}
+
+    def done(self) -> dict[int, Painted]:
+        """Those that are kept, without their bytes: these are in their files."""
+        return {
+            image: Painted(b"", each.picture.content_type, each.size, each.used) for image, each in self._kept.items()
+        }
+
+    def pictures(self) -> list[KeptPicture]:
+        """All of them, in order."""
+        return [self._kept[image] for image in range(self._count)]
+
+    def stage(self, stage: str, percent: float) -> None:
+        """So much of a stage is done; of painting and finishing it is that of one picture."""
+        if stage == FINISHING:
+            self.tell(stage, self._done_of(_PAINTED + (1 - _PAINTED) * percent / 100))
+        elif stage == PAINTING:  # with the steps that were told, if the model has any
+            self.tell(stage, self._done_of(_PAINTED * percent / 100), self._steps if self._stage == stage else None)
+        else:
+            super().stage(stage, percent)
+
+    def step(self, image: int, step: int, steps: int) -> None:
+        """An engine has finished a step of a picture."""
+        before = len(self._kept) * steps
+        self.tell(PAINTING, self._done_of(_PAINTED * step / steps), (before + step, self._count * steps))
+
+    def partial(self, pixels: Pixels) -> None:
+        """Nobody sees one before the end."""
+
+    async def kept(self, image: int, picture: Painted) -> None:
+        """Store a finished picture and write it down. Raises LeaseLost."""
+        files = {new_id("file"): (picture.data, picture.content_type)}
+        if picture.preview is not None:
+            files[new_id("file")] = (picture.preview, PREVIEW_TYPE)
+        await self.insist(lambda: self._rooms.store.draft(self._lease, list(files)))
+        stored = [await self._stored(file_id, *content) for file_id, content in files.items()]
+        reach("image.picture_stored")
+        found = KeptPicture(stored[0], stored[1] if len(stored) > 1 else None, picture.size, picture.used)
+        await self.keep(Part(PAINTING, image, to_json(found.written())))
+        self._kept[image] = found
+        reach("image.picture_kept")
+
+    async def _stored(self, file_id: str, data: bytes, content_type: str) -> KeptFile:
+        await self.insist(lambda: store_blob(self._rooms.blobs, blob_key(file_id), data))
+        return KeptFile(file_id, len(data), hashlib.sha256(data).hexdigest(), content_type)
+
+    def _done_of(self, share: float) -> int:
+        """How far all of it is when the picture that is painted is so far."""
+        return _PLAN.done(PAINTING, 100 * (len(self._kept) + share) / self._count)
+
+
+def image_kind(work: ImageWork, settings: ImageSettings, retry: Delay) -> Kind:
+    """The kind, for the list of kinds."""
+    return Kind(
+        name=IMAGE,
+        perform=work.perform,
+        at_once=settings.jobs_at_once,
+        retry=retry,
+        event=IMAGE,
+        has_dead_letter=True,
+        takes_turns=True,
+        after=work.after,
+    )

@@ -1,0 +1,41 @@
+"""Pictures that become files of their project as soon as they are finished.
+
+It refuses to leave the bytes of a picture behind that has not become a file.
+"""
+
+import hashlib
+from contextlib import suppress
+from dataclasses import replace
+
+from forebay.blobs.blobs import Blobs
+from forebay.blobs.shielded import shielded
+from forebay.dialects.imaging import Painted
+from forebay.dialects.openai.files import IMAGE_RESULT
+from forebay.errors import InsufficientStorage, StoreUnavailable
+from forebay.store.files import File, FileStore
+
+
+async def keep_as_file(files: FileStore, blobs: Blobs, project: str, picture: Painted, keep_seconds: float) -> File:
+    """The file that a picture becomes. Raises InsufficientStorage and StoreUnavailable."""
+    begun = await files.begin(project)
+    file = replace(begun, filename=file_name(begun.id, picture.content_type), purpose=IMAGE_RESULT)
+    try:
+        await store_blob(blobs, file.blob_key, picture.data)
+        digest = hashlib.sha256(picture.data).hexdigest()
+        async with files.database.begin() as transaction:
+            return await files.finish(transaction, file, len(picture.data), digest, keep_seconds)
+    except BaseException:  # it is a file, or nothing is left of it; what cannot be removed now, a sweep removes
+        with suppress(StoreUnavailable, InsufficientStorage):
+            await shielded(files.discard(blobs, file))
+        raise
+
+
+async def store_blob(blobs: Blobs, key: str, data: bytes) -> None:
+    """Store a blob of which nothing is left when this is cancelled."""
+    async with blobs.write(key) as writer:
+        await writer.write(data)
+
+
+def file_name(file_id: str, content_type: str) -> str:
+    """What a picture is called as a file."""
+    return f"{file_id}.{content_type.rpartition('/')[2]}"

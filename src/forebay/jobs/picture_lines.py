@@ -1,0 +1,109 @@
+"""Lines of batches that are about pictures: fetch -> make ready -> paint -> the JSON that is asked for.
+
+It refuses addresses, which would be gone before anybody reads them, answers that are too long for one line, and more
+pictures at once than a worker has room for.
+"""
+
+import asyncio
+from dataclasses import replace
+
+from pydantic_core import to_json
+
+from forebay.blobs.blobs import Blobs
+from forebay.clock import Clock
+from forebay.config import Settings
+from forebay.dialects.imaging import ImageTask, Painted
+from forebay.dialects.openai.call import Call
+from forebay.dialects.openai.image_events import Delivered, PictureShape
+from forebay.errors import InvalidRequest, Preempted
+from forebay.jobs.picture_files import keep_as_file
+from forebay.media.pictures import Inputs, Pictures
+from forebay.scheduler.gather import Gathered
+from forebay.scheduler.painter import Compute, Painter, Pixels
+from forebay.store.files import FileStore
+
+_BASE64_OF = 4 / 3  # of the bytes that it tells
+
+
+class PictureLines:
+    """Answers calls for pictures whole, for all lines of one worker."""
+
+    def __init__(self, pictures: Pictures, files: FileStore, blobs: Blobs, settings: Settings, clock: Clock) -> None:
+        self._pictures = pictures
+        self._painter = Painter(pictures)
+        self._files = files
+        self._blobs = blobs
+        self._keep_seconds = settings.images.keep_seconds
+        self._bytes_max = settings.batches.line_bytes_max
+        self._places = asyncio.Semaphore(settings.images.lines_at_once)
+        self._clock = clock
+
+    async def answer(self, call: Call, compute: Compute) -> Gathered:
+        """The answer to `call`; `compute` runs one picture, again from its beginning where its place was taken back.
+
+        Raises InvalidRequest for what has no place in a line, what becomes of the images, and what `compute` raises.
+        """
+        shape, task = call.shape, call.picture
+        assert isinstance(shape, PictureShape), "these endpoints are about pictures"
+        assert task is not None, "so is the call"
+        if task.delivery == "url":
+            raise InvalidRequest(
+                "The `response_format` of a line is `b64_json` or `file_id`: addresses do not last as long as a batch.",
+                param="response_format",
+                code="invalid_value",
+            )
+        async with self._places, self._pictures.fetched(Inputs(), task, call.request.project) as inputs:
+            painted = await self._painted(call, task, inputs, compute)
+        delivered = [await self._delivered(task, each, call.request.project) for each in painted]
+        body = await asyncio.to_thread(to_json, shape.answer(delivered, int(self._clock.now())))
+        if len(body) > self._bytes_max:
+            raise self._too_long()
+        return Gathered(body, None)
+
+    async def _painted(self, call: Call, task: ImageTask, inputs: Inputs, compute: Compute) -> list[Painted]:
+        bytes_max = int(self._bytes_max / _BASE64_OF) if task.delivery == "b64_json" else None
+        finished = _Finished(bytes_max, self._too_long())
+        painting = await self._painter.prepare(call, inputs)
+        while True:
+            try:
+                return await painting.run(compute, finished, finished.pictures, each_alone=True)
+            except Preempted:
+                continue
+
+    async def _delivered(self, task: ImageTask, picture: Painted, project: str) -> Delivered:
+        if task.delivery == "b64_json":
+            return Delivered(picture)
+        file = await keep_as_file(self._files, self._blobs, project, picture, self._keep_seconds)
+        return Delivered(replace(picture, data=b""), file_id=file.id)
+
+    def _too_long(self) -> InvalidRequest:
+        return InvalidRequest(
+            f"The pictures take more than the {self._bytes_max} bytes that a line may have. "
+            "Ask for `file_id` as `response_format`, or for fewer of them.",
+            param="response_format",
+            code="answer_too_long",
+        )
+
+
+class _Finished:
+    """Keeps what is finished while the line runs, so that nothing of it is done again when a place is taken back."""
+
+    def __init__(self, bytes_max: int | None, too_long: InvalidRequest) -> None:
+        self.pictures: dict[int, Painted] = {}
+        self._bytes_max = bytes_max
+        self._too_long = too_long
+
+    def stage(self, stage: str, percent: float) -> None:
+        """A line has no progress of its own."""
+
+    def step(self, image: int, step: int, steps: int) -> None:
+        """Nor any steps."""
+
+    def partial(self, pixels: Pixels) -> None:
+        """Nobody sees one before the end."""
+
+    async def kept(self, image: int, picture: Painted) -> None:
+        """A picture is finished. Raises InvalidRequest where those of the line are too many bytes, before the next."""
+        self.pictures[image] = picture
+        if self._bytes_max is not None and sum(len(each.data) for each in self.pictures.values()) > self._bytes_max:
+            raise self._too_long
