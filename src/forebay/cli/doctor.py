@@ -25,7 +25,7 @@ from forebay.cli.options import EXIT_FAILED, ConfigFile, DataFolder, load_settin
 from forebay.clock import SystemClock
 from forebay.config import Settings
 from forebay.errors import SetupError
-from forebay.model_config import AlignerModel, LlamaCppModel, VllmModel
+from forebay.model_config import AlignerModel, DiffusionModel, LlamaCppModel, Model, VllmModel
 from forebay.replicas import gguf
 from forebay.replicas.catalog import Catalog
 from forebay.store.database import Database
@@ -80,7 +80,7 @@ def _examine(config_file: Path | None, data_dir: Path | None) -> Iterator[Findin
         return
     yield Finding(Mark.GOOD, f"The configuration is valid; the catalogue has {len(catalog.names())} models.")
     checks: tuple[Callable[[Settings, Catalog], Iterator[Finding]], ...] = (
-        _folders, _database, _port, _llama_cpp, _vllm, _pocketsphinx, _models, _descriptors,
+        _folders, _database, _port, _llama_cpp, _vllm, _extras, _models, _descriptors,
     )  # fmt: skip
     for check in checks:
         yield from check(settings, catalog)
@@ -235,17 +235,25 @@ def _vllm(_settings: Settings, catalog: Catalog) -> Iterator[Finding]:
         yield Finding(Mark.GOOD, "vLLM is not installed; no model needs it.")
 
 
-def _pocketsphinx(_settings: Settings, catalog: Catalog) -> Iterator[Finding]:
+def _extras(_settings: Settings, catalog: Catalog) -> Iterator[Finding]:
+    """The engines that are installed only where somebody asks for them."""
     models = {name: catalog.get(name) for name in catalog.names()}
-    users = [
-        name
-        for name, model in models.items()
-        if isinstance(model, AlignerModel) and model.options.backend == "pocketsphinx"
-    ]
-    if users and importlib.util.find_spec("pocketsphinx") is None:
-        mark = Mark.BAD if any(models[name].preload for name in users) else Mark.NOTE
-        remedy = "`pip install 'forebay[pocketsphinx]'`"
-        yield Finding(mark, f"pocketsphinx is not installed, and {', '.join(users)} needs it: {remedy}.")
+    for extra, package in {"pocketsphinx": "pocketsphinx", "diffusion": "diffusers"}.items():
+        users = [name for name, model in models.items() if _extra_of(model) == extra]
+        if users and importlib.util.find_spec(package) is None:
+            mark = Mark.BAD if any(models[name].preload for name in users) else Mark.NOTE
+            remedy = f"`pip install 'forebay[{extra}]'`"
+            yield Finding(mark, f"{package} is not installed, and {', '.join(users)} needs it: {remedy}.")
+
+
+def _extra_of(model: Model) -> str | None:
+    match model:
+        case AlignerModel(options=aligner) if aligner.backend == "pocketsphinx":
+            return "pocketsphinx"
+        case DiffusionModel():
+            return "diffusion"
+        case _:
+            return None
 
 
 def _models(settings: Settings, catalog: Catalog) -> Iterator[Finding]:

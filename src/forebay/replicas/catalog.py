@@ -24,6 +24,8 @@ from forebay.model_config import (
     ModelFile,
     OnnxModel,
     OnnxOptions,
+    OpencvModel,
+    OpencvOptions,
     SpeakersModel,
     VllmModel,
     WhisperModel,
@@ -151,6 +153,17 @@ DEFAULT_MODELS: Mapping[str, Model] = {
         engine="aligner",
         description="PocketSphinx, BSD. When each English word was said; listed where `pocketsphinx` is installed.",
         options=AlignerOptions(backend="pocketsphinx", language="en"),
+    ),
+    "opencv-telea": OpencvModel(
+        engine="opencv",
+        description="OpenCV's fast marching, Apache-2.0. Fills masks from what is around them: scratches, wires, stamps.",
+        slots=2,
+    ),
+    "opencv-ns": OpencvModel(
+        engine="opencv",
+        description="OpenCV's Navier-Stokes, Apache-2.0. As `opencv-telea`, and continues lines.",
+        slots=2,
+        options=OpencvOptions(method="ns"),
     ),
     "qwen2.5-0.5b-instruct": _chat(
         "hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF@9217f5db79a29953eb74d5343926648285ec7e67/qwen2.5-0.5b-instruct-q4_k_m.gguf",
