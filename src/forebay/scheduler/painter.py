@@ -14,6 +14,7 @@ from forebay.dialects.imaging import ImageTask, Painted
 from forebay.dialects.openai.call import Call
 from forebay.dialects.speech import Records, part_body
 from forebay.errors import EngineGarbled
+from forebay.inference import Priority
 from forebay.media.pictures import Inputs, Pictures, Prepared
 from forebay.pixels import RGB_BYTES, Size
 
@@ -70,7 +71,7 @@ class Painter:
         """
         task = call.picture
         assert task is not None, "only a call for a picture is worked on"
-        prepared = await self._pictures.prepare(inputs, task)
+        prepared = await self._pictures.prepare(inputs, task, patient=_patient(call))
         return Painting(self._pictures, call, task, inputs, prepared, preview=preview)
 
 
@@ -120,7 +121,12 @@ class Painting:
         """The picture as the caller gets it. Raises what `Pictures.finish` does."""
         request, task = self._call.request, self._task
         made = await self._pictures.finish(
-            self._inputs, task, pixels.size, pixels.data, preview=self._preview and pixels.partial is None
+            self._inputs,
+            task,
+            pixels.size,
+            pixels.data,
+            preview=self._preview and pixels.partial is None,
+            patient=_patient(self._call),
         )
         used = {
             "model": request.model,
@@ -156,6 +162,11 @@ class Painting:
         }
         request = replace(self._call.request, body=part_body(header, prepared.data))
         return replace(self._call, request=request, shape=Records(easel.take), stream=False)
+
+
+def _patient(call: Call) -> bool:
+    """Whether nobody waits for it at the front door."""
+    return call.request.priority is Priority.BATCH
 
 
 class _Easel:
