@@ -281,8 +281,8 @@ class IntakeSettings(StoreSettings):
         description="How long a message is remembered, so that one that is delivered again makes no second job.",
     )
     attempts_max: Annotated[int, Field(ge=1, le=100)] = Field(
-        5,
-        description="Deliveries of a message that cannot be used, by its `deliveryAttempt`, before it is taken as a dead letter.",
+        4,
+        description="How often a message that cannot be used is refused, by its `deliveryAttempt`; then it is kept as a dead letter.",
     )
     token_audience: str | None = Field(
         None,

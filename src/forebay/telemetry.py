@@ -41,6 +41,8 @@ EVENTS = {
     "input.quarantined": "An input was in flight at two engine deaths and is refused for a while.",
     "supervisor.bug": "A step of the supervisor ended in an exception that nobody foresaw. This is a bug.",
     "key.created": "A first API key was made.",
+    "intake.token_refused": "A signed token of a push platform was refused, and why.",
+    "intake.keys_away": "The keys that a push platform signs with cannot be fetched; those that are known count on.",
     "job.attempt_failed": "An attempt at a job failed; the job is tried again, or given up.",
     "job.lease_lost": "Another worker has the job; what this one did of it since its last segment is dropped.",
     "job.rescued": "Jobs were taken back from a worker that is gone.",
