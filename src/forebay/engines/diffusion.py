@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forebay.engines import reports
 from forebay.engines.compute import Failed, StepFailed
 from forebay.engines.connection import Answer, Refused, Route, Visit
-from forebay.engines.diffusion_folder import PIPELINES, SCHEDULERS
+from forebay.engines.diffusion_folder import AUTO, PIPELINES, SCHEDULERS, Folder, Unusable, check, check_file
 from forebay.engines.diffusion_order import read_order
 from forebay.engines.reports import one_line
 from forebay.engines.serving import OutOfMemory, Service, run
@@ -34,7 +35,7 @@ _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "offload": ("none", "model", "sequential"),
     "scheduler": ("model", *SCHEDULERS),
-    "task": ("auto", *sorted({kind for kinds in PIPELINES.values() for kind in kinds})),
+    "task": (AUTO, *sorted({kind for kinds in PIPELINES.values() for kind in kinds})),
 }
 
 _say = partial(reports.say, "diffusion")
@@ -47,7 +48,7 @@ class Spec:
     name: str
     model_path: str
     slots: int = 1
-    task: str = "auto"
+    task: str = AUTO
     device: str = "cpu"
     device_index: int = 0
     dtype: str = "auto"
@@ -81,8 +82,8 @@ class Spec:
         if self.offload != "none" and self.device == "cpu":
             raise ValueError("offload is for a device other than the cpu")
 
-    def setup(self) -> "Setup":
-        """How the model is loaded."""
+    def setup(self, folder: Folder) -> "Setup":
+        """How the model in `folder` is loaded."""
         from forebay.engines.diffusion_pipeline import Setup
 
         dtype = self.dtype
@@ -90,13 +91,12 @@ class Spec:
             dtype = "float32" if self.device == "cpu" else "bfloat16"
         return Setup(
             name=self.name,
-            model_path=self.model_path,
-            task=self.task,
+            folder=folder,
+            kinds=folder.kinds(self.task),
             device=self.device if self.device == "cpu" else f"{self.device}:{self.device_index}",
             dtype=dtype,
             offload=self.offload,
-            variant=self.variant,
-            transformer_file=self.transformer_file,
+            transformer_file=Path(self.transformer_file) if self.transformer_file else None,
             loras=self.loras,
             scheduler=self.scheduler,
             compile=self.compile,
@@ -119,14 +119,14 @@ class Spec:
 class Engine:
     """The routes of one loaded model. Made in the loading thread; the routes run in the event loop."""
 
-    def __init__(self, spec: Spec, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, spec: Spec, folder: Folder, loop: asyncio.AbstractEventLoop) -> None:
         import torch
 
         from forebay.engines.diffusion_pipeline import load
         from forebay.engines.diffusion_run import Studio
 
         torch.set_num_threads(spec.threads or _cores())
-        model = load(spec.setup())
+        model = load(spec.setup(folder))
         self.rules = model.rules(spec.bounds())
         self._spec = spec
         self._used = model.used()
@@ -221,11 +221,25 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _folder(spec: Spec) -> Folder:
+    """What is loaded, checked before any library is: that takes seconds."""
+    try:
+        folder = check(Path(spec.model_path), variant=spec.variant, replaced=spec.transformer_file is not None)
+        folder.kinds(spec.task)
+        for path in (spec.transformer_file, *(lora["file"] for lora in spec.loras)):
+            if path is not None:
+                check_file(Path(path))
+    except Unusable as reason:
+        refuse_to_start(f"{spec.name} cannot be loaded. {reason}")
+    return folder
+
+
 def main() -> None:
     """Load the model and serve until SIGTERM."""
     spec, key = read_spec(Spec, "The engine")
     if any(find_spec(package) is None for package in _PACKAGES):
         refuse_to_start("The packages that paint are not installed. Run `pip install 'forebay[diffusion]'`.")
+    folder = _folder(spec)
     for name, value in {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -235,7 +249,7 @@ def main() -> None:
 
     def load(loop: asyncio.AbstractEventLoop) -> Service:
         try:
-            engine = Engine(spec, loop)
+            engine = Engine(spec, folder, loop)
         except OutOfMemory:
             raise MemoryError from None
         _say(f"event=ready model={spec.name} device={spec.device} can={','.join(sorted(engine.rules.kinds))}")

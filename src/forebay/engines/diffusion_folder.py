@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+AUTO = "auto"
 EDIT = "edit"
 IMAGE_TO_IMAGE = "image_to_image"
 GENERATE = "generate"
@@ -83,6 +84,16 @@ class Folder:
     path: Path
     pipeline: str
     denoiser: str
+    variant: str | None = None
+
+    def kinds(self, task: str) -> Mapping[str, str]:
+        """What it is to do for `task`, and the pipelines for that. Raises Unusable."""
+        able = PIPELINES[self.pipeline]
+        if task == AUTO:
+            return able
+        if task not in able:
+            raise Unusable(f"A {self.pipeline} cannot do the task {task}. Take one of {', '.join(able)}.")
+        return {task: able[task]}
 
 
 def check(path: Path, *, variant: str | None = None, replaced: bool = False) -> Folder:
@@ -103,7 +114,15 @@ def check(path: Path, *, variant: str | None = None, replaced: bool = False) -> 
     for name, part in parts.items():
         if part != [None, None]:
             _check_part(path / name, part, variant, weights=not (replaced and name == denoiser))
-    return Folder(path, pipeline, denoiser)
+    return Folder(path, pipeline, denoiser, variant)
+
+
+def check_file(path: Path) -> None:
+    """Whether a file of weights may be read, by its name alone. Raises Unusable."""
+    if path.suffix not in {".safetensors", ".gguf"}:
+        raise Unusable(f"The file {path.name} is neither safetensors nor GGUF, and nothing else is read.")
+    if not path.is_file():
+        raise Unusable(f"The file {path.name} is missing. Correct its path in the model's options.")
 
 
 def _check_part(folder: Path, part: list[Any], variant: str | None, *, weights: bool) -> None:

@@ -1,11 +1,11 @@
-"""What a request to a diffusion engine asks for: read from a body, checked, and what of it has to be equal in one batch.
+"""What a request to a diffusion engine asks for: read from a body and checked; and how what paints it tells of it.
 
 It refuses what the model cannot do and what is out of bounds, naming the field, before anything is computed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from forebay.engines.connection import Refused
 from forebay.engines.diffusion_folder import EDIT, GENERATE, IMAGE_TO_IMAGE
@@ -60,6 +60,35 @@ class Order:
     reproducible: bool
     image: memoryview | None = field(repr=False, default=None)
     mask: memoryview | None = field(repr=False, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One picture of a batch."""
+
+    order: Order
+    seed: int
+
+
+class Watch(Protocol):
+    """Who follows a batch, called in the thread that paints."""
+
+    def stepped(self, step: int, steps: int) -> bool:
+        """A step has ended; whether anybody still wants the pictures."""
+        ...
+
+    def partial(self, number: int, pixels: Sequence[bytes]) -> None:
+        """How the pictures look now, one for each row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A painted picture, and how many steps it took: with less strength than 1 they are fewer than were asked for."""
+
+    pixels: bytes
+    steps: int
+    notices: tuple[str, ...] = ()
 
 
 def read_order(body: bytes, rules: Rules, *, edits: bool) -> Order:

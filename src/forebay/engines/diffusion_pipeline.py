@@ -12,11 +12,12 @@ from typing import Any, NoReturn
 import diffusers
 import torch
 
-from forebay.engines.diffusion_folder import PIPELINES, Folder, Unusable, check
+from forebay.engines.diffusion_folder import EDIT, Folder
 from forebay.engines.diffusion_order import Rules
 from forebay.engines.start import refuse_to_start
 
 _FLUX = "Flux"
+_GGUF = ".gguf"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 """What libraries raise that are given files that they cannot read."""
@@ -30,13 +31,12 @@ class Setup:
     """How a model is loaded; see `model_config.DiffusionOptions`."""
 
     name: str
-    model_path: str
-    task: str
+    folder: Folder
+    kinds: Mapping[str, str]
     device: str
     dtype: str
     offload: str
-    variant: str | None
-    transformer_file: str | None
+    transformer_file: Path | None
     loras: Sequence[Mapping[str, Any]]
     scheduler: str
     compile: bool
@@ -119,64 +119,54 @@ class Model:
 
 
 def load(setup: Setup) -> Model:
-    """The model in a folder. Ends the process with the reason where it cannot be loaded."""
-    try:
-        folder = check(Path(setup.model_path), variant=setup.variant, replaced=setup.transformer_file is not None)
-        kinds = _kinds(folder, setup)
-    except Unusable as reason:
-        _refuse(setup, str(reason))
+    """The model in a folder. Ends the process with the reason where it cannot be loaded; raises MemoryError."""
     if setup.device.startswith("cuda") and not torch.cuda.is_available():
         _refuse(setup, "There is no GPU that PyTorch can use. Set `device` to `cpu`, or install a build for the GPU.")
     dtype = getattr(torch, setup.dtype)
     try:
-        pipelines = _pipelines(folder, setup, kinds, dtype)
+        pipelines = _pipelines(setup, dtype)
     except _BROKEN as error:
         if is_shortage(error):
             raise MemoryError from None
         _refuse(setup, f"diffusers cannot load it: {' '.join(str(error).split())[:300]}")
-    model = Model(pipelines, folder.denoiser, setup.device, setup.dtype, setup.offload)
+    model = Model(pipelines, setup.folder.denoiser, setup.device, setup.dtype, setup.offload)
     model.place(setup.offload)
     _speed_up(model, setup)
     return model
 
 
-def _kinds(folder: Folder, setup: Setup) -> Mapping[str, str]:
-    """What it is to do, and the pipelines for that. Raises Unusable."""
-    able = PIPELINES[folder.pipeline]
-    if setup.task == "auto":
-        return able
-    if setup.task not in able:
-        raise Unusable(f"A {folder.pipeline} cannot do the task {setup.task}. Take one of {', '.join(able)}.")
-    return {setup.task: able[setup.task]}
-
-
-def _pipelines(folder: Folder, setup: Setup, kinds: Mapping[str, str], dtype: Any) -> Mapping[str, Any]:
-    parts = {}
+def _pipelines(setup: Setup, dtype: Any) -> Mapping[str, Any]:
+    folder, kinds, parts = setup.folder, setup.kinds, {}
     if setup.transformer_file is not None:
-        parts[folder.denoiser] = _denoiser(folder, Path(setup.transformer_file), dtype)
+        parts[folder.denoiser] = _denoiser(folder, setup.transformer_file, dtype)
     first = getattr(diffusers, folder.pipeline).from_pretrained(
         str(folder.path),
         dtype=dtype,
-        variant=setup.variant,
+        variant=folder.variant,
         use_safetensors=True,
         local_files_only=True,
         **parts,
     )
-    for number, lora in enumerate(setup.loras):
-        path = Path(lora["file"])
-        first.load_lora_weights(
-            str(path.parent), weight_name=path.name, adapter_name=f"lora{number}", local_files_only=True
-        )
-    if setup.loras:
-        weights = [float(lora["weight"]) for lora in setup.loras]
-        names = [f"lora{number}" for number in range(len(weights))]
-        first.set_adapters(names, adapter_weights=weights)
-        first.fuse_lora(adapter_names=names)
-        first.unload_lora_weights()
+    _adapt(first, setup)
     first.scheduler = _scheduler(first.scheduler, setup.scheduler)
     if _whole_images_alone(first):
-        kinds = {kind: name for kind, name in kinds.items() if kind == "edit"}
+        kinds = {kind: name for kind, name in kinds.items() if kind == EDIT}
+        if not kinds:
+            raise ValueError("it can do nothing but fill in a mask; set `task` to `edit`")
     return {kind: _like(first, getattr(diffusers, name)) for kind, name in kinds.items()}
+
+
+def _adapt(pipe: Any, setup: Setup) -> None:
+    """Change the weights as the LoRA files say: for good, where they are not quantised."""
+    names = [f"lora{number}" for number in range(len(setup.loras))]
+    for name, lora in zip(names, setup.loras, strict=True):
+        path = Path(lora["file"])
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True)
+    if names:
+        pipe.set_adapters(names, adapter_weights=[float(lora["weight"]) for lora in setup.loras])
+        if setup.transformer_file is None or setup.transformer_file.suffix != _GGUF:
+            pipe.fuse_lora(adapter_names=names)
+            pipe.unload_lora_weights()
 
 
 def _whole_images_alone(pipe: Any) -> bool:
@@ -187,9 +177,7 @@ def _whole_images_alone(pipe: Any) -> bool:
 
 def _denoiser(folder: Folder, path: Path, dtype: Any) -> Any:
     kind = diffusers.FluxTransformer2DModel if folder.denoiser == "transformer" else diffusers.UNet2DConditionModel
-    quantised = path.suffix == ".gguf"
-    if not quantised and path.suffix != ".safetensors":
-        raise ValueError("`transformer_file` has to be a GGUF or safetensors file")
+    quantised = path.suffix == _GGUF
     more = {"quantization_config": diffusers.GGUFQuantizationConfig(compute_dtype=dtype)} if quantised else {}
     return kind.from_single_file(
         str(path), config=str(folder.path), subfolder=folder.denoiser, dtype=dtype, local_files_only=True, **more

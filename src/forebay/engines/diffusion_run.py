@@ -10,15 +10,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
 
 from forebay.engines.compute import StepFailed
 from forebay.engines.diffusion_folder import EDIT, GENERATE
-from forebay.engines.diffusion_order import Order, Settings
+from forebay.engines.diffusion_order import Order, Result, Row, Settings, Watch
 from forebay.engines.diffusion_pipeline import Model, is_shortage, takes
 from forebay.engines.serving import OutOfMemory
 from forebay.engines.threads import Unwanted
@@ -33,35 +32,6 @@ _WARM_UP_EDGE = 64
 _BLANKED = "The safety checker of the model has blanked the picture."
 _REFUSED = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What the library raises for a batch that it cannot paint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One picture of a batch."""
-
-    order: Order
-    seed: int
-
-
-class Watch(Protocol):
-    """Who follows a batch, called in the thread that paints."""
-
-    def stepped(self, step: int, steps: int) -> bool:
-        """A step has ended; whether anybody still wants the pictures."""
-        ...
-
-    def partial(self, number: int, pixels: Sequence[bytes]) -> None:
-        """How the pictures look now, one for each row."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A painted picture, and how many steps it took: with less strength than 1 they are fewer than were asked for."""
-
-    pixels: bytes
-    steps: int
-    notices: tuple[str, ...] = ()
 
 
 class Studio:

@@ -20,8 +20,7 @@ from typing import Any, Protocol
 
 from forebay.engines import reports
 from forebay.engines.compute import Failed, StepFailed
-from forebay.engines.diffusion_order import Order
-from forebay.engines.diffusion_run import Result, Row, Watch
+from forebay.engines.diffusion_order import Order, Result, Row, Watch
 from forebay.engines.serving import OutOfMemory
 from forebay.engines.threads import Threads, Unwanted, Wanted
 
