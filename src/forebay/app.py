@@ -54,6 +54,7 @@ from forebay.replicas.local_launcher import LocalLauncher
 from forebay.replicas.pull import Puller
 from forebay.replicas.supervisor import Supervisor
 from forebay.scheduler.assembly import Assembler
+from forebay.scheduler.painter import Painter
 from forebay.scheduler.scheduler import Limits, Scheduler
 from forebay.scheduler.transcriber import Transcriber
 from forebay.store.batches import BATCH, CHUNK, JOIN, BatchStore
@@ -116,6 +117,23 @@ class Speech:
         self.transcriber = Transcriber(self.recordings, settings.audio.stretch_seconds)
 
 
+class Imaging:
+    """What works on images, for both doors and for the lines of batches."""
+
+    def __init__(self, settings: Settings, stores: Stores, outbound: Outbound, clock: Clock) -> None:
+        self.pictures = Pictures(
+            settings.images,
+            settings.media,
+            settings.data_dir / "pictures" / stores.node,  # nobody else who lives has the name
+            outbound,
+            UploadedFiles(stores.files, stores.blobs),
+            clock,
+            free_bytes_min=settings.files.free_bytes_min,
+        )
+        self.pictures.open()
+        self.painter = Painter(self.pictures)
+
+
 class Machine:
     """The machine room and the hallway: whatever runs models in this process."""
 
@@ -151,6 +169,7 @@ def build_office(
     outbound: Outbound,
     calls: Calls,
     speech: Speech,
+    imaging: Imaging,
     clock: Clock,
     metrics: Metrics,
 ) -> Office:
@@ -160,11 +179,10 @@ def build_office(
     admission = Admission(machine.catalog, machine.scheduler, settings, clock)
     rooms = MediaRooms(stores.jobs, stores.media_jobs, stores.blobs, calls, admission, clock, metrics)
     transcriptions = TranscriptionWork(rooms, speech.recordings, speech.transcriber)
-    pictures = Pictures()
-    images = ImageWork(rooms, stores.files, pictures, settings.images)
+    images = ImageWork(rooms, stores.files, imaging.pictures, settings.images)
     kinds: list[Kind] = [
         _batch_kind(batches, settings),
-        _chunk_kind(settings, stores, machine, calls, admission, speech, pictures, clock, metrics),
+        _chunk_kind(settings, stores, machine, calls, admission, speech, imaging, clock, metrics),
         _response_kind(settings, stores, machine, calls, clock, metrics),
         transcription_kind(transcriptions, settings.audio, _delay(settings)),
         image_kind(images, settings.images, _delay(settings)),
@@ -242,12 +260,12 @@ def _chunk_kind(
     calls: Calls,
     admission: Admission,
     speech: Speech,
-    pictures: Pictures,
+    imaging: Imaging,
     clock: Clock,
     metrics: Metrics,
 ) -> Kind:
     recorded = SpeechLines(speech.recordings, speech.transcriber, settings.audio)
-    painted = PictureLines(pictures, stores.files, stores.blobs, settings, clock)
+    painted = PictureLines(imaging.pictures, stores.files, stores.blobs, settings, clock)
     segments = SegmentStore(stores.jobs, stores.batches, stores.dead_letters, stores.blobs, clock)
     lines = LineRunner(calls, admission, machine.assembler, recorded, painted, settings, clock, metrics)
     work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock)
@@ -284,8 +302,9 @@ class House:
         self._images = Images(settings.media, self._outbound, UploadedFiles(stores.files, stores.blobs), self._clock)
         calls = Calls(machine.catalog, self._images, settings.audio.diarization_model)
         self._speech = Speech(settings, stores, self._outbound, self._clock)
+        self._imaging = Imaging(settings, stores, self._outbound, self._clock)
         self._office = build_office(
-            settings, stores, machine, self._outbound, calls, self._speech, self._clock, metrics
+            settings, stores, machine, self._outbound, calls, self._speech, self._imaging, self._clock, metrics
         )
         self._door = Door(machine.scheduler, machine.assembler, Rates(self._clock), settings, self._clock, metrics)
         app = create_app(settings)
@@ -339,6 +358,7 @@ class House:
             sweeping.cancel()
             supervising.cancel()
             await asyncio.wait([supervising, sweeping, loading])
+            await self._imaging.pictures.close()
             await self._speech.recordings.close()
             await self._images.close()
             await self._outbound.close()
@@ -433,7 +453,8 @@ async def work(settings: Settings, environment: Mapping[str, str], on_ready: Cal
         images = Images(settings.media, outbound, UploadedFiles(stores.files, stores.blobs), clock)
         calls = Calls(machine.catalog, images, settings.audio.diarization_model)
         speech = Speech(settings, stores, outbound, clock)
-        office = build_office(settings, stores, machine, outbound, calls, speech, clock, metrics)
+        imaging = Imaging(settings, stores, outbound, clock)
+        office = build_office(settings, stores, machine, outbound, calls, speech, imaging, clock, metrics)
         supervising = asyncio.create_task(machine.supervisor.run())
         working = asyncio.create_task(office.run())
         stopping = asyncio.create_task(stop.wait())
@@ -447,6 +468,7 @@ async def work(settings: Settings, environment: Mapping[str, str], on_ready: Cal
             await asyncio.wait([working])
             supervising.cancel()
             await asyncio.wait([supervising])
+            await imaging.pictures.close()
             await speech.recordings.close()
             await images.close()
             await outbound.close()
