@@ -18,6 +18,7 @@ from forebay.engines.parted import json_object
 from forebay.engines.reports import one_line
 from forebay.engines.serving import Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
+from forebay.engines.threads import cores
 
 _INPUTS_MAX = 16_384
 
@@ -64,9 +65,9 @@ class Engine:
         self._spec = spec
         self._model = onnx_model
         self._tokens = Tokens(spec.tokenizer_path, spec.context)
-        cores = spec.threads or onnx_model.cores()
-        workers = spec.batches_at_once or (min(2, cores) if spec.provider == "cpu" else 1)
-        session = onnx_model.open_session(spec.model_path, spec.provider, max(1, cores // workers), int8=spec.int8)
+        threads = spec.threads or cores()
+        workers = spec.batches_at_once or (min(2, threads) if spec.provider == "cpu" else 1)
+        session = onnx_model.open_session(spec.model_path, spec.provider, max(1, threads // workers), int8=spec.int8)
         pooling = onnx_model.pooled(spec.pooling, normalise=spec.normalise)
         finish = onnx_model.scores if spec.capability == "rerank" else pooling
         encoder = onnx_model.Encoder(session, finish, self._tokens.pad, spec.rehearse_tokens_max)
