@@ -39,7 +39,7 @@ async def in_background(
     state, task = request.app.state, call.picture
     assert task is not None, "these endpoints are about pictures"
     for ref in _refs(task):
-        state.pictures.check(ref)
+        state.easels.pictures.check(ref)
     return await hand_in(request, caller, call, _handed(state.settings, caller, call, path, raw, inputs), raw)
 
 

@@ -182,7 +182,7 @@ class ImageWork:
             if asked.mask is not None:
                 spool = await stack.enter_async_context(self._pictures.spool(mask=True))
                 came = Inputs(came.images, await self._copied(spool, job.id, offset, asked.mask))
-            yield await stack.enter_async_context(self._pictures.fetched(came, task, job.project_id))
+            yield await stack.enter_async_context(self._pictures.fetched(came, task, job.project_id, patient=True))
 
     async def _copied(self, spool: Spool, job_id: str, offset: int, size: int) -> Spool:
         try:

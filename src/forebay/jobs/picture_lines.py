@@ -52,7 +52,7 @@ class PictureLines:
                 param="response_format",
                 code="invalid_value",
             )
-        async with self._places, self._pictures.fetched(Inputs(), task, call.request.project) as inputs:
+        async with self._places, self._pictures.fetched(Inputs(), task, call.request.project, patient=True) as inputs:
             painted = await self._painted(call, task, inputs, compute)
         delivered = [await self._delivered(task, each, call.request.project) for each in painted]
         body = await asyncio.to_thread(to_json, shape.answer(delivered, int(self._clock.now())))
