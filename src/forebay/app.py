@@ -22,6 +22,7 @@ from forebay.gateway.envelope import Envelope
 from forebay.gateway.hearing import Hearing
 from forebay.gateway.listener import Listener
 from forebay.gateway.online import Door
+from forebay.gateway.painting import Easels
 from forebay.gateway.places import Places
 from forebay.gateway.rates import Rates
 from forebay.gateway.server import create_app
@@ -318,7 +319,11 @@ class House:
         state.media_jobs, state.audio_places = stores.media_jobs, Places(settings.audio.uploads_at_once, "recordings")
         state.hearing = Hearing(self._speech.recordings, self._speech.transcriber, settings.audio)
         state.desk, state.clock = self._office.desk, self._clock
-        state.signer = Signer(stores.secrets, self._clock)
+        state.signer, state.pictures = Signer(stores.secrets, self._clock), self._imaging.pictures
+        state.easels = Easels(
+            self._imaging.pictures, self._imaging.painter, stores.files, stores.blobs, state.signer, settings.images
+        )
+        state.image_places = Places(settings.images.requests_at_once, "pictures")
         state.metrics, state.started_at = metrics, self._clock.now()
         state.authenticator = Authenticator(self.keys, settings.auth, settings.admin_key, self._clock)
         self._state = state

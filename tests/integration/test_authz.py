@@ -20,6 +20,8 @@ from forebay.inference import Capability
 from forebay.store.database import Database
 from forebay.store.key_format import Role, make_key
 from forebay.store.keys import KeyStore
+from tests.support.images import data_url as image_url
+from tests.support.images import picture
 from tests.support.recordings import data_url, wav
 from tests.support.server import ADMIN_KEY, FAKE, Server, eventually, serving
 from tests.support.wire import Reply, get, post, wire
@@ -44,6 +46,11 @@ BODIES = {
     **dict.fromkeys(("/v1/rerank", "/rerank", "/v2/rerank"), RANKING),
     **dict.fromkeys(("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/diarizations"), RECORDING),
     "/v1/audio/alignments": RECORDING.replace(b"{", b'{"transcript": "a", '),
+}
+BODIES |= {
+    "/v1/images/edits": b'{"model": "fake", "prompt": "a", "images": [{"image_url": "%b"}]}'
+    % image_url(picture()).encode(),
+    "/v1/images/generations": b'{"model": "fake", "prompt": "a", "size": "64x64"}',
 }
 FILLED_IN = {"name": "fake", "name:path": "fake"}
 

@@ -23,7 +23,6 @@ from forebay.gateway.online import Door, OnlineAnswer, Visit, Waiting
 from forebay.media.recordings import Recording, Recordings
 from forebay.media.spool import Spool
 from forebay.replicas.catalog import Catalog
-from forebay.replicas.connection import EngineStream
 from forebay.scheduler.transcriber import Kept, Transcriber
 from forebay.speech import Segment, Transcript
 
@@ -171,12 +170,5 @@ class SpeechAnswer(OnlineAnswer):
                 if not in_line or self._door.clock.monotonic() > visit.admitted_at + model.request_timeout_seconds:
                     raise
 
-    async def _gather(self, visit: Visit, call: Call, stream: EngineStream, send: Send) -> bytes:
-        """Read a part to its end, and send on what it says by the way."""
-        clock, gatherer = self._door.clock, call.shape.gatherer(call)
-        while data := await stream.read():
-            gatherer.feed(data)
-            visit.first_content_at = visit.first_content_at or clock.monotonic()
-            await self._send_events(visit, send, self._told.take())
-            visit.waiting, visit.since = Waiting.ENGINE, clock.monotonic()
-        return gatherer.body()
+    async def _between_reads(self, visit: Visit, send: Send) -> None:
+        await self._send_events(visit, send, self._told.take())

@@ -332,16 +332,19 @@ class OnlineAnswer(Response):
             await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
         await self._send(visit, send, {"type": "http.response.body", "body": events, "more_body": True})
 
-    async def _gather(self, visit: Visit, call: Call, stream: EngineStream, _send: Send) -> bytes:
+    async def _gather(self, visit: Visit, call: Call, stream: EngineStream, send: Send) -> bytes:
         clock = self._door.clock
         gatherer = call.shape.gatherer(call)
         visit.progress = gatherer.progress
         while data := await stream.read():
             gatherer.feed(data)
+            visit.first_content_at = visit.first_content_at or clock.monotonic()
+            await self._between_reads(visit, send)
             visit.waiting, visit.since = Waiting.ENGINE, clock.monotonic()
-            if not visit.first_content_at:
-                visit.first_content_at = visit.since
         return gatherer.body()
+
+    async def _between_reads(self, visit: Visit, send: Send) -> None:
+        """Send what an engine has said by the way; an answer that is gathered whole has nothing to send before its end."""
 
     async def _send(self, visit: Visit, send: Send, message: dict[str, object]) -> None:
         visit.waiting, visit.since = Waiting.CLIENT, self._door.clock.monotonic()

@@ -23,6 +23,7 @@ from forebay.gateway import (
     dead_letters,
     files,
     health,
+    images,
     jobs,
     responses,
     results,
@@ -90,6 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(webhooks.router)
     app.include_router(responses.router)
     app.include_router(audio.router)
+    app.include_router(images.router)
     app.include_router(signed.open_router)
     app.include_router(results.router)
     app.add_exception_handler(ForebayError, _forebay_error)

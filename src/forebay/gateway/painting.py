@@ -1,0 +1,219 @@
+"""Answers that are pictures while their caller waits: fetch -> make ready -> paint -> finish one after the other.
+
+It refuses to paint on for a caller who has gone, and to hold more finished pictures for one answer than it may send.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+from pydantic_core import to_json
+from starlette.types import Send
+
+from forebay.blobs.blobs import Blobs
+from forebay.blobs.shielded import shielded
+from forebay.config import ImageSettings
+from forebay.dialects.answer import Progress
+from forebay.dialects.imaging import ImageTask, Painted
+from forebay.dialects.openai.call import Call
+from forebay.dialects.openai.image_events import Delivered, PictureShape
+from forebay.errors import CallerError, InsufficientStorage, InvalidRequest, NotFound, StoreUnavailable
+from forebay.gateway.auth import Principal
+from forebay.gateway.online import Door, OnlineAnswer, Visit, Waiting
+from forebay.gateway.picture_jobs import ANSWER_BYTES_MAX
+from forebay.gateway.signed import Signer
+from forebay.jobs.picture_files import keep_as_file
+from forebay.media.pictures import Inputs, Pictures
+from forebay.replicas.catalog import Catalog
+from forebay.scheduler.painter import Painter, Painting, Pixels
+from forebay.store.files import FileStore
+
+Kept = Callable[[int, Painted], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Easels:
+    """The rooms that pictures come from and go to."""
+
+    pictures: Pictures
+    painter: Painter
+    files: FileStore
+    blobs: Blobs
+    signer: Signer
+    settings: ImageSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where pictures of one answer go, if not into the answer: addresses begin with `beginning`."""
+
+    easels: Easels
+    project: str
+    task: ImageTask
+    beginning: str
+
+    async def deliver(self, pictures: Sequence[Painted]) -> list[Delivered]:
+        """All of them, or nothing of them is left. Raises InsufficientStorage and StoreUnavailable."""
+        found: list[Delivered] = []
+        try:
+            for picture in pictures:
+                found.append(await self._deliver(picture))  # what is there is removed if the next fails
+        except BaseException:
+            await shielded(self._remove(found))
+            raise
+        return found
+
+    async def _deliver(self, picture: Painted) -> Delivered:
+        easels, delivery = self.easels, self.task.delivery
+        if delivery == "b64_json":
+            return Delivered(picture)
+        seconds = easels.settings.url_seconds if delivery == "url" else easels.settings.keep_seconds
+        file = await keep_as_file(easels.files, easels.blobs, self.project, picture, seconds)
+        if delivery == "file_id":
+            return Delivered(picture, file_id=file.id)
+        url = await easels.signer.address(self.beginning, file.id, seconds)
+        return Delivered(picture, url=url, file_id=file.id)
+
+    async def _remove(self, delivered: Sequence[Delivered]) -> None:
+        for each in delivered:
+            if each.file_id is not None:
+                with suppress(NotFound, StoreUnavailable, InsufficientStorage):  # it expires
+                    await self.easels.files.delete(self.easels.blobs, self.project, each.file_id)
+
+
+class _Told:
+    """Collects what there is to tell until there is a moment to send it."""
+
+    def __init__(self, shape: PictureShape, kept: Kept, *, streams: bool) -> None:
+        self._shape = shape
+        self._kept = kept
+        self._streams = streams
+        self._waiting: list[bytes | Pixels] = []
+
+    def stage(self, stage: str, percent: float) -> None:
+        """Nobody watches the progress of an online answer but by its events."""
+
+    def step(self, image: int, step: int, steps: int) -> None:
+        """Write down that a step is done."""
+        if self._streams:
+            self._waiting.append(self._shape.progress(image, step, steps))
+
+    def partial(self, pixels: Pixels) -> None:
+        """Keep a picture that is not finished until somebody has the time to encode it."""
+        if self._streams:
+            self._waiting.append(pixels)
+
+    async def kept(self, image: int, picture: Painted) -> None:
+        """A picture is finished."""
+        await self._kept(image, picture)
+
+    def take(self) -> list[bytes | Pixels]:
+        """What has not been sent."""
+        taken, self._waiting = self._waiting, []
+        return taken
+
+
+class PictureAnswer(OnlineAnswer):
+    """The answer to one request for pictures, made while it is sent.
+
+    `inputs` is what came with it; what it refers to is fetched once, and there until `stack` is left.
+    """
+
+    def __init__(
+        self,
+        door: Door,
+        call: Call,
+        principal: Principal,
+        catalog: Catalog,
+        rate_headers: Mapping[str, str],
+        easels: Easels,
+        inputs: Inputs,
+        stack: AsyncExitStack,
+        beginning: str,
+    ) -> None:
+        super().__init__(door, call, principal, catalog, 0, rate_headers)
+        self._easels = easels
+        self._came = inputs
+        self._stack = stack
+        self._beginning = beginning
+        self._inputs: Inputs | None = None
+        self._bytes = 0
+        self._painting: Painting | None = None
+        self._told: _Told | None = None
+
+    async def _serve(self, visit: Visit, send: Send) -> None:
+        call, shape, task = self._call, self._call.shape, self._call.picture
+        assert isinstance(shape, PictureShape), "these endpoints are about pictures"
+        assert task is not None, "so is the call"
+        frame = Frame(self._easels, self._principal.project_id, task, self._beginning)
+        self._bytes = 0
+
+        async def kept(image: int, picture: Painted) -> None:
+            self._count(task, picture)
+            if call.stream:
+                delivered = (await frame.deliver([picture]))[0]
+                await self._tell(visit, send)
+                await self._send_event(visit, send, lambda: shape.completed(image, delivered, self._now()))
+
+        self._told = _Told(shape, kept, streams=call.stream)
+        self._painting = await self._made_ready(call, task)
+        pictures = await self._painting.run(lambda part: self._run(visit, part, send), self._told)
+        visit.progress = Progress()
+        if call.stream:
+            await self._send(visit, send, {"type": "http.response.body", "body": b""})
+        else:
+            delivered = await frame.deliver(pictures)
+            body = await asyncio.to_thread(lambda: to_json(shape.answer(delivered, self._now())))
+            await self._send_whole(visit, send, body)
+
+    async def _made_ready(self, call: Call, task: ImageTask) -> Painting:
+        """Fetch, whoever of several models is to paint, and make it ready for this one."""
+        try:
+            if self._inputs is None:
+                fetched = self._easels.pictures.fetched(self._came, task, self._principal.project_id)
+                self._inputs = await self._stack.enter_async_context(fetched)
+            return await self._easels.painter.prepare(call, self._inputs)
+        except CallerError as error:
+            error.param = error.param or "image"
+            raise
+
+    async def _between_reads(self, visit: Visit, send: Send) -> None:
+        await self._tell(visit, send)
+
+    async def _tell(self, visit: Visit, send: Send) -> None:
+        """Send what waits; what is not finished is encoded first."""
+        shape = self._call.shape
+        if self._told is None or self._painting is None or not isinstance(shape, PictureShape):
+            return
+        for each in self._told.take():
+            if isinstance(each, bytes):
+                await self._send_events(visit, send, each)
+                continue
+            visit.waiting = Waiting.LINE  # for nobody who could be blamed
+            picture, pixels = await self._painting.finish(each), each
+            index = pixels.partial or 0
+            await self._send_event(
+                visit,
+                send,
+                lambda: shape.partial(pixels.image, index, picture, self._now()),  # noqa: B023  # awaited here
+            )
+
+    async def _send_event(self, visit: Visit, send: Send, written: Callable[[], bytes]) -> None:
+        """Megabytes of base64 are written in a thread."""
+        await self._send_events(visit, send, await asyncio.to_thread(written))
+        visit.waiting = Waiting.LINE
+
+    def _count(self, task: ImageTask, picture: Painted) -> None:
+        """Raise InvalidRequest for more bytes than fit into one answer beside others."""
+        self._bytes += len(picture.data)
+        if task.delivery == "b64_json" and self._bytes > ANSWER_BYTES_MAX:
+            raise InvalidRequest(
+                f"The pictures take more than the {ANSWER_BYTES_MAX} bytes that one answer may have. "
+                "Ask for `file_id` or `url` as `response_format`, or for fewer of them.",
+                param="response_format",
+                code="answer_too_long",
+            )
+
+    def _now(self) -> int:
+        return int(self._door.clock.now())
