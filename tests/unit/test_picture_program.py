@@ -34,7 +34,8 @@ def test_samples_and_sheets(tmp_path: Path) -> None:
     Image.composite(Image.new("RGB", image.size, "black"), image, mask).save(inside)
     spoiled = image.copy()
     (place,) = [at for at in [(0, 63)] if not mask.getpixel(at)]
-    spoiled.putpixel(place, tuple(255 - value for value in image.getpixel(place)))
+    red, green, blue = image.tobytes()[63 * 64 * 3 :][:3]
+    spoiled.putpixel(place, (255 - red, 255 - green, 255 - blue))
     spoiled.save(outside)
     tiles = [{"path": str(path), "label": f"steps 1\n{path.stem}"} for path in (kept, inside, outside)]
     sheet = tmp_path / "sheet.png"
