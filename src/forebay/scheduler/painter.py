@@ -186,7 +186,7 @@ class _Easel:
         """One record. Raises EngineGarbled, KeyError, TypeError and ValueError for what is none."""
         match record["type"]:
             case "step":
-                self._step(self._image(record), int(record["step"]), int(record["steps"]))
+                self._step(self._image(record), _whole(record["step"]), _whole(record["steps"]))
             case "rows":
                 self._rows(record)
             case "image":
@@ -202,7 +202,7 @@ class _Easel:
 
     def _image(self, record: Mapping[str, Any]) -> int:
         """Which picture of the whole request a record is about: an engine counts those of its own."""
-        number = int(record["image"])
+        number = _whole(record["image"])
         if not 0 <= number < len(self._images):
             raise EngineGarbled
         return self._images[number]
@@ -215,7 +215,7 @@ class _Easel:
         self._listener.stage(PAINTING, 100 * sum(self._steps_done.values()) / (steps * len(self._images)))
 
     def _rows(self, record: Mapping[str, Any]) -> None:
-        partial = None if record.get("partial") is None else int(record["partial"])
+        partial = None if record.get("partial") is None else _whole(record["partial"])
         if partial is not None and not 0 <= partial < self._task.partial_images:
             raise EngineGarbled
         image = self._image(record)
@@ -234,3 +234,10 @@ class _Easel:
         if len(canvas) != self._size.pixels * RGB_BYTES or image in self._finished:
             raise EngineGarbled
         self._finished[image] = Pixels(image, self._size, bytes(canvas), used=dict(record.get("used", {})))
+
+
+def _whole(value: object) -> int:
+    """A number of something. Raises EngineGarbled."""
+    if not isinstance(value, int):
+        raise EngineGarbled
+    return value
