@@ -107,13 +107,12 @@ def check(path: Path, *, variant: str | None = None, replaced: bool = False) -> 
         raise Unusable(f"The pipeline {pipeline!r} is not served. Take one of {', '.join(PIPELINES)}.")
     if code := [name for name in _CODE if name in said]:
         raise Unusable(f"model_index.json has `{code[0]}`, and code that a model brings along is never run. Remove it.")
-    parts = {name: part for name, part in said.items() if isinstance(part, list)}
+    parts = {name: part for name, part in said.items() if isinstance(part, list) and part != [None, None]}
     denoiser = next((name for name in _DENOISERS if name in parts), None)
     if denoiser is None:
         raise Unusable("model_index.json names neither a transformer nor a unet. Get the whole folder again.")
     for name, part in parts.items():
-        if part != [None, None]:
-            _check_part(path / name, part, variant, weights=not (replaced and name == denoiser))
+        _check_part(path, name, part, variant, weights=not (replaced and name == denoiser))
     return Folder(path, pipeline, denoiser, variant)
 
 
@@ -125,8 +124,8 @@ def check_file(path: Path) -> None:
         raise Unusable(f"The file {path.name} is missing. Correct its path in the model's options.")
 
 
-def _check_part(folder: Path, part: list[Any], variant: str | None, *, weights: bool) -> None:
-    name, kind = folder.name, tuple(part)
+def _check_part(path: Path, name: str, part: list[Any], variant: str | None, *, weights: bool) -> None:
+    folder, kind = path / name, tuple(part)
     if not _PLAIN.fullmatch(name) or not all(isinstance(each, str) for each in kind):
         raise Unusable("model_index.json is none of diffusers. Get the whole folder again.")
     if kind not in _WEIGHTS | _OTHER_PARTS:
@@ -146,17 +145,18 @@ def _check_part(folder: Path, part: list[Any], variant: str | None, *, weights: 
 def _check_weights(folder: Path, variant: str | None) -> None:
     """Weights of a part: safetensors, and all of them there."""
     found = {each.name for each in folder.glob("*.safetensors") if each.is_file()}
-    if variant and (of_variant := {name for name in found if f".{variant}." in name or f".{variant}-" in name}):
-        found = of_variant
-    elif not found:
+    if not found:
         others = any(each.suffix in {".bin", ".pt", ".pth", ".ckpt"} for each in folder.iterdir())
         remedy = "Convert them to safetensors: theirs is a format that can run code." if others else "Get it again."
         raise Unusable(f"The part `{folder.name}` has no weights in safetensors. {remedy}")
-    for index in folder.glob("*.safetensors.index*.json"):
+    indexes = list(folder.glob(f"*.safetensors.index.{variant}.json")) if variant else []
+    if not indexes and not (variant and any(f".{variant}." in name for name in found)):
+        indexes = list(folder.glob("*.safetensors.index.json"))
+    for index in indexes:
         files = _json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(each, str) for each in files.values()):
             raise Unusable(f"The list of weights of the part `{folder.name}` cannot be read. Get it again.")
-        if (variant is None or f".{variant}." in index.name) and (missing := set(files.values()) - found):
+        if missing := set(files.values()) - found:
             raise Unusable(f"The part `{folder.name}` lacks {len(missing)} of its files of weights. Get it again.")
 
 

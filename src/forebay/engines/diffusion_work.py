@@ -107,6 +107,7 @@ class _Picture:
     request: _Request
     image: int
     alone: bool = False
+    short: bool = False  # of memory when it was tried before
     partials: int = 0  # that were told already, in case it is begun again
 
     @property
@@ -300,6 +301,8 @@ class Work:
         """There was not enough memory for a batch: try it again with less, or fail it."""
         self.figures.out_of_memory += 1
         self._saved_at = time.monotonic()
+        for each in batch:
+            each.short = True
         if len(batch) > 1:
             self._one_by_one = True
             _say("event=saving_memory way=one_by_one")
@@ -320,6 +323,8 @@ class Work:
 
     async def _recover(self) -> None:
         """Do with as much memory as there was when nothing has been short of it for a while."""
+        if self._line and self._line[0].short:
+            return
         if self.savings and time.monotonic() - self._saved_at >= self._cooldown_seconds:
             self._one_by_one = False
             await self._in_thread(self._painter.spend)
