@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forebay import commit_points
-from forebay.blobs.blobs import open_blobs
+from forebay.blobs.blobs import open_blobs, open_objects
 from forebay.clock import Clock, SystemClock
 from forebay.config import Settings
 from forebay.errors import SetupError
@@ -24,6 +24,7 @@ from forebay.gateway.listener import Listener
 from forebay.gateway.online import Door
 from forebay.gateway.painting import Easels
 from forebay.gateway.places import Places
+from forebay.gateway.push_tokens import PushTokens
 from forebay.gateway.rates import Rates
 from forebay.gateway.server import create_app
 from forebay.gateway.signed import Signer
@@ -45,6 +46,7 @@ from forebay.jobs.transcription import TranscriptionWork, transcription_kind
 from forebay.jobs.webhook import webhook_kind
 from forebay.media.files import UploadedFiles
 from forebay.media.images import Images
+from forebay.media.objects import Objects
 from forebay.media.pictures import Pictures
 from forebay.media.recordings import Recordings
 from forebay.model_config import UpstreamModel
@@ -63,6 +65,7 @@ from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.files import FileStore
 from forebay.store.idempotency import IdempotencyStore
+from forebay.store.intake import IntakeStore
 from forebay.store.jobs import JobStore
 from forebay.store.key_format import Role
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
@@ -103,6 +106,8 @@ class Stores:
         self.responses = ResponseStore(database, clock, settings.responses)
         self.media_jobs = MediaJobStore(database, clock, node)
         self.secrets = SecretStore(database)
+        self.intake = IntakeStore(database, clock, settings.intake.dedupe_seconds)
+        self.objects = open_objects(settings)
 
 
 class Speech:
@@ -180,7 +185,7 @@ def build_office(
     admission = Admission(machine.catalog, machine.scheduler, settings, clock)
     rooms = MediaRooms(stores.jobs, stores.media_jobs, stores.blobs, calls, admission, clock, metrics)
     transcriptions = TranscriptionWork(rooms, speech.recordings, speech.transcriber)
-    images = ImageWork(rooms, stores.files, imaging.pictures, settings.images)
+    images = ImageWork(rooms, stores.files, imaging.pictures, Objects(stores.objects), settings.images)
     kinds: list[Kind] = [
         _batch_kind(batches, settings),
         _chunk_kind(settings, stores, machine, calls, admission, speech, imaging, clock, metrics),
@@ -205,6 +210,9 @@ def build_office(
     async def idempotency_keys(now: float, rows: int) -> int:
         return await stores.idempotency.prune(now, rows)
 
+    async def messages(now: float, rows: int) -> int:
+        return await stores.intake.prune(now, rows)
+
     async def segments(now: float, rows: int) -> int:
         return await batches.sweep(now, rows)
 
@@ -219,7 +227,7 @@ def build_office(
         stores.webhooks,
         stores.dead_letters,
         kinds,
-        [finished_jobs, old_dead_letters, files, uploads, segments, responses, media, idempotency_keys],
+        [finished_jobs, old_dead_letters, files, uploads, segments, responses, media, idempotency_keys, messages],
         stores.node,
         settings.jobs,
         clock,
@@ -324,6 +332,8 @@ class House:
             self._imaging.pictures, self._imaging.painter, stores.files, stores.blobs, state.signer, settings.images
         )
         state.image_places = Places(settings.images.requests_at_once, "pictures")
+        state.intake = stores.intake
+        state.push_tokens = PushTokens(settings.intake, self.keys, self._outbound, self._clock)
         state.metrics, state.started_at = metrics, self._clock.now()
         state.authenticator = Authenticator(self.keys, settings.auth, settings.admin_key, self._clock)
         self._state = state
@@ -413,6 +423,8 @@ async def open_stores(settings: Settings) -> AsyncIterator[Stores]:
         try:
             stores = Stores(settings, database, SystemClock(), node.name)
             await stores.blobs.check()
+            if stores.objects is not None:
+                await stores.objects.check()
             yield stores
         finally:
             node.release()

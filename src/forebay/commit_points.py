@@ -31,6 +31,8 @@ NAMES = {
     "image.picture_stored": "The files of a finished picture are stored; the picture is not kept yet.",
     "image.picture_kept": "A finished picture is kept, and is not painted again.",
     "image.finished": "Every picture of a job is kept; the job is not settled.",
+    "image.delivered": "The results of a pushed message are in its store; the job is not settled.",
+    "intake.taken": "A pushed message and its job are committed; its platform has no answer yet.",
     "image.settled": "An image job is settled and its files are there; what came with it still is.",
     "webhook.sent": "A receiver has answered; the delivery is not settled.",
 }

@@ -87,7 +87,7 @@ def test_data_is_base64_and_nothing_else(data: str) -> None:
 
 def test_results_lie_beside_the_image_where_the_order_names_no_other_place() -> None:
     found = order(image="inbox/7/photo.png", prompt="A red door.")
-    assert found.named == {
+    assert found.names.by_field == {
         "image": "inbox/7/photo.png",
         "output": "inbox/7/edited.jpg",
         "preview": "inbox/7/preview.jpg",
@@ -102,7 +102,7 @@ def test_results_lie_beside_the_image_where_the_order_names_no_other_place() -> 
 
 def test_an_order_has_its_own_names_model_and_form() -> None:
     found = order(image="a.jpg", mask="m.png", output="x/b.PNG", preview="x/c.jpg", model="other", seed=7)
-    assert found.named == {"image": "a.jpg", "mask": "m.png", "output": "x/b.PNG", "preview": "x/c.jpg"}
+    assert found.names.by_field == {"image": "a.jpg", "mask": "m.png", "output": "x/b.PNG", "preview": "x/c.jpg"}
     assert found.body == {"model": "other", "seed": 7, "output_format": "png"}
     assert order(image="a", output="b.webp").body["output_format"] == "webp"
     assert order(image="a", output="b.png", output_format="webp", output_compression=5).body == {

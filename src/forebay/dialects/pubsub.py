@@ -88,20 +88,27 @@ class Defaults:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """An edit of an object: where it and its mask are, where the results go, and the body of the edit without images."""
+class ObjectNames:
+    """Where an image and its mask are, and where the results go."""
 
     image: str
     mask: str | None
     output: str
     preview: str
-    body: Mapping[str, Any]
 
     @property
-    def named(self) -> dict[str, str]:
+    def by_field(self) -> dict[str, str]:
         """Every object by the field that names it."""
         found = {"image": self.image, "mask": self.mask, "output": self.output, "preview": self.preview}
         return {field: name for field, name in found.items() if name is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An edit of an object, and the body of that edit without its images."""
+
+    names: ObjectNames
+    body: Mapping[str, Any]
 
 
 def data_of(message: Message) -> bytes:
@@ -134,9 +141,9 @@ def order_of(data: bytes, attributes: Mapping[str, str], defaults: Defaults) -> 
     named = parse(_Objects, data)
     output = named.output or beside(named.image, defaults.output_name)
     preview = named.preview or beside(named.image, defaults.preview_name)
-    order = Order(named.image, named.mask, output, preview, _body(fields, output, defaults))
-    _check_apart(order)
-    return order
+    names = ObjectNames(named.image, named.mask, output, preview)
+    _check_apart(names)
+    return Order(names, _body(fields, output, defaults))
 
 
 def beside(image: str, name: str) -> str:
@@ -158,10 +165,10 @@ def _body(fields: Mapping[str, Any], output: str, defaults: Defaults) -> dict[st
     return body
 
 
-def _check_apart(order: Order) -> None:
+def _check_apart(names: ObjectNames) -> None:
     """Refuse results in the place of each other, or of what they are made of: a second attempt would find those instead."""
     before: list[str] = []
-    for field, name in order.named.items():
+    for field, name in names.by_field.items():
         if field in {"output", "preview"} and name in before:
             raise _refusal(f"`{field}` would take the place of another object of this message. Name another.", field)
         before.append(name)

@@ -95,13 +95,13 @@ class Authenticator:
         """
         plain = _credential(headers)
         if plain is None:
-            self._refuse(address)
+            self.refuse(address)
         presented = hash_key(plain)
         if self._admin_hash is not None and same_hash(presented, self._admin_hash):
             return self._admin
         prefix = lookup_prefix(plain)  # the checksum: a typo ends here
         if prefix is None:
-            self._refuse(address)
+            self.refuse(address)
         known = self._remembered(prefix)
         if known is None:
             known = await self._look_up(prefix, address)
@@ -109,7 +109,7 @@ class Authenticator:
         # The comparison is made for an unknown key too, so that the time tells nothing.
         same = same_hash(presented, self._nobody if record is None else record.hash)
         if not same or record is None or known.principal is None or not self._in_force(record):
-            self._refuse(address)
+            self.refuse(address)
         return known.principal
 
     def forget(self) -> None:
@@ -164,7 +164,8 @@ class Authenticator:
         if not lookup.cancelled():
             lookup.exception()  # read, for the case that every caller has left
 
-    def _refuse(self, address: str) -> NoReturn:
+    def refuse(self, address: str) -> NoReturn:
+        """Count a failure of `address`. Raises Unauthorized, or RateLimited when it has failed too often."""
         bucket = self._failures_left(address)
         seconds = bucket.seconds_until(1)
         if seconds:
@@ -193,12 +194,16 @@ def _admin_hash(admin_key: SecretStr | None) -> bytes | None:
     return hash_key(plain)
 
 
+def bearer(headers: Mapping[str, str]) -> str | None:
+    """What `Authorization: Bearer` carries, of any length."""
+    value = headers.get("authorization", "")
+    return value[7:].strip() if value[:7].lower() == "bearer " else None
+
+
 def _credential(headers: Mapping[str, str]) -> str | None:
     """The key of `Authorization: Bearer` or, without one, of `x-api-key`."""
-    value = headers.get("authorization")
-    if value is not None and value[:7].lower() == "bearer ":
-        plain = value[7:].strip()
-    else:
+    plain = bearer(headers)
+    if plain is None:
         plain = headers.get("x-api-key", "").strip()
     return plain if 0 < len(plain) <= _CREDENTIAL_CHARS_MAX else None
 
@@ -236,8 +241,13 @@ def _principal(record: KeyRecord) -> Principal:
 async def principal(request: Request) -> Principal:
     """Dependency of every route that needs a key: any role will do."""
     authenticator: Authenticator = request.app.state.authenticator
+    return await authenticator.authenticate(request.headers, address_of(request))
+
+
+def address_of(request: Request) -> str:
+    """Where a request comes from, as failures are counted."""
     client = request.scope.get("client")
-    return await authenticator.authenticate(request.headers, client[0] if client else "")
+    return client[0] if client else ""
 
 
 def role_at_least(role: Role) -> Callable[[Request], Awaitable[Principal]]:

@@ -96,7 +96,7 @@ async def _hand_in(request: Request, caller: Principal, handed: Handed, raw: byt
             reach(f"{new.kind}.media_stored")
 
     async def perform(transaction: Transaction) -> dict[str, Any]:
-        return await _submit(desk, store, transaction, handed)
+        return await submit(desk, store, transaction, handed)
 
     fingerprint = raw if handed.parcel is None else raw + await _digest(handed.parcel)
     async with drafted(lambda: store.discard(blobs, new.id)) as draft:
@@ -109,7 +109,7 @@ async def _hand_in(request: Request, caller: Principal, handed: Handed, raw: byt
     return answer
 
 
-async def _submit(desk: Desk, store: MediaJobStore, transaction: Transaction, handed: Handed) -> dict[str, Any]:
+async def submit(desk: Desk, store: MediaJobStore, transaction: Transaction, handed: Handed) -> dict[str, Any]:
     """Make the job and what belongs to it. Raises Overloaded if the project has too many."""
     new = handed.new
     if await store.unfinished(transaction, new.project_id, new.kind) >= handed.limits.live_max:

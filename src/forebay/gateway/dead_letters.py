@@ -9,22 +9,26 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
 from forebay.config import Settings
 from forebay.dialects.openai.batches import BatchBody, parse_line
 from forebay.dialects.openai.jobs import RequeueBody, RequeueFilter, parse_or_default, request_line
-from forebay.errors import Conflict, InvalidRequest, NotFound
+from forebay.dialects.pubsub import within
+from forebay.errors import CallerError, Conflict, InvalidRequest, NotFound
 from forebay.gateway.answers import json_answer, read_body
 from forebay.gateway.auth import Principal, principal, role_at_least
+from forebay.gateway.background import Handed, submit
 from forebay.gateway.batches import check_live, insert_batch
 from forebay.gateway.idempotency import create
+from forebay.gateway.intake import order_in
 from forebay.gateway.jobs import page_of
+from forebay.inference import Capability
 from forebay.jobs.desk import Desk
 from forebay.jobs.requeue import Bundle, Requeue
 from forebay.store.database import Transaction
-from forebay.store.dead_letters import PAGE_SIZE_MAX, Chosen, DeadLetter, DeadLetterStore
+from forebay.store.dead_letters import MESSAGE, PAGE_SIZE_MAX, Chosen, DeadLetter, DeadLetterStore
 from forebay.store.files import FileStore
 from forebay.store.job_state import JobState
 from forebay.store.jobs import Job
@@ -45,7 +49,7 @@ def letter_object(letter: DeadLetter) -> dict[str, Any]:
         "id": letter.id,
         "object": "dead_letter",
         "kind": letter.kind,
-        "job_id": letter.job_id,
+        "job_id": letter.job_id or None,
         "endpoint": letter.endpoint,
         "custom_id": letter.custom_id,
         "line": letter.line,
@@ -127,11 +131,12 @@ async def requeue_letter(request: Request, letter_id: str, caller: Member) -> Re
     body = parse_or_default(RequeueBody, raw)
     letter = await store.get(caller.project_id, letter_id)
     edited = {} if body.body is None else {letter.id: _edited_line(letter, body.body)}
+    strict = letter.kind == MESSAGE  # what is wrong with it is told
     async with AsyncExitStack() as stack:
         taken = _Taken(request, caller, again=body.again)
 
         async def collect() -> None:
-            await taken.collect(stack, [letter], edited)
+            await taken.collect(stack, [letter], edited, strict=strict)
             if taken.empty:
                 raise _gone(letter)
 
@@ -152,7 +157,9 @@ async def delete_letter(request: Request, letter_id: str, caller: Member) -> Res
 
 
 def _edited_line(letter: DeadLetter, body: dict[str, Any]) -> bytes:
-    """The line with another body. Raises InvalidRequest where there is no line, or it would not be one."""
+    """The line with another body, or what is in a message. Raises InvalidRequest where there is neither, or it is none."""
+    if letter.kind == MESSAGE:
+        return to_json(body)
     if letter.endpoint is None or letter.custom_id is None:
         raise InvalidRequest("Only the line of a batch has a `body` that can be edited.", param="body")
     line = request_line(letter.custom_id, letter.endpoint, body)
@@ -185,18 +192,30 @@ class _Taken:
         self._bundles: list[Bundle] = []
         self._jobs: dict[str, Job] = {}
         self._letters: dict[str, list[DeadLetter]] = {}  # of each of these jobs
+        self._orders: list[tuple[DeadLetter, Handed]] = []  # what pushed messages ask for
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing that can be taken up."""
-        return not (self._bundles or self._jobs)
+        return not (self._bundles or self._jobs or self._orders)
 
     async def collect(
-        self, stack: AsyncExitStack, letters: Sequence[DeadLetter], edited: dict[str, bytes] | None = None
+        self,
+        stack: AsyncExitStack,
+        letters: Sequence[DeadLetter],
+        edited: dict[str, bytes] | None = None,
+        *,
+        strict: bool = False,
     ) -> None:
-        """Write the lines, and look for the jobs; what is gone is left out."""
-        self._bundles = await stack.enter_async_context(_requeue(self._request).bundles(letters, edited))
+        """Write the lines, look for the jobs, and read the messages; what is gone is left out.
+
+        A message that still cannot be used is left out too or, if `strict`, refused as when it came.
+        """
+        lines = [letter for letter in letters if letter.kind != MESSAGE]
+        self._bundles = await stack.enter_async_context(_requeue(self._request).bundles(lines, edited))
         for letter in letters:
+            if letter.kind == MESSAGE:
+                await self._read_order(letter, (edited or {}).get(letter.id), strict=strict)
             if letter.endpoint is None:
                 self._letters.setdefault(letter.job_id, []).append(letter)
         lost = await self._request.app.state.media_jobs.without_media(self._letters)
@@ -205,7 +224,18 @@ class _Taken:
                 job = await self._desk.get(self._caller.project_id, job_id)
                 if job.finished and job.state is not JobState.COMPLETED:
                     self._jobs[job_id] = job
-        await self._desk.check_room(len(self._bundles) + len(self._jobs))
+        await self._desk.check_room(len(self._bundles) + len(self._jobs) + len(self._orders))
+
+    async def _read_order(self, letter: DeadLetter, edited: bytes | None, *, strict: bool) -> None:
+        self._caller.require_scope(Capability.IMAGE_EDIT)
+        data = edited or await _requeue(self._request).line_of(letter)
+        if data is None:
+            return
+        try:
+            self._orders.append((letter, await order_in(self._request, self._caller, data, {})))
+        except CallerError as error:
+            if strict:
+                raise within(error, "body") from None
 
     async def requeue(self, transaction: Transaction) -> list[dict[str, Any]]:
         """Make the batches, revive the jobs, and mark the dead letters. Raises Conflict if one was taken up before."""
@@ -215,6 +245,10 @@ class _Taken:
             letters = self._letters[job.id]
             await self._mark(transaction, letters, job.id)
             made.append({"id": job.id, "kind": job.kind, "requeued": len(letters)})
+        for letter, handed in self._orders:
+            await submit(self._desk, self._request.app.state.media_jobs, transaction, handed)
+            await self._mark(transaction, [letter], handed.new.id)
+            made.append({"id": handed.new.id, "kind": handed.new.kind, "requeued": 1})
         return made
 
     async def _make_batch(self, transaction: Transaction, bundle: Bundle) -> dict[str, Any]:

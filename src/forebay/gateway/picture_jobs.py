@@ -15,6 +15,7 @@ from forebay.config import Settings
 from forebay.dialects.imaging import Delivery, ImageTask, OutputPlan, Painted
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.image_events import Delivered, PictureShape
+from forebay.dialects.pubsub import ObjectNames
 from forebay.errors import InvalidRequest, NotFound
 from forebay.gateway.auth import Principal
 from forebay.gateway.background import OF_THE_DOOR, Handed, Limits, hand_in
@@ -40,22 +41,32 @@ async def in_background(
     assert task is not None, "these endpoints are about pictures"
     for ref in _refs(task):
         state.easels.pictures.check(ref)
-    return await hand_in(request, caller, call, _handed(state.settings, caller, call, path, raw, inputs), raw)
+    handed = handed_of(state.settings, caller.project_id, call, path, raw, inputs)
+    return await hand_in(request, caller, call, handed, raw)
 
 
 def _refs(task: ImageTask) -> list[Any]:
     return [*task.images, *([] if task.mask is None else [task.mask])]
 
 
-def _handed(settings: Settings, caller: Principal, call: Call, path: str, raw: bytes, inputs: Inputs) -> Handed:
-    """The request as an attempt will read it: the work alone, and how much came with it."""
+def handed_of(
+    settings: Settings,
+    project_id: str,
+    call: Call,
+    path: str,
+    raw: bytes,
+    inputs: Inputs,
+    objects: ObjectNames | None = None,
+) -> Handed:
+    """The request as an attempt will read it: the work alone, how much came with it, and what lies in the intake's store."""
     body: dict[str, Any] = from_json(raw)
     shape, task = call.shape, call.picture
     assert isinstance(shape, PictureShape)
     assert task is not None
     work = to_json({name: value for name, value in body.items() if name not in OF_THE_DOOR})
     spools = [*inputs.images, *([] if inputs.mask is None else [inputs.mask])]
-    asked = Asked(work, tuple(each.bytes for each in inputs.images), None if inputs.mask is None else inputs.mask.bytes)
+    mask = None if inputs.mask is None else inputs.mask.bytes
+    asked = Asked(work, tuple(each.bytes for each in inputs.images), mask, objects)
     shown = {
         "task": task.task,
         "format": task.output.format,
@@ -67,7 +78,7 @@ def _handed(settings: Settings, caller: Principal, call: Call, path: str, raw: b
     new = NewMediaJob(
         new_id("job"),
         IMAGE,
-        caller.project_id,
+        project_id,
         path,
         asked.written(),
         to_json(shown),
@@ -110,6 +121,7 @@ async def rendered(request: Request, job: Job, found: Result, form: str | None) 
     for shown, picture in zip(answer["data"], pictures, strict=True):
         if picture.preview is not None:
             shown["preview_file_id"] = picture.preview.id
+        shown.update(made.get("objects", {}))
     return to_json(answer)
 
 

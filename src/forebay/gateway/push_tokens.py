@@ -1,4 +1,4 @@
-"""Signed tokens of a push platform: whether one was made for this server, and for whom it should have been.
+"""Signed tokens of a push platform: whether one was made for this server and by its account, and whom it then acts for.
 
 It refuses every algorithm but RS256 and every key but those at the configured address, and to ask there more than once a
 minute for a key that is not among them.
@@ -14,9 +14,14 @@ from pydantic_core import from_json
 from forebay.clock import Clock
 from forebay.config import IntakeSettings
 from forebay.errors import InvalidRequest, Unauthorized, Unreachable
+from forebay.gateway.auth import Principal
+from forebay.inference import Capability
 from forebay.outbound import Outbound
+from forebay.store.key_format import Role
+from forebay.store.keys import KeyStore
 from forebay.telemetry import Log
 
+_KEY_ID = "intake_token"
 _ALGORITHM = "RS256"
 _TOKEN_CHARS_MAX = 8192
 _KID_CHARS_MAX = 256
@@ -41,8 +46,10 @@ def looks_like_token(credential: str) -> bool:
 class PushTokens:
     """Checks tokens. It owns the platform's public keys, and is used on one event loop."""
 
-    def __init__(self, settings: IntakeSettings, outbound: Outbound, clock: Clock) -> None:
+    def __init__(self, settings: IntakeSettings, store: KeyStore, outbound: Outbound, clock: Clock) -> None:
         self._settings = settings
+        self._store = store
+        self._project_id: str | None = None
         self._outbound = outbound
         self._clock = clock
         self._log = Log()
@@ -54,6 +61,13 @@ class PushTokens:
     def accepted(self) -> bool:
         """Whether any token is."""
         return self._settings.token_audience is not None
+
+    async def principal(self, token: str) -> Principal:
+        """Whom a good token acts for: a member of the project of the settings. Raises what `check` does."""
+        await self.check(token)
+        if self._project_id is None:
+            self._project_id = (await self._store.get_or_create_project(self._settings.token_project)).id
+        return Principal(_KEY_ID, self._project_id, Role.MEMBER, frozenset({Capability.IMAGE_EDIT}))
 
     async def check(self, token: str) -> None:
         """Raise Unauthorized unless the platform made it for us, Unreachable where its keys cannot be had."""

@@ -24,6 +24,7 @@ from forebay.gateway import (
     files,
     health,
     images,
+    intake,
     jobs,
     responses,
     results,
@@ -92,6 +93,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(responses.router)
     app.include_router(audio.router)
     app.include_router(images.router)
+    app.include_router(intake.router)
     app.include_router(signed.open_router)
     app.include_router(results.router)
     app.add_exception_handler(ForebayError, _forebay_error)

@@ -6,8 +6,8 @@ request longer than its job. A new attempt fetches and makes ready anew, and goe
 
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic_core import from_json, to_json
@@ -18,6 +18,7 @@ from forebay.config import ImageSettings
 from forebay.dialects.imaging import ImageTask, Painted
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.files import IMAGE_RESULT
+from forebay.dialects.pubsub import ObjectNames
 from forebay.errors import NotFound, Preempted
 from forebay.inference import Priority
 from forebay.jobs.kinds import Kind, Run
@@ -26,6 +27,7 @@ from forebay.jobs.media_work import WAITS, MediaRooms, gone, later
 from forebay.jobs.outcome import Cancelled, Done, Outcome
 from forebay.jobs.picture_files import file_name, store_blob
 from forebay.jobs.retry import Delay
+from forebay.media.objects import Objects
 from forebay.media.pictures import Inputs, Pictures
 from forebay.media.spool import Spool
 from forebay.pixels import Size
@@ -45,26 +47,42 @@ _PAINTED = 0.95  # of a picture, when its last step is done
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What of a request its job reads. `images` and `mask` are the sizes of what came with it, in one blob."""
+    """What of a request its job reads. `images` and `mask` are the sizes of what came with it, in one blob.
+
+    `objects` names what it is about where that lies in the store that others fill, and where its results go there.
+    """
 
     body: bytes
     images: tuple[int, ...] = ()
     mask: int | None = None
+    objects: ObjectNames | None = None
 
     @property
     def has_media(self) -> bool:
         """Whether anything came with it."""
         return bool(self.images) or self.mask is not None
 
+    @property
+    def pictures(self) -> int:
+        """How many images the body does not name."""
+        return len(self.images) if self.objects is None else 1
+
+    @property
+    def with_mask(self) -> bool:
+        """Whether there is a mask that the body does not name."""
+        return self.mask is not None or (self.objects is not None and self.objects.mask is not None)
+
     def written(self) -> bytes:
         """As it is kept."""
-        return to_json({"body": from_json(self.body), "images": self.images, "mask": self.mask})
+        objects = None if self.objects is None else asdict(self.objects)
+        return to_json({"body": from_json(self.body), "images": self.images, "mask": self.mask, "objects": objects})
 
     @classmethod
     def read(cls, kept: bytes) -> "Asked":
         """The same again."""
         values: dict[str, Any] = from_json(kept)
-        return cls(to_json(values["body"]), tuple(values["images"]), values["mask"])
+        objects = None if values["objects"] is None else ObjectNames(**values["objects"])
+        return cls(to_json(values["body"]), tuple(values["images"]), values["mask"], objects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +133,11 @@ def _written(file: KeptFile) -> dict[str, Any]:
 class ImageWork:
     """Makes attempts at pictures."""
 
-    def __init__(self, rooms: MediaRooms, files: FileStore, pictures: Pictures, settings: ImageSettings) -> None:
+    def __init__(
+        self, rooms: MediaRooms, files: FileStore, pictures: Pictures, objects: Objects, settings: ImageSettings
+    ) -> None:
         self._rooms = rooms
+        self._objects = objects
         self._files = files
         self._pictures = pictures
         self._painter = Painter(pictures)
@@ -136,8 +157,8 @@ class ImageWork:
             request_id=new_id("req"),
             project=job.project_id,
             priority=Priority.BATCH,
-            pictures=len(asked.images),
-            with_mask=asked.mask is not None,
+            pictures=asked.pictures,
+            with_mask=asked.with_mask,
         )
         assert call.picture is not None, "these endpoints are about pictures"
         try:
@@ -146,7 +167,9 @@ class ImageWork:
         except WAITS as trouble:
             return later(trouble)
         reach("image.finished")
-        return self._done(lease, gallery)
+        if asked.objects is not None:
+            await self._deliver(asked.objects, gallery)
+        return self._done(lease, gallery, asked.objects)
 
     async def after(self, job: Job, state: JobState) -> None:
         """For the process in which an attempt has ended."""
@@ -182,7 +205,19 @@ class ImageWork:
             if asked.mask is not None:
                 spool = await stack.enter_async_context(self._pictures.spool(mask=True))
                 came = Inputs(came.images, await self._copied(spool, job.id, offset, asked.mask))
+            if asked.objects is not None:
+                came = await self._found(stack, asked.objects)
             yield await stack.enter_async_context(self._pictures.fetched(came, task, job.project_id, patient=True))
+
+    async def _found(self, stack: AsyncExitStack, objects: ObjectNames) -> Inputs:
+        """The image, and its mask if it has one, out of the store that others fill."""
+        image = await stack.enter_async_context(self._pictures.spool())
+        await self._objects.fetch(image, objects.image, "image")
+        if objects.mask is None:
+            return Inputs((image,), None)
+        mask = await stack.enter_async_context(self._pictures.spool(mask=True))
+        await self._objects.fetch(mask, objects.mask, "mask")
+        return Inputs((image,), mask)
 
     async def _copied(self, spool: Spool, job_id: str, offset: int, size: int) -> Spool:
         try:
@@ -193,10 +228,22 @@ class ImageWork:
         await spool.flush()
         return spool
 
-    def _done(self, lease: Lease, gallery: "_Gallery") -> Outcome:
+    async def _deliver(self, objects: ObjectNames, gallery: "_Gallery") -> None:
+        """Put the picture and its preview where the message wants them; the bytes are those that are kept, however often."""
+        (made,) = gallery.pictures()
+        for name, file in ((objects.output, made.picture), (objects.preview, made.preview)):
+            if file is not None:
+                async with aclosing(self._rooms.blobs.stream(blob_key(file.id))) as pieces:
+                    await self._objects.put(name, pieces)
+        reach("image.delivered")
+
+    def _done(self, lease: Lease, gallery: "_Gallery", objects: ObjectNames | None) -> Outcome:
         pictures = gallery.pictures()
         created = int(self._rooms.clock.now())
-        result = to_json({"created": created, "pictures": [each.written() for each in pictures]})
+        made: dict[str, Any] = {"created": created, "pictures": [each.written() for each in pictures]}
+        if objects is not None:
+            made["objects"] = {"output_object": objects.output, "preview_object": objects.preview}
+        result = to_json(made)
         files = [file for each in pictures for file in each.files]
 
         async def write(transaction: Transaction) -> None:

@@ -12,13 +12,14 @@ import sqlalchemy as sa
 from forebay.clock import Clock, new_id
 from forebay.errors import NotFound
 from forebay.store.database import Database, Transaction
-from forebay.store.files import is_readable
+from forebay.store.files import File, is_readable
 from forebay.store.job_state import FINISHED, JobState, sources
 from forebay.store.jobs import ERRORS_MAX, Job, Verdict
 from forebay.store.media_jobs import media_are_lost
 from forebay.store.tables import dead_letters, jobs
 
 PAGE_SIZE_MAX = 100
+MESSAGE = "message"  # the kind of a pushed message that cannot be used
 _MESSAGE_CHARS_MAX = 2000
 _ROWS_AT_ONCE = 500
 
@@ -34,6 +35,20 @@ class LostLine:
     error_code: str
     error_message: str
     attempts: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class LostMessage:
+    """A pushed message that cannot be used. `source` is the file that holds what was in it."""
+
+    id: str
+    project_id: str
+    endpoint: str
+    message_id: str
+    source: File
+    error_code: str
+    error_message: str
+    attempt: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +124,24 @@ class DeadLetterStore:
             some = lines[start : start + _ROWS_AT_ONCE]
             await self._insert(transaction, _line_rows(batch, endpoint, source_file_id, some))
             await self._clock.sleep(0)
+
+    async def add_message(self, transaction: Transaction, lost: LostMessage) -> None:
+        """Keep a pushed message that cannot be used."""
+        row = {
+            "id": lost.id,
+            "project_id": lost.project_id,
+            "kind": MESSAGE,
+            "job_id": "",  # it never became one
+            "endpoint": lost.endpoint,
+            "custom_id": lost.message_id,
+            "source_file_id": lost.source.id,
+            "source_offset": 0,
+            "source_bytes": lost.source.bytes,
+            "error_code": lost.error_code,
+            "error_message": _kept(lost.error_message),
+            "attempts": [dict(lost.attempt)],
+        }
+        await self._insert(transaction, [row])
 
     async def _insert(self, transaction: Transaction, rows: Sequence[Mapping[str, Any]]) -> None:
         if rows:
