@@ -294,7 +294,9 @@ class IntakeSettings(StoreSettings):
         "https://www.googleapis.com/oauth2/v3/certs",
         description="Where the public keys of their signatures are (JWKS).",
     )
-    token_project: str = Field("default", description="Project that these tokens act for, as members.")
+    token_project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+        "default", description="Project that these tokens act for, as members."
+    )
 
     @field_validator("output_name", "preview_name")
     @classmethod
