@@ -10,21 +10,36 @@ from typing import Any
 
 import jwt
 import pytest
+import pytest_asyncio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from forebay.config import IntakeSettings, OutboundSettings
+from forebay.clock import SystemClock
+from forebay.config import IntakeSettings, OutboundSettings, Settings
 from forebay.errors import Unauthorized, Unreachable
 from forebay.gateway.push_tokens import PushTokens, looks_like_token
+from forebay.inference import Capability
 from forebay.outbound import Outbound
+from forebay.store.database import Database
+from forebay.store.key_format import Role
+from forebay.store.keys import KeyStore
 from tests.support import jwks
 from tests.support.clock import FakeClock
 from tests.support.jwks import Keys, claims, public, token
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture
+
+@pytest_asyncio.fixture(loop_scope="module")
 async def keys() -> AsyncIterator[Keys]:
     async with jwks.serving_keys() as served:
         yield served
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def store(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[KeyStore]:
+    database = await Database.open(Settings(data_dir=tmp_path_factory.mktemp("data")))
+    yield KeyStore(database, SystemClock())
+    await database.close()
 
 
 @pytest.fixture
@@ -33,13 +48,15 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def tokens(keys: Keys, clock: FakeClock) -> PushTokens:
-    return checker(keys.url, clock)
+def tokens(keys: Keys, store: KeyStore, clock: FakeClock) -> PushTokens:
+    return checker(keys.url, store, clock)
 
 
-def checker(url: str, clock: FakeClock, *, open_to: tuple[str, ...] = ("127.0.0.0/8",)) -> PushTokens:
-    settings = IntakeSettings(token_audience=jwks.AUDIENCE, token_email=jwks.EMAIL, token_keys_url=url)
-    return PushTokens(settings, Outbound(OutboundSettings(allowed_networks=open_to), clock), clock)
+def checker(url: str, store: KeyStore, clock: FakeClock, *, open_to: tuple[str, ...] = ("127.0.0.0/8",)) -> PushTokens:
+    settings = IntakeSettings(
+        token_audience=jwks.AUDIENCE, token_email=jwks.EMAIL, token_keys_url=url, token_project="pushed"
+    )
+    return PushTokens(settings, store, Outbound(OutboundSettings(allowed_networks=open_to), clock), clock)
 
 
 def written(head: Any, body: Any, signature: bytes = b"") -> str:
@@ -65,9 +82,15 @@ async def test_a_good_token_is_let_in_and_its_key_is_asked_for_once(tokens: Push
     assert keys.asked == 1
 
 
-def test_tokens_are_taken_only_where_the_settings_say_whose() -> None:
+async def test_a_good_token_acts_for_the_project_of_the_settings(tokens: PushTokens, store: KeyStore) -> None:
+    caller = await tokens.principal(token())
+    assert caller.project_id == (await store.get_or_create_project("pushed")).id
+    assert (caller.role, caller.scopes) == (Role.MEMBER, {Capability.IMAGE_EDIT})
+
+
+async def test_tokens_are_taken_only_where_the_settings_say_whose(store: KeyStore) -> None:
     clock = FakeClock()
-    assert not PushTokens(IntakeSettings(), Outbound(OutboundSettings(), clock), clock).accepted
+    assert not PushTokens(IntakeSettings(), store, Outbound(OutboundSettings(), clock), clock).accepted
 
 
 FORGED = {
@@ -200,13 +223,13 @@ async def test_a_key_that_is_too_short_does_not_sign(tokens: PushTokens, keys: K
         await tokens.check(jwt.encode(claims(), short, "RS256", headers={"kid": "short"}))
 
 
-async def test_the_address_of_the_keys_is_guarded_as_every_other(keys: Keys, clock: FakeClock) -> None:
+async def test_the_address_of_the_keys_is_guarded_as_every_other(keys: Keys, store: KeyStore, clock: FakeClock) -> None:
     with pytest.raises(Unreachable):
-        await checker(keys.url, clock, open_to=()).check(token())
+        await checker(keys.url, store, clock, open_to=()).check(token())
     assert keys.asked == 0
 
 
-def test_an_api_key_does_not_look_like_a_token() -> None:
+async def test_an_api_key_does_not_look_like_a_token() -> None:
     assert looks_like_token(token())
     assert not looks_like_token("fb_0123456789abcdef")
     assert not looks_like_token("eyJ.a")
