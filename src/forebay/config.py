@@ -138,6 +138,9 @@ class PullSettings(Section):
     free_bytes_min: Annotated[int, Field(ge=0)] = Field(
         512 * 2**20, description="Disk space that must be left over after a pull."
     )
+    folder_bytes_max: Bytes = Field(
+        200 * 2**30, description="Size of all files of a model that is a whole folder; a larger one is not pulled."
+    )
 
 
 class JobSettings(Section):

@@ -441,7 +441,7 @@ class ModelSettings(Section):
 
     source: str | None = Field(
         None,
-        description="Where its file comes from: `hf:repo@revision/file`, `pypi:package==version/file`, `https:…` or `file:…`.",
+        description="Where its file comes from: `hf:repo@revision/file`, `pypi:package==version/file`, `https:…` or `file:…`; of a folder `hf:repo@revision`.",
     )
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Checksum of the file.")
     size_bytes: Bytes | None = Field(None, description="Size of the file, shown before it is pulled.")
@@ -590,6 +590,10 @@ class DiffusionModel(ModelSettings):
     def _has_source(self) -> Self:
         if self.source is None:
             raise ValueError("a diffusion model needs a `source`: `hf:repo@revision` or `file:` and a folder")
+        if self.sha256 is not None:
+            raise ValueError(
+                "a folder has no checksum of its own, and the hub tells those of its files; leave `sha256` out"
+            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""A real HTTP server for one file that can cut, stall, refuse, redirect and change its mind."""
+"""A real HTTP server for one file, or for several by their paths, that can cut, stall, refuse, redirect and change its mind."""
 
 import asyncio
 import hashlib
@@ -24,6 +24,8 @@ class FilesServer:
     announce: bool = True  # Content-Length
     lie_range: int = 0  # add to the start that a range answer claims
     encoding: str | None = None
+    files: dict[str, bytes] = field(default_factory=dict)  # by path and query: what it has instead of the one body
+    links: dict[str, str] = field(default_factory=dict)  # by path and query: the header `Link`
     url: str = ""
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     sent: int = 0
@@ -41,30 +43,33 @@ class FilesServer:
             return web.Response(status=self.status)
         if self.token is not None and request.headers.get("Authorization") != f"Bearer {self.token}":
             return web.Response(status=401)
-        return await self._send(request, self._start(request))
+        body = self.files.get(request.path_qs) if self.files else self.body
+        return web.Response(status=404) if body is None else await self._send(request, self._start(request), body)
 
     def _start(self, request: web.Request) -> int:
         wanted = request.headers.get("Range")
         same = request.headers.get("If-Range", self.etag) == self.etag
         return int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted and self.ranges and same else 0
 
-    async def _send(self, request: web.Request, start: int) -> web.StreamResponse:
-        if start >= len(self.body) > 0:
+    async def _send(self, request: web.Request, start: int, body: bytes) -> web.StreamResponse:
+        if start >= len(body) > 0:
             return web.Response(status=416)
         response = web.StreamResponse(status=206 if start else 200)
         if self.etag is not None:
             response.headers["ETag"] = self.etag
+        if request.path_qs in self.links:
+            response.headers["Link"] = self.links[request.path_qs]
         if self.encoding is not None:
             response.headers["Content-Encoding"] = self.encoding
         if start:
             claimed = start + self.lie_range
-            response.headers["Content-Range"] = f"bytes {claimed}-{len(self.body) - 1}/{len(self.body)}"
+            response.headers["Content-Range"] = f"bytes {claimed}-{len(body) - 1}/{len(body)}"
         if self.announce:
-            response.content_length = len(self.body) - start
+            response.content_length = len(body) - start
         else:
             response.enable_chunked_encoding()
         await response.prepare(request)
-        await self._write(request, response, self.body[start:])
+        await self._write(request, response, body[start:])
         return response
 
     async def _write(self, request: web.Request, response: web.StreamResponse, rest: bytes) -> None:

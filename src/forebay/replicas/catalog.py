@@ -6,7 +6,7 @@ It refuses every name that is not in the register, and builds no path from what 
 import hashlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +17,7 @@ from forebay.model_config import (
     AlignerModel,
     AlignerOptions,
     CommandModel,
+    DiffusionModel,
     FolderModel,
     LlamaCppModel,
     LlamaCppOptions,
@@ -32,6 +33,8 @@ from forebay.model_config import (
 )
 from forebay.replicas import gguf, sources
 from forebay.replicas.fallbacks import chains
+from forebay.replicas.folder import MANIFEST, manifest
+from forebay.replicas.repository import Wanted
 from forebay.replicas.sources import FileSource, HubSource, Source
 
 _SHOWN_MAX = 128
@@ -246,7 +249,15 @@ class Catalog:
     def needs_file(self, name: str) -> bool:
         """Whether a file must lie here before its engine can start. vLLM fetches a whole hub repository by itself."""
         source = self.source(name)
-        return source is not None and not (isinstance(source, HubSource) and source.file is None)
+        whole = isinstance(source, HubSource) and source.file is None
+        return source is not None and (not whole or isinstance(self._models[name], DiffusionModel))
+
+    def repository(self, name: str) -> tuple[HubSource, Wanted] | None:
+        """The repository of a model that is pulled as a folder, and what of it is wanted; None for any other model."""
+        source, model = self.source(name), self._models[name]
+        if not isinstance(model, DiffusionModel) or not isinstance(source, HubSource):
+            return None
+        return source, Wanted(model.options.variant, replaced=model.options.transformer_file is not None)
 
     def path(self, name: str) -> Path:
         """Where its file is or will be. A `file:` source is used where it lies. SetupError when it has none."""
@@ -269,6 +280,9 @@ class Catalog:
         """The size of all its files; None when the size of one is not known, or when it has none."""
         if not self.needs_file(name):
             return None
+        if self.repository(name) is not None:
+            files = manifest(self.path(name))
+            return self._models[name].size_bytes if files is None else sum(file.size_bytes for file in files)
         sizes = [each.size_bytes for each in self.files(name)]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
@@ -283,6 +297,8 @@ class Catalog:
         if not self.needs_file(name):
             return True
         path = self.path(name)
+        if self.repository(name) is not None:
+            return (path / MANIFEST).is_file()
         if not isinstance(self._sources[name], FileSource):
             return all(each.path.is_file() for each in self.files(name))
         return path.is_file() and self._is_sound(path) if self.is_gguf(name) else path.exists()
@@ -324,12 +340,22 @@ def _source(name: str, model: Model) -> Source | None:
     if model.source is None:
         return None
     source = _parsed(name, model.source)
+    if isinstance(model, DiffusionModel):
+        return _folder_source(name, source)
     if isinstance(source, HubSource) and source.file is None and not isinstance(model, VllmModel | CommandModel):
         raise SetupError(
             f"The source of the model `{name}` names a whole repository. Name one file in it: "
             f"`hf:{source.repository}@{source.revision}/file.gguf`."
         )
     return source
+
+
+def _folder_source(name: str, source: Source) -> Source:
+    if isinstance(source, FileSource) or (isinstance(source, HubSource) and source.file is None):
+        return source
+    raise SetupError(
+        f"The source of the model `{name}` is one file. Name a whole folder: `hf:owner/name@revision` or `file:/folder`."
+    )
 
 
 def _parsed(name: str, text: str) -> Source:
@@ -370,15 +396,22 @@ def _companions(model: FolderModel) -> tuple[str, ...]:
 
 def _place(name: str, source: Source, model: Model) -> Path:
     """A file by itself, or in a folder of its own where several files find each other by their names."""
+    if isinstance(model, DiffusionModel):
+        return Path(_folder_name(name, [model.source, model.options.variant, bool(model.options.transformer_file)]))
     if not isinstance(model, FolderModel):
         return Path(_file_name(name, source, model))
     said = [model.source, model.sha256, *((key, each.source, each.sha256) for key, each in model.files.items())]
-    fingerprint = hashlib.sha256(repr(said).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
-    folder = f"{name.replace(':', '_')}-{fingerprint}"
+    folder = _folder_name(name, said)
     own = sources.file_name(source)
     if isinstance(model, WhisperModel):
         return Path(folder, "model.bin")
     return Path(folder, own if re.fullmatch(FILE_NAME, own) else "model.onnx")
+
+
+def _folder_name(name: str, said: Sequence[object]) -> str:
+    """`name-fingerprint`: where anything of what is `said` of its files is another, it is another folder."""
+    fingerprint = hashlib.sha256(repr(said).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
+    return f"{name.replace(':', '_')}-{fingerprint}"
 
 
 def _file_name(name: str, source: Source, model: Model) -> str:

