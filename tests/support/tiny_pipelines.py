@@ -22,20 +22,20 @@ FACTOR = 8
 
 @cache
 def folder(kind: str) -> Path:
-    """The folder of a tiny model; made by the first who asks, and again when its builder has changed."""
-    made = CACHE / kind
+    """The folder of a tiny model. The first who asks makes all of them, and again when their builder has changed."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        stamp = made / ".made"
+        stamp = CACHE / ".made"
         if not stamp.exists() or stamp.stat().st_mtime < BUILDER.stat().st_mtime:
-            shutil.rmtree(made, ignore_errors=True)
+            for each in KINDS:
+                shutil.rmtree(CACHE / each, ignore_errors=True)
             subprocess.run(
                 [sys.executable, BUILDER],
-                input=json.dumps({"kind": kind, "folder": str(made)}).encode(),
+                input=b"\n".join(json.dumps({"kind": each, "folder": str(CACHE / each)}).encode() for each in KINDS),
                 check=True,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
                 stdout=subprocess.DEVNULL,
             )
             stamp.touch()
-    return made
+    return CACHE / kind
