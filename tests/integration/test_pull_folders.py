@@ -18,7 +18,7 @@ from forebay.errors import SetupError
 from forebay.model_config import DiffusionModel, DiffusionOptions
 from forebay.replicas import pull
 from forebay.replicas.catalog import Catalog
-from forebay.replicas.folder import MANIFEST
+from forebay.replicas.repository import MANIFEST
 from tests.support.files_server import FilesServer, serve
 
 TREE = "/api/models/owner/painter/tree/main?recursive=true"

@@ -33,8 +33,7 @@ from forebay.model_config import (
 )
 from forebay.replicas import gguf, sources
 from forebay.replicas.fallbacks import chains
-from forebay.replicas.folder import MANIFEST, manifest
-from forebay.replicas.repository import Wanted
+from forebay.replicas.repository import MANIFEST, Wanted, manifest
 from forebay.replicas.sources import FileSource, HubSource, Source
 
 _SHOWN_MAX = 128

@@ -8,18 +8,28 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urljoin, urlsplit
 
 from forebay.clock import Clock
 from forebay.config import PullSettings
 from forebay.errors import SetupError
-from forebay.replicas.download import Progress, Remote, check_room, discard, download, flush, in_thread
-from forebay.replicas.repository import INDEX, INDEX_BYTES_MAX, Entry, Wanted, choose, entries, parts_of
+from forebay.replicas.download import Progress, Remote, check_room, discard, download, fetch_page, flush, in_thread
+from forebay.replicas.repository import (
+    INDEX,
+    INDEX_BYTES_MAX,
+    MANIFEST,
+    Entry,
+    Wanted,
+    choose,
+    manifest,
+    parts_of,
+    read_page,
+)
 from forebay.replicas.sources import HubSource
 
-MANIFEST = "forebay-files.json"
-
-_MANIFEST_BYTES_MAX = 4 * 2**20
+_PAGES_MAX = 100
+_PAGE_BYTES_MAX = 16 * 2**20
+_ENTRIES_MAX = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +54,11 @@ def part_path(target: Path) -> Path:
     return target.with_name(target.name + ".part")
 
 
-def manifest(folder: Path) -> list[Entry] | None:
-    """The files of a pulled folder, whole or not yet; None where there is no list of them."""
-    try:
-        with (folder / MANIFEST).open(encoding="utf-8") as file:
-            return [Entry(**each) for each in json.loads(file.read(_MANIFEST_BYTES_MAX))]
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 async def bring_folder(order: FolderOrder) -> None:
     """1. List the repository. 2. Read which parts the model has. 3. Fetch their files, but for those that an earlier
     attempt has left. 4. Give the folder its name. Raises SetupError. Cancelled, it leaves what the next call takes up.
     """
-    found = await entries(order.source, order.settings, order.clock)
+    found = await _entries(order.source, order.settings, order.clock)
     index = next((entry for entry in found if entry.path == INDEX), None)
     if index is None or index.size_bytes > INDEX_BYTES_MAX:
         raise SetupError(
@@ -142,3 +143,29 @@ def remove_folder(target: Path) -> bool:
         if folder.is_dir():
             shutil.rmtree(folder)
     return was_there
+
+
+async def _entries(source: HubSource, settings: PullSettings, clock: Clock) -> list[Entry]:
+    """Every file of the repository. Raises SetupError."""
+    hub = settings.hub_url.rstrip("/")
+    token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
+    url: str | None = f"{hub}/api/models/{source.repository}/tree/{source.revision}?recursive=true"
+    found: list[Entry] = []
+    for _ in range(_PAGES_MAX):
+        if url is None:
+            return found
+        body, link = await fetch_page(Remote(url, token=token), _PAGE_BYTES_MAX, settings, clock)
+        found += read_page(body, source.repository)
+        if len(found) > _ENTRIES_MAX:
+            break
+        url = None if link is None else _same_hub(urljoin(url, link), hub)
+    raise SetupError(
+        f"The repository {source.repository} has too many files to be a model. Check the model's `source`."
+    )
+
+
+def _same_hub(url: str, hub: str) -> str:
+    """The next page, which has to be of the same hub: it gets the token."""
+    if urlsplit(url)[:2] != urlsplit(hub)[:2]:
+        raise SetupError("The list of files of the repository goes on at another host. Check FOREBAY_PULL_HUB_URL.")
+    return url

@@ -21,7 +21,8 @@ from forebay.errors import SetupError
 from forebay.replicas import gguf, sources, wheel
 from forebay.replicas.catalog import Catalog, PulledFile
 from forebay.replicas.download import Progress, Remote, check_room, discard, download, flush, in_thread
-from forebay.replicas.folder import FolderOrder, bring_folder, manifest, remove_folder
+from forebay.replicas.folder import FolderOrder, bring_folder, remove_folder
+from forebay.replicas.repository import manifest
 from forebay.replicas.sources import FileSource, HubSource, JoinedSource, PackageSource, WebSource
 from forebay.replicas.wheel import Wheel
 

@@ -1,29 +1,23 @@
 """A repository of a model hub in the layout of diffusers: what lies in it, and which of that a folder here needs.
 
 It refuses names that lead out of the folder, weights in formats that can run code, and more files and bytes than are
-allowed; it opens nothing but the list of parts, and writes nothing.
+allowed; it asks no hub, and writes nothing.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
-from forebay.clock import Clock
-from forebay.config import PullSettings
 from forebay.errors import SetupError
-from forebay.replicas.download import Remote, fetch_page
-from forebay.replicas.sources import HubSource
 
 INDEX = "model_index.json"
 INDEX_BYTES_MAX = 2**20
+MANIFEST = "forebay-files.json"
 
-_PAGES_MAX = 100
-_PAGE_BYTES_MAX = 16 * 2**20
-_ENTRIES_MAX = 20_000
+_MANIFEST_BYTES_MAX = 4 * 2**20
 _FILES_MAX = 1000
 _SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors", ".gguf"})
 _UNSAFE = frozenset({".bin", ".pt", ".pth", ".ckpt", ".msgpack"})
@@ -54,23 +48,13 @@ class Wanted:
     replaced: bool = False
 
 
-async def entries(source: HubSource, settings: PullSettings, clock: Clock) -> list[Entry]:
-    """Every file of the repository. Raises SetupError."""
-    hub = settings.hub_url.rstrip("/")
-    token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
-    url: str | None = f"{hub}/api/models/{source.repository}/tree/{source.revision}?recursive=true"
-    found: list[Entry] = []
-    for _ in range(_PAGES_MAX):
-        if url is None:
-            return found
-        body, link = await fetch_page(Remote(url, token=token), _PAGE_BYTES_MAX, settings, clock)
-        found += _read(body, source)
-        if len(found) > _ENTRIES_MAX:
-            break
-        url = None if link is None else _same_hub(urljoin(url, link), hub)
-    raise SetupError(
-        f"The repository {source.repository} has too many files to be a model. Check the model's `source`."
-    )
+def manifest(folder: Path) -> list[Entry] | None:
+    """The files of a pulled folder, whole or not yet; None where there is no list of them."""
+    try:
+        with (folder / MANIFEST).open(encoding="utf-8") as file:
+            return [Entry(**each) for each in json.loads(file.read(_MANIFEST_BYTES_MAX))]
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def parts_of(index: bytes, repository: str) -> frozenset[str]:
@@ -137,14 +121,12 @@ def _variant(entry: Entry) -> str | None:
     return None if match is None else match["before"] or match["behind"] or match["of_index"]
 
 
-def _read(page: bytes, source: HubSource) -> list[Entry]:
+def read_page(page: bytes, repository: str) -> list[Entry]:
     """The files of one page of the list. Raises SetupError."""
     try:
         return [_entry(each) for each in json.loads(page) if each["type"] == "file"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SetupError(
-            f"The list of files of {source.repository} cannot be read. Check FOREBAY_PULL_HUB_URL."
-        ) from None
+        raise SetupError(f"The list of files of {repository} cannot be read. Check FOREBAY_PULL_HUB_URL.") from None
 
 
 def _entry(said: Mapping[str, Any]) -> Entry:
@@ -157,10 +139,3 @@ def _entry(said: Mapping[str, Any]) -> Entry:
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError("no checksum")
     return Entry(path, size, str(said.get("oid", "")), sha256)
-
-
-def _same_hub(url: str, hub: str) -> str:
-    """The next page, which has to be of the same hub: it gets the token."""
-    if urlsplit(url)[:2] != urlsplit(hub)[:2]:
-        raise SetupError("The list of files of the repository goes on at another host. Check FOREBAY_PULL_HUB_URL.")
-    return url
