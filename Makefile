@@ -21,9 +21,19 @@ serve: $(STAMP) ## Set up, pull the default model and start the server (ARGS='--
 chat: $(STAMP) ## Talk to a running server (ARGS='MODEL')
 	@exec $(BIN)/forebay chat $(ARGS)
 
-test: gates $(DIFFUSION) ## Every gate and every test
+# What looks at a clock has the machine for itself; all the rest shares its cores.
+ALONE := tests/faults tests/integration/test_cli_bench.py tests/integration/test_auth.py
+
+test: gates $(DIFFUSION) ## Every gate and every test (ARGS='tests/unit' for some)
+ifeq ($(strip $(ARGS)),)
 	@echo "== pytest"
+	@$(BIN)/pytest -q -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	@echo "== pytest $(ALONE)"
+	@$(BIN)/pytest -q $(ALONE)
+else
+	@echo "== pytest $(ARGS)"
 	@$(BIN)/pytest -q $(ARGS)
+endif
 
 check: gates ## Format, lint, types, contracts, dependencies, house rules and unit tests
 	@echo "== pytest tests/house tests/unit"
