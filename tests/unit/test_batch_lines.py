@@ -275,12 +275,19 @@ def test_lines_without_a_prompt_share_no_prefix(body: dict[str, Any]) -> None:
     assert prefix_of(parse_line(json.dumps(line).encode(), CHAT)) == b""
 
 
+@pytest.mark.parametrize("url", ["/v1/audio/transcriptions", "/v1/images/edits"])
 @pytest.mark.parametrize("field", [{"background": True}, {"webhook_url": "https://example.com/"}])
-def test_a_line_about_a_recording_is_no_job_of_its_own(field: dict[str, object]) -> None:
-    url = "/v1/audio/transcriptions"
+def test_a_line_about_media_is_no_job_of_its_own(field: dict[str, object], url: str) -> None:
     body = {"model": "m", "url": "data:,", "background": False} | field
     line = json.dumps({"custom_id": "a", "method": "POST", "url": url, "body": body}).encode()
     with pytest.raises(InvalidRequest) as refused:
         parse_line(line, url)
     (name,) = field
     assert (refused.value.code, refused.value.param) == ("invalid_body", f"body.{name}")
+
+
+def test_the_backdrop_of_a_picture_is_no_job() -> None:
+    url = "/v1/images/generations"
+    body = {"model": "m", "prompt": "a cat", "background": "opaque"}
+    line = json.dumps({"custom_id": "a", "method": "POST", "url": url, "body": body}).encode()
+    assert parse_line(line, url).body == body
