@@ -35,10 +35,16 @@ options = {{ query_prefix = "query: ", document_prefix = "passage: " }}
 NOT_OF_TEXTS = {
     "forebay_engine_batch_budget_chunks",
     "forebay_engine_batch_budget_windows",
-    "forebay_engine_batch_budget_images",
     "forebay_engine_audio_seconds_total",
-    "forebay_engine_images_total",
+    "forebay_engine_pictures_total",
+    "forebay_engine_pictures_running",
+    "forebay_engine_pictures_waiting",
     "forebay_engine_steps_total",
+    "forebay_engine_picture_steps_total",
+    "forebay_engine_paint_seconds_total",
+    "forebay_engine_savings",
+    "forebay_engine_savings_total",
+    "forebay_engine_failed_total",
     "forebay_engine_child_restarts_total",
 }
 ODD_TEXTS = (

@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -16,19 +16,18 @@ import numpy as np
 
 from forebay.engines import reports
 from forebay.engines.connection import Answer, Refused, Route, Visit
+from forebay.engines.diffusion_folder import EDIT
+from forebay.engines.diffusion_order import Order, Rules, read_order
 from forebay.engines.inpainting import METHODS, Array, fill
-from forebay.engines.parted import flag, parted, whole
 from forebay.engines.picture_records import done, ended, rows
 from forebay.engines.reports import one_line
 from forebay.engines.serving import OutOfMemory, Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
 from forebay.engines.threads import Threads, Wanted, all_ended, cores
-from forebay.pixels import MASK_BYTES, RGB_BYTES, Size
+from forebay.pixels import RGB_BYTES
 
-_HEADER_BYTES_MAX = 2**20
 _EDGE_MAX = 3840
 _RADIUS_MAX = 32
-_PICTURES_MAX = 10
 _LIFE_SECONDS = 5.0
 _NOTICE = "This model fills the mask from what is around it, and follows no prompt."
 _SMALLER = "A large part of the mask was filled at a smaller scale."
@@ -56,19 +55,10 @@ class _Figures:
     """Sums since the start."""
 
     requests: int = 0
-    images: int = 0
-    step_seconds: float = 0.0
+    pictures: int = 0
+    paint_seconds: float = 0.0
     out_of_memory: int = 0
     cancelled: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """What a request asks for: `count` times the same, since chance has no part in it."""
-
-    count: int
-    image: Array = field(repr=False)
-    mask: Array = field(repr=False)
 
 
 class Engine:
@@ -79,6 +69,7 @@ class Engine:
         self._threads = Threads(spec.threads or cores())
         self._figures = _Figures()
         self._running = 0
+        self._rules = _rules(spec.edge_max)
         cv2.setNumThreads(1)  # what is parallel is the requests
         fill(np.zeros((32, 32, 3), np.uint8), np.eye(32, dtype=np.uint8), spec.method, spec.radius, Wanted())
 
@@ -93,24 +84,25 @@ class Engine:
 
     async def _edit(self, visit: Visit) -> Answer:
         with self._noted(visit) as note:
-            order = _read_order(visit.body, self._spec.edge_max)
-            height, width = order.mask.shape
-            note["width"], note["height"], note["masked"] = width, height, int(np.count_nonzero(order.mask))
-            filled, shrunk = await self._filled(visit, order)
+            order = read_order(visit.body, self._rules, edits=True)
+            image, mask = _pixels(order)
+            height, width = mask.shape
+            note["width"], note["height"], note["masked"] = width, height, int(np.count_nonzero(mask))
+            filled, shrunk = await self._filled(visit, image, mask)
             pixels = filled.tobytes()
-            for image in range(order.count):
-                for record in rows(image, pixels, width):
+            for place in range(len(order.seeds)):  # chance has no part in it: they are all the same
+                for record in rows(place, pixels, width):
                     visit.tell(record)
                     await visit.drained()
-                visit.tell(ended(image))
-            self._figures.images += order.count
+                visit.tell(ended(place))
+            self._figures.pictures += len(order.seeds)
         visit.tell(done(**self._used(), notices=[_NOTICE, *([_SMALLER] if shrunk else [])]))
         return b""
 
-    async def _filled(self, visit: Visit, order: _Order) -> tuple[Array, bool]:
+    async def _filled(self, visit: Visit, image: Array, mask: Array) -> tuple[Array, bool]:
         """The work, with a sign of life every few seconds. Cancelled, it returns when the step at hand has ended."""
         wanted = Wanted()
-        step = partial(fill, order.image, order.mask, self._spec.method, self._spec.radius, wanted)
+        step = partial(fill, image, mask, self._spec.method, self._spec.radius, wanted)
         work = asyncio.ensure_future(self._threads.run(partial(self._timed, step), wanted))
         try:
             while not (await asyncio.wait([work], timeout=_LIFE_SECONDS))[0]:
@@ -129,7 +121,7 @@ class Engine:
         try:
             return step()
         finally:
-            self._figures.step_seconds += time.monotonic() - begun
+            self._figures.paint_seconds += time.monotonic() - begun
 
     def _used(self) -> dict[str, Any]:
         return {
@@ -168,26 +160,31 @@ class Engine:
         return reports.metrics(asdict(self._figures), requests_running=self._running)
 
 
-def _read_order(body: bytes, edge_max: int) -> _Order:
-    """The body of a request. Raises Refused."""
-    header, pixels = parted(body, _HEADER_BYTES_MAX)
-    edge = whole(1, edge_max)
-    size = Size(*(edge(side, header.get(side)) for side in ("width", "height")))
-    if header.get("images") != [{"width": size.width, "height": size.height}]:
-        raise Refused(400, "This model edits one image, of the size that is painted.", param="images")
-    if not flag(header, "mask"):
-        raise Refused(400, "This model fills in a mask. Send one.", param="mask")
-    if len(pixels) != (RGB_BYTES + MASK_BYTES) * size.pixels:
-        raise Refused(400, "There are other pixels than those that are told of.", param="images")
-    seeds = header.get("seeds")
-    if not isinstance(seeds, list) or not 0 < len(seeds) <= _PICTURES_MAX:
-        raise Refused(400, f"`seeds` has to be a list of 1 to {_PICTURES_MAX} numbers.", param="seeds")
-    both = np.frombuffer(pixels, np.uint8)
-    image, mask = both[: RGB_BYTES * size.pixels], both[RGB_BYTES * size.pixels :]
+def _rules(edge_max: int) -> Rules:
+    return Rules(
+        kinds=frozenset({EDIT}),
+        strength_kinds=frozenset(),
+        factor=1,
+        edge_max=edge_max,
+        steps=1,
+        steps_max=1,
+        guidance=None,
+        guidance_max=0,
+        strength=None,
+        takes_negative=True,  # and it is not followed, as a prompt is not
+        rounds_down=False,
+    )
+
+
+def _pixels(order: Order) -> tuple[Array, Array]:
+    """The image and its mask. Raises Refused."""
+    if order.image is None or order.mask is None:
+        raise Refused(400, "This model fills in a mask. Send an image and one.", param="mask")
+    height, width = order.settings.size.height, order.settings.size.width
+    mask = np.frombuffer(order.mask, np.uint8).reshape(height, width)
     if mask.all():
         raise Refused(400, "The mask covers everything; there is nothing left to fill it from.", param="mask")
-    shape = size.height, size.width
-    return _Order(len(seeds), image.reshape(*shape, RGB_BYTES), mask.reshape(shape))
+    return np.frombuffer(order.image, np.uint8).reshape(height, width, RGB_BYTES), mask
 
 
 def main() -> None:

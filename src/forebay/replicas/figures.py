@@ -30,9 +30,15 @@ NAMES = {
     "forebay_engine_batch_budget_chunks": "Chunks of recordings that a batch may have now.",
     "forebay_engine_batch_budget_windows": "Windows of voices that a batch may have now.",
     "forebay_engine_audio_seconds_total": "Seconds of speech that were written down, or in which voices were looked for.",
-    "forebay_engine_batch_budget_images": "Pictures that a batch may have now.",
-    "forebay_engine_images_total": "Pictures that were painted.",
-    "forebay_engine_steps_total": "Steps of pictures that were painted.",
+    "forebay_engine_pictures_total": "Pictures that were painted.",
+    "forebay_engine_pictures_running": "Pictures that are being painted.",
+    "forebay_engine_pictures_waiting": "Pictures that are not begun yet.",
+    "forebay_engine_steps_total": "Steps, each of a whole batch of pictures.",
+    "forebay_engine_picture_steps_total": "Steps of each picture.",
+    "forebay_engine_paint_seconds_total": "Time spent painting.",
+    "forebay_engine_savings": "Ways to do with less memory that are on now.",
+    "forebay_engine_savings_total": "Ways to do with less memory that were switched on.",
+    "forebay_engine_failed_total": "Requests for pictures that failed in the engine.",
     "forebay_engine_child_restarts_total": "Compute processes that ended or were ended, and started again.",
 }
 _SECONDS = 1.0
