@@ -26,6 +26,7 @@ import av
 
 from forebay.engines import fence
 from forebay.engines.audio_kinds import demuxer
+from forebay.engines.descriptors import Source
 from forebay.engines.fence import Refused
 from forebay.speech import SAMPLE_BYTES, SAMPLE_RATE
 
@@ -155,30 +156,6 @@ def _teller(writer: int) -> Callable[[int], None]:
             os.write(writer, bytes((min(percent, 99),)))
 
     return tell
-
-
-class Source:
-    """The recording as a file that can only be read and sought in. Its place is its own: the descriptor is shared."""
-
-    name = ""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._at = 0
-        self.bytes = os.fstat(descriptor).st_size
-
-    def read(self, size: int) -> bytes:
-        piece = os.pread(self._descriptor, size, self._at)
-        self._at += len(piece)
-        return piece
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.bytes}[whence]
-        self._at = max(0, start + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
 
 
 class Sink:

@@ -8,7 +8,7 @@ JSON. Each answer is `>BI`, verdict and length, and facts as JSON. Limits come a
 
 `{"order": "prepare", "images": count, "mask": bool, "needs_mask": bool, "edge_max", "edge_factor", "mask_plan": {"mode",
 "specks", "dilation", "feather"}, "output": {"format", "compression", "backdrop", "size": [width, height] or null}}` comes
-with the descriptors of the images, of the mask if there is one, and of an empty file that can be written. Into that go the
+with the descriptors of the images, of the mask if there is one, and of an empty file, at its beginning, that can be written. Into that go the
 images as RGB, the first in the size that is to be painted, and then the mask, if there is any: 255 where it is to be
 painted. Facts: `{"size": [width, height], "images": [[width, height]...], "mask": bool}`.
 
@@ -37,3 +37,100 @@ whole. Facts of a refusal: `{"file": "image", "number": count from 0}` or `{"fil
 14 TOO_LONG_SIDE    the format cannot hold a side that long (WebP 16,383, JPEG 65,500)
 15 NO_ROOM          the disk is full
 """
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from forebay.engines import fence
+
+if TYPE_CHECKING:
+    from forebay.engines.image_orders import Order, Settings
+
+_HIGHEST = 15
+_FILES_MAX = 64
+_FILE_BYTES_MAX = 2**30  # of what is written
+_HEAD_BYTES_MAX = 65_536
+_FACTS_BYTES_MAX = 65_536
+_PIECE_BYTES = 4096
+
+
+def main() -> None:
+    """Serve until the server closes the socket."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy takes address space for each when it is imported, which is below
+    from forebay.engines.image_orders import Settings, warm_up
+
+    settings = Settings(**json.loads(sys.argv[1]))
+    libc = fence.begin()
+    warnings.simplefilter("ignore")  # of damaged words beside an image, which are not needed
+    warm_up()
+    server = socket.socket(fileno=0)
+    with contextlib.suppress(OSError):  # the server has gone
+        while _serve(server, settings, libc):
+            pass
+
+
+def _serve(server: socket.socket, settings: "Settings", libc: Any) -> bool:
+    """Carry out one order; whether there was one."""
+    from forebay.engines.image_orders import read_order
+
+    length, descriptors, _, _ = socket.recv_fds(server, 4, _FILES_MAX)
+    head = _received(server, struct.unpack(">I", length)[0]) if len(length) == 4 else b""
+    if not head:
+        return False
+    try:
+        verdict, facts = _run(read_order(head, list(descriptors)), settings, libc)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    server.sendall(struct.pack(">BI", verdict, len(facts)) + facts)
+    return True
+
+
+def _received(server: socket.socket, count: int) -> bytes:
+    """So many bytes; none if there are not that many."""
+    whole = bytearray()
+    while len(whole) < min(count, _HEAD_BYTES_MAX):
+        piece = server.recv(count - len(whole))
+        if not piece:
+            return b""
+        whole += piece
+    return bytes(whole)
+
+
+def _run(order: "Order", settings: "Settings", libc: Any) -> tuple[int, bytes]:
+    """Carry out one order in a child; this process only passes facts on."""
+    cost = fence.Cost(settings.memory_bytes_max, settings.seconds_max, _FILE_BYTES_MAX)
+    child, reader = fence.fork(lambda writer: _work(order, settings, writer), cost, libc)
+    told = bytearray()
+    with os.fdopen(reader, "rb", buffering=0) as source:
+        while len(told) <= _FACTS_BYTES_MAX and (piece := source.read(_PIECE_BYTES)):
+            told += piece
+    if len(told) > _FACTS_BYTES_MAX:
+        os.kill(child, signal.SIGKILL)
+    verdict = fence.verdict(child, _HIGHEST)
+    lines = bytes(told).split(b"\n")[:-1]  # what follows the last of them is not whole
+    return verdict, lines[-1] if lines else b"{}"
+
+
+def _work(order: "Order", settings: "Settings", writer: int) -> None:
+    """What the child does: facts go to `writer`, the last line being those of the answer."""
+    from forebay.engines.image_orders import carry_out
+
+    carry_out(order, settings, lambda facts: _say(writer, facts))
+
+
+def _say(writer: int, facts: Any) -> None:
+    line = memoryview(json.dumps(facts).encode() + b"\n")
+    while line:
+        line = line[os.write(writer, line) :]
+
+
+if __name__ == "__main__":
+    main()
