@@ -1,7 +1,6 @@
 """Two hundred files that are no recordings or bad ones: each a clear refusal or what could be heard, and nothing else touched."""
 
 import asyncio
-import os
 import subprocess
 import sys
 import wave
@@ -16,7 +15,7 @@ from forebay.media.recordings import Recordings
 from tests.support.bad_media import bad_media, nothing, pointing, silent
 from tests.support.encoded import hum
 from tests.support.listening import recordings, samples
-from tests.support.memory import growth
+from tests.support.memory import growth, of_family
 from tests.support.ogg_opus import opus_of
 from tests.support.processes import command_line, lives
 from tests.support.receiver import canary
@@ -54,26 +53,6 @@ def _programs() -> list[psutil.Process]:
     return [each for each in psutil.Process().children(recursive=True) if PROGRAM in command_line(each) and lives(each)]
 
 
-def _memory() -> int:
-    """Of this process and of what decodes for it."""
-    return sum(map(_resident, [os.getpid(), *_below(os.getpid())]))
-
-
-def _below(pid: int) -> list[int]:
-    try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-    except OSError:
-        return []
-    return [inner for each in found for inner in (int(each), *_below(int(each)))]
-
-
-def _resident(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
 async def _came_of(made: Recordings, content: bytes) -> tuple[str, bytes]:
     """`decoded` or the code of the refusal, and the samples."""
     try:
@@ -91,7 +70,7 @@ async def test_two_hundred_bad_files(made: Recordings, secret: str) -> None:
         assert len(bad) >= 200
         await samples(made, hum("mp3"))
         came: dict[str, int] = {}
-        async with growth(_memory) as grown:
+        async with growth(of_family) as grown:
             for name, content in bad:
                 async with asyncio.timeout(20):
                     verdict, heard = await _came_of(made, content)
@@ -114,7 +93,7 @@ async def test_hours_in_few_bytes(tmp_path: Path, prove: bool) -> None:
     settings = {} if prove else {"seconds_max": 600}
     async with recordings(tmp_path, **settings) as made:
         await samples(made, hum("mp3"))
-        async with growth(_memory) as grown:
+        async with growth(of_family) as grown:
             assert (await _came_of(made, bomb))[0] == "media_too_large"
     print(f"{grown.bytes / MIB:.0f} MiB more at most")
     assert grown.bytes <= 128 * MIB

@@ -11,7 +11,7 @@ import sys
 import time
 import wave
 from array import array
-from collections.abc import AsyncIterator, Container
+from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,9 +41,9 @@ from forebay.store.keys import DEFAULT_PROJECT, KeyStore
 from tests.support.bad_media import wav
 from tests.support.encoded import KINDS, hum
 from tests.support.listening import recordings, samples
-from tests.support.memory import growth
+from tests.support.memory import growth, of_family
 from tests.support.ogg_opus import opus_of
-from tests.support.processes import command_line, lives
+from tests.support.processes import at_work, lives, open_files, programs
 from tests.support.receiver import Answer, receiving
 from tests.support.server import eventually
 from tests.support.speech import sample_wav
@@ -101,16 +101,6 @@ async def made(tmp_path: Path) -> AsyncIterator[Recordings]:
     async with recordings(tmp_path) as one:
         yield one
         assert list((tmp_path / "audio").iterdir()) == []
-
-
-def programs(of: psutil.Process | None = None) -> list[psutil.Process]:
-    """Those that decode below a process, with the children in which they do so."""
-    found = (of or psutil.Process()).children(recursive=True)
-    return [each for each in found if PROGRAM in command_line(each)]
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 async def refusal(recordings: Recordings, content: bytes) -> ForebayError:
@@ -186,7 +176,7 @@ async def test_a_short_recording_is_decoded_at_once_by_a_program_that_is_warm(ma
         took.append(time.perf_counter() - started)
     print(f"30 s: first {took[0] * 1000:.0f} ms, then {min(took[1:]) * 1000:.0f} ms at best")
     assert min(took[1:]) < 0.15
-    assert len(programs()) == 1
+    assert len(programs(PROGRAM)) == 1
 
 
 async def test_a_file_has_no_name_and_nothing_stays_open(tmp_path: Path) -> None:
@@ -218,7 +208,7 @@ async def test_a_process_that_is_killed_leaves_no_file_and_no_process(tmp_path: 
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout
         await asyncio.to_thread(process.stdout.readline)  # it decodes
-        family = programs(psutil.Process(process.pid))
+        family = programs(PROGRAM, psutil.Process(process.pid))
         assert len(family) == 2, "the program and its child"
         process.kill()
     await eventually(lambda: not any(lives(each) for each in family), within_seconds=2, what="the end of the decoding")
@@ -233,25 +223,13 @@ async def test_a_long_recording_is_a_stream(tmp_path: Path, prove: bool) -> None
         await samples(made, hum("opus"))
         await spool.write(content)
         await spool.flush()
-        async with growth(_memory) as grown, made.decode(spool, on_progress=percents.append) as recording:
+        async with growth(of_family) as grown, made.decode(spool, on_progress=percents.append) as recording:
             assert abs(recording.seconds - seconds) < 1
     print(f"{seconds} s of Opus: {grown.bytes / MIB:.0f} MiB more at most, {len(percents)} times told")
     assert grown.bytes < 64 * MIB
     assert percents == sorted(percents)
     assert len(percents) > 20
     assert 0 <= percents[0] < percents[-1] < 100
-
-
-def _memory() -> int:
-    """Of this process and of those that decode for it."""
-    return sum(_resident(each.pid) for each in [psutil.Process(), *programs()])
-
-
-def _resident(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
@@ -262,7 +240,7 @@ def test_a_cancel_ends_the_decoding_within_two_seconds(tmp_path: Path, runner: o
             begun = asyncio.Event()
             decoding = asyncio.create_task(samples(made, opus_of(6 * HOUR, 1), on_progress=lambda _: begun.set()))
             await begun.wait()
-            family = programs()
+            family = programs(PROGRAM)
             assert len(family) == 2
             decoding.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -284,22 +262,24 @@ async def test_cancels_at_any_moment_leave_nothing(tmp_path: Path, prove: bool) 
             await asyncio.wait([decoding], timeout=number % 25 * 0.02)
             decoding.cancel()
             await asyncio.wait([decoding])
-        await eventually(lambda: len(programs()) <= 1, within_seconds=3, what="the end of those that were cancelled")
+        await eventually(
+            lambda: len(programs(PROGRAM)) <= 1, within_seconds=3, what="the end of those that were cancelled"
+        )
         await samples(made, hum("mp3"))
         await eventually(lambda: open_files() <= files + 1, within_seconds=3, what="no open files")
     assert list((tmp_path / "audio").iterdir()) == []
-    assert not programs()
+    assert not programs(PROGRAM)
 
 
 async def test_a_program_that_is_killed_is_replaced_once(made: Recordings) -> None:
     await samples(made, hum("mp3"))
-    (first,) = programs()
+    (first,) = programs(PROGRAM)
     first.kill()
     first.wait()
     assert len(await samples(made, hum("mp3"))) == 64_000
     decoding, killed = asyncio.create_task(samples(made, opus_of(HOUR, 1))), set[int]()
     for _ in range(2):
-        program = await eventually(lambda: _at_work(killed), what="a program at work")
+        program = await eventually(lambda: at_work(PROGRAM, killed), what="a program at work")
         killed.add(program.pid)
         program.kill()
     with pytest.raises(ServerError):
@@ -307,18 +287,12 @@ async def test_a_program_that_is_killed_is_replaced_once(made: Recordings) -> No
     assert len(await samples(made, hum("mp3"))) == 64_000
 
 
-def _at_work(but: Container[int] = ()) -> psutil.Process | None:
-    """The program, once its child decodes."""
-    ours = (each for each in psutil.Process().children() if PROGRAM in command_line(each) and each.pid not in but)
-    return next((each for each in ours if lives(each) and each.children()), None)
-
-
 async def test_a_child_that_dies_was_given_too_much_or_something_broken(made: Recordings) -> None:
     for number, expected in {signal.SIGKILL: "media_too_large", signal.SIGSEGV: "media_invalid"}.items():
         begun = asyncio.Event()
         decoding = asyncio.create_task(samples(made, opus_of(HOUR, 1), on_progress=lambda _, begun=begun: begun.set()))
         await begun.wait()
-        program = _at_work()
+        program = at_work(PROGRAM)
         assert program
         (child,) = program.children()
         child.send_signal(number)
@@ -336,7 +310,7 @@ def test_the_end_of_the_server_ends_the_decoding(tmp_path: Path, runner: object)
             await begun.wait()
         with pytest.raises(ShuttingDown):
             await decoding
-        assert not programs()
+        assert not programs(PROGRAM)
 
     runner(ended())  # type: ignore[operator]
 
@@ -370,7 +344,7 @@ async def test_a_disk_without_room(tmp_path: Path) -> None:
             async with made.decode(spool):
                 pass
         made._files._free_bytes_min = 0
-        await eventually(lambda: not programs(), within_seconds=2, what="the end of the decoding")
+        await eventually(lambda: not programs(PROGRAM), within_seconds=2, what="the end of the decoding")
 
 
 async def test_a_disk_that_is_full_to_its_last_byte(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The most memory that a process takes while something goes on."""
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -44,3 +45,23 @@ def peak(pid: int) -> int:
     found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(encoding="ascii"), re.MULTILINE)
     assert found
     return int(found[1]) * 1024
+
+
+def of_family() -> int:
+    """Resident bytes of this process and of all that it has started, directly or not."""
+    return sum(map(_resident, [os.getpid(), *_below(os.getpid())]))
+
+
+def _below(pid: int) -> list[int]:
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    except OSError:
+        return []
+    return [inner for each in found for inner in (int(each), *_below(int(each)))]
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

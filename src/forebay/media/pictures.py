@@ -98,11 +98,13 @@ class Pictures:
         if ref.url is not None:
             self._sources.check(IMAGE, ref.url, ref.param)
 
-    def check_bytes(self, inputs: Inputs) -> None:
+    def check_bytes(self, inputs: Inputs, param: str = "image") -> None:
         """Raise PayloadTooLarge (`media_too_large`) if all files of a request are larger than they may be together."""
         most = self._settings.request_bytes_max
         if sum(spool.bytes for spool in inputs.spools) > most:
-            raise IMAGE.too_large(f"All files of a request have at most {most} bytes.")
+            error = IMAGE.too_large(f"All files of a request have at most {most} bytes.")
+            error.param = param
+            raise error
 
     async def fetch(self, spool: Spool, ref: ImageRef, project: str, *, patient: bool = False) -> None:
         """Write what `ref` refers to into the spool. An error names its place in the body.
@@ -137,10 +139,10 @@ class Pictures:
             inputs = came
             for ref in task.images:
                 inputs = replace(inputs, images=(*inputs.images, await have(ref)))
-                self.check_bytes(inputs)
+                self.check_bytes(inputs, ref.param)
             if task.mask is not None:
                 inputs = replace(inputs, mask=await have(task.mask, mask=True))
-            self.check_bytes(inputs)
+                self.check_bytes(inputs, task.mask.param)
             yield inputs
 
     async def prepare(self, inputs: Inputs, task: ImageTask, *, patient: bool = False) -> Prepared:
