@@ -1,18 +1,16 @@
 """Pictures through a real server to an engine whose pixels follow from the seed, the prompt and the image alone."""
 
 import asyncio
-import base64
 import io
 import json
 import os
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
-import aiohttp
 import psutil
 import pytest
 import pytest_asyncio
@@ -21,8 +19,8 @@ from PIL import Image
 from forebay.engines.fake_images import paint
 from tests.support.images import data_url, encoded, picture
 from tests.support.picture_jobs import EDITS, GENERATIONS, IMAGE, SIZE, blobs_of_files, mask, pictures_of
+from tests.support.picture_requests import as_json, edited, events_of, form, opened, pixels, refusal, send
 from tests.support.receiver import Answer, receiving
-from tests.support.recordings import form_of
 from tests.support.server import FAKE, Server, eventually, serving
 
 CONFIG = f"""
@@ -61,53 +59,6 @@ async def server() -> AsyncIterator[Server]:
         yield one
         await nothing_left(one)
         assert "request.bug" not in one.log
-
-
-def form(fields: Mapping[str, Any], *files: tuple[str, bytes]) -> aiohttp.FormData:
-    """What the official client would send."""
-    data = aiohttp.FormData(default_to_multipart=True)
-    for name, value in form_of({"model": "fake", "prompt": "a cat", "seed": SEED, **fields}):
-        data.add_field(name, value)
-    for name, content in files:
-        data.add_field(name, content, filename="a.png", content_type="image/png")
-    return data
-
-
-async def send(server: Server, *files: tuple[str, bytes], key: str | None = None, **fields: Any) -> tuple[int, str]:
-    """POST a form to the route of edits; the status and the text of the answer."""
-    headers = {"Authorization": f"Bearer {key or server.key}"}
-    async with server.session.post(server.url + EDITS, data=form(fields, *files), headers=headers) as response:
-        return response.status, await response.text()
-
-
-async def edited(server: Server, *files: tuple[str, bytes], **fields: Any) -> Any:
-    """The JSON of an answer that is one."""
-    status, text = await send(server, *(files or (("image", IMAGE), ("mask", mask()))), **fields)
-    assert status == 200, text
-    return json.loads(text)
-
-
-async def as_json(server: Server, path: str = EDITS, **body: Any) -> tuple[int, Any]:
-    url = server.url + path
-    whole = {"model": "fake", "prompt": "a cat", "seed": SEED, **body}
-    async with server.session.post(url, json=whole, headers=server.headers) as response:
-        return response.status, await response.json()
-
-
-async def refusal(server: Server, *files: tuple[str, bytes], **fields: Any) -> tuple[int, str, str | None]:
-    status, text = await send(server, *files, **fields)
-    assert status >= 400, text
-    error = json.loads(text)["error"]
-    return status, error["code"], error["param"]
-
-
-def opened(shown: Mapping[str, Any]) -> Image.Image:
-    """The picture of an answer or of an event."""
-    return Image.open(io.BytesIO(base64.b64decode(shown["b64_json"])))
-
-
-def pixels(image: Image.Image) -> bytes:
-    return image.convert("RGB").tobytes()
 
 
 def painted(prompt: str = "a cat", seed: int = SEED, steps: int = 4, step: int = 4, before: bytes = b"") -> bytes:
@@ -417,22 +368,6 @@ async def test_a_wrong_model_is_told_before_the_image_has_come(server: Server) -
 # Streams.
 
 
-async def events_of(server: Server, path: str, data: Any = None, **body: Any) -> list[dict[str, Any]]:
-    """The events of a stream, with the time at which each came."""
-    sent = {"data": data} if data is not None else {"json": {"model": "fake", "prompt": "a cat", "seed": SEED, **body}}
-    found = []
-    async with server.session.post(server.url + path, headers=server.headers, **sent) as response:
-        assert response.headers["content-type"].startswith("text/event-stream"), await response.text()
-        buffer = b""
-        async for piece in response.content.iter_any():
-            *blocks, buffer = (buffer + piece).split(b"\n\n")
-            for block in blocks:
-                event = json.loads(block.split(b"data: ", 1)[1])
-                assert b"event: " + event.get("type", "error").encode() in block or "error" in event
-                found.append({**event, "at": monotonic()})
-    return found
-
-
 @pytest.mark.parametrize(("path", "prefix"), [(EDITS, "image_edit"), (GENERATIONS, "image_generation")])
 async def test_a_stream_tells_steps_and_shows_what_is_not_finished(server: Server, path: str, prefix: str) -> None:
     fields: dict[str, Any] = {"stream": True, "partial_images": 2, "steps": 6, "n": 2}
@@ -479,105 +414,6 @@ async def test_an_engine_that_fails_is_an_error(server: Server) -> None:
     assert found[:2] == (502, "engine_garbled")
 
 
-# Pictures as files.
-
-
-async def fetched(url: str) -> tuple[int, bytes, Mapping[str, str]]:
-    """GET without any key."""
-    async with aiohttp.ClientSession() as stranger, stranger.get(url) as response:
-        return response.status, await response.read(), response.headers
-
-
-async def test_an_address_shows_the_picture_to_whoever_has_it(server: Server) -> None:
-    expected = base64.b64decode((await edited(server))["data"][0]["b64_json"])
-    body = await edited(server, response_format="url")
-    url = body["data"][0]["url"]
-    assert "b64_json" not in body["data"][0]
-    assert url.startswith(f"{server.url}/v1/images/results/file_")
-    status, data, headers = await fetched(url)
-    assert (status, data) == (200, expected)
-    assert headers["x-content-type-options"] == "nosniff"
-    assert headers["content-disposition"].startswith("attachment;")
-    file = next(each for each in await pictures_of(server) if each["id"] in url)
-    assert 3500 < file["expires_at"] - file["created_at"] <= 3600
-    await server.client().files.delete(file["id"])
-    assert (await fetched(url))[0] == 404
-
-
-async def test_a_signature_is_for_one_picture_and_one_time(server: Server) -> None:
-    urls = [each["url"] for each in (await edited(server, response_format="url", n=2))["data"]]
-    first, second = (urlsplit(url) for url in urls)
-    query = parse_qs(first.query)
-    expires, signature = query["expires"][0], query["signature"][0]
-    uploaded = await server.client().files.create(file=("a.png", IMAGE), purpose="vision")
-    own = first.path
-    wrong = [
-        f"{own}?expires={int(expires) + 1}&signature={signature}", f"{own}?expires={expires}&signature={signature[:-1]}",
-        f"{own}?expires={expires}&signature={signature}A", f"{own}?expires={expires}", f"{own}?signature={signature}",
-        own, f"{own}?expires=&signature=", f"{own}?expires=0{expires}&signature={signature}",
-        f"{own}?expires=%2B{expires}&signature={signature}", f"{own}?expires={expires}%00&signature={signature}",
-        f"{own}?expires={expires}&signature={signature.swapcase()}", f"{own}?expires={expires}&signature=%ff%fe",
-        f"{own}?expires={expires}&signature={'x' * 9000}", f"{own}?expires=nan&signature={signature}",
-        f"{second.path}?{first.query}", f"/v1/images/results/{uploaded.id}?{first.query}",
-        f"/v1/images/results/nothing?{first.query}", f"{own}%0A{expires}?{first.query}", f"{own}/?{first.query}",
-        f"{own}?expires={expires}&signature={signature}&signature=x",
-    ]  # fmt: skip
-    answers = set()
-    for path in wrong:
-        status, data, _ = await fetched(server.url + path)
-        assert status == 404, path
-        if not path.startswith(f"{own}/"):
-            answers.add(data)
-    assert len(answers) == 1, "nobody learns why"
-    assert (await fetched(urls[0]))[0] == 200
-    async with server.session.post(urls[0], headers=server.headers) as response:
-        assert response.status == 405
-
-
-async def test_addresses_end_and_may_begin_otherwise() -> None:
-    config = CONFIG + "[http]\npublic_url = 'https://pictures.example.com/forebay/'\n"
-    config = config.replace("[images]", "[images]\nurl_seconds = 1")
-    async with serving(config) as server:
-        _, body = await as_json(server, GENERATIONS, size="64x48", response_format="url")
-        url = body["data"][0]["url"]
-        beginning = "https://pictures.example.com/forebay"
-        assert url.startswith(f"{beginning}/v1/images/results/")
-        here = url.replace(beginning, server.url)
-
-        async def gone() -> bool:
-            return (await fetched(here))[0] == 404
-
-        await eventually(gone, within_seconds=5, what="the end of the address")
-
-
-@pytest.mark.parametrize("host", ["x/health?", "a@b", "", "x y", "evil.example.com/#"])
-async def test_a_host_that_is_none_begins_no_address(server: Server, host: str) -> None:
-    body = {"model": "fake", "prompt": "a", "size": "64x48", "response_format": "url"}
-    headers = {**server.headers, "Host": host}
-    async with server.session.post(server.url + GENERATIONS, json=body, headers=headers) as response:
-        assert response.status == 400, await response.text()
-
-
-async def test_files_of_pictures(server: Server) -> None:
-    body = await edited(server, response_format="file_id", n=2, output_format="jpeg")
-    files = [each["file_id"] for each in body["data"]]
-    client = server.client()
-    for file_id in files:
-        content = (await client.files.content(file_id)).read()
-        assert Image.open(io.BytesIO(content)).format == "JPEG"
-        file = await client.files.retrieve(file_id)
-        assert (file.purpose, file.filename) == ("image_result", f"{file_id}.jpeg")
-        assert file.bytes == len(content)
-        assert file.expires_at is not None
-        assert file.expires_at - file.created_at > 86_400
-    form_data = form({"stream": True, "response_format": "file_id"}, ("image", IMAGE))
-    events = await events_of(server, EDITS, form_data)
-    assert (await client.files.retrieve(events[-1]["file_id"])).purpose == "image_result"
-    strange = server.client(api_key=await server.create_key("other"))
-    with pytest.raises(Exception, match="There is no such file"):
-        await strange.files.retrieve(files[0])
-
-
 # Another model, and the background.
 
 
@@ -585,7 +421,7 @@ async def test_another_model_stands_in(server: Server) -> None:
     async with receiving("127.0.0.2") as host:
         host.then = Answer(200, body=IMAGE)
         url, body = server.url + EDITS, {"model": "broken", "prompt": "a cat", "seed": SEED}
-        body |= {"images": [{"image_url": f"{host.url}/a.png"}], "mask": {"image_url": data_url(mask())}}  # type: ignore[dict-item]
+        body |= {"images": [{"image_url": f"{host.url}/a.png"}], "mask": {"image_url": data_url(mask())}}
         async with server.session.post(url, json=body, headers=server.headers) as response:
             assert (response.status, response.headers["x-served-by"]) == (200, "fake")
             assert (await response.json())["data"][0]["b64_json"] == (await edited(server))["data"][0]["b64_json"]
@@ -682,7 +518,7 @@ async def test_cancels_at_any_moment_leave_nothing(server: Server, prove: bool) 
             fields |= {"partial_images": 2} if number % 4 == 0 else {}
             fields |= {"response_format": chance.choice(("url", "file_id"))} if number % 3 == 0 else {}
             asking = asyncio.create_task(
-                as_json(server, images=[{"image_url": f"{host.url}/a.png"}])  # type: ignore[arg-type]
+                as_json(server, images=[{"image_url": f"{host.url}/a.png"}])
                 if number % 7 == 0
                 else send(server, ("image", large), **fields)
             )
@@ -692,7 +528,8 @@ async def test_cancels_at_any_moment_leave_nothing(server: Server, prove: bool) 
             if number % 10 == 9:
                 await nothing_left(server)
     print(f"{dict(outcomes)}")
-    assert min(outcomes["cancelled"], outcomes["done"]) > 3
+    assert outcomes["cancelled"] > 10
+    assert "event=cancelled" in server.log, "some were let in"
     await nothing_left(server)
 
     async def whole() -> bool:

@@ -119,7 +119,8 @@ def test_images_and_a_mask_are_named_in_json() -> None:
     ("field", "least", "most"),
     [("n", 1, 10), ("output_compression", 0, 100), ("seed", 0, 2**32 - 1), ("steps", 1, 50), ("guidance", 0, 30)],
 )
-def test_bounds(path: str, field: str, least: int, most: int) -> None:
+def test_bounds(path: str, field: str, least: Any, most: Any) -> None:
+    wrong: Any
     for value in (least, most):
         made(path, output_format="webp", **{field: value})
     for wrong in (
@@ -139,7 +140,8 @@ def test_bounds(path: str, field: str, least: int, most: int) -> None:
 @pytest.mark.parametrize(
     ("field", "least", "most"), [("mask_specks", 0, 1_000_000), ("mask_dilation", 0, 512), ("mask_feather", 0, 512)]
 )
-def test_bounds_of_masks(field: str, least: int, most: int) -> None:
+def test_bounds_of_masks(field: str, least: Any, most: Any) -> None:
+    wrong: Any
     for value in (least, most):
         made(**{field: value})
     for wrong in (least - 1, most + 1, 0.5, "1"):
@@ -161,11 +163,12 @@ def test_strength_lies_between_nothing_and_all() -> None:
         ("prompt", "x" * 32_001), ("negative_prompt", "x" * 32_001), ("model", ""), ("model", "m" * 257),
         ("user", "u" * 513), ("safety_identifier", "u" * 513), ("webhook_url", "h" * 2049),
         *[("quality", value) for value in ("hd", "xhigh", "max", "", 1)],
-        *[("background", value) for value in ("white", "", 1, "true", [])],
+        ("background", []),
+        *[("background", value) for value in ("white", "", 1, "true")],
         *[("backdrop", value) for value in ("white", True)],
         *[("output_format", value) for value in ("gif", "svg", "PNG", "")],
         *[("response_format", value) for value in ("json", "b64", "")],
-        *[("stream", value) for value in ("true", 1, [])],
+        *[("stream", value) for value in ("true", 1)],
         *[("partial_images", value) for value in (-1, 4, 1.5, "1")],
     ],
 )  # fmt: skip
@@ -231,6 +234,7 @@ def test_no_more_images_than_the_model_takes() -> None:
 
 
 def test_a_model_is_not_asked_for_what_it_does_not_know() -> None:
+    value: Any
     assert task(rules=PLAIN, quality="low").steps is None
     for field, value in (("steps", 5), ("guidance", 1), ("strength", 0.5), ("negative_prompt", "x")):
         assert refused(rules=PLAIN, saying="The model m knows no ", **{field: value}) == field
@@ -319,6 +323,7 @@ def test_any_form_is_a_call_or_a_refusal(fields: list[tuple[str, str]], path: st
         assert isinstance(error, InvalidRequest)
         assert len(str(error)) < 500
     else:
+        assert call.picture is not None
         assert call.picture.steps is None or 1 <= call.picture.steps <= RULES.steps_max
 
 
