@@ -18,28 +18,25 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from PIL import Image, MpoImagePlugin, WebPImagePlugin
+from PIL import Image
 
-from forebay.engines import fence
+from forebay.engines import fence, image_formats
 from forebay.engines.fence import BROKEN, OK, Refused
+from forebay.engines.image_formats import (
+    NOT_AN_IMAGE,
+    TOO_MANY_FRAMES,
+    check_size,
+    on_white,
+    plain,
+    turned,
+)
 
-NOT_AN_IMAGE, TOO_MANY_PIXELS, TOO_MANY_FRAMES, TOO_NARROW, NOT_BASE64 = 1, 3, 4, 6, 7
-_LOADED = (MpoImagePlugin, WebPImagePlugin)  # by this import, beside those that `preinit` loads
+NOT_BASE64 = 7
 _SIDES_RATIO_MAX = 200  # some engines fall over a picture that is nothing but a line
 _PNG_BYTES_MAX = 4 * 2**20  # a photograph is no loss as JPEG, and a quarter of the size
 _JPEG_QUALITY = 92
 _OUT_BYTES_MAX = 32 * 2**20
 _PIECE_BYTES = 65_536
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +120,17 @@ def _picture(task: Task, limits: Limits) -> bytes:
         raise Refused(NOT_AN_IMAGE)
     Image.MAX_IMAGE_PIXELS = None  # ours is the limit, and it is lower
     image = Image.open(io.BytesIO(data), formats=[kind])
-    _check_size(image, limits)
+    check_size(*image.size, image_formats.Limits(limits.pixels_max, _SIDES_RATIO_MAX))
     if kind != "JPEG":  # a second picture inside a JPEG is a preview or a depth map
         _check_frames(image, limits)
     else:
         image.draft("RGB", (task.edge, task.edge))
-    image.load()
-    turn = _TURNS.get(_orientation(image))
-    plain = _plain(image)
-    plain.thumbnail((task.edge, task.edge), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    shown = plain(image)
+    turn = turned(image)
+    shown.thumbnail((task.edge, task.edge), Image.Resampling.BICUBIC, reducing_gap=2.0)
     if turn is not None:
-        plain = plain.transpose(turn)
-    return _encode(_on_white(plain), lossless=kind in {"PNG", "GIF"})
+        shown = shown.transpose(turn)
+    return _encode(on_white(shown), lossless=kind in {"PNG", "GIF"})
 
 
 def _decoded(text: bytes) -> bytes:
@@ -146,24 +142,7 @@ def _decoded(text: bytes) -> bytes:
 
 def _kind(data: bytes) -> str | None:
     """What the first bytes say that it is."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    return None
-
-
-def _check_size(image: Image.Image, limits: Limits) -> None:
-    """By the header, before anything is decoded."""
-    width, height = image.size
-    if width * height > limits.pixels_max:
-        raise Refused(TOO_MANY_PIXELS)
-    if max(width, height) > _SIDES_RATIO_MAX * min(width, height):
-        raise Refused(TOO_NARROW)
+    return "GIF" if data.startswith((b"GIF87a", b"GIF89a")) else image_formats.kind(data)
 
 
 def _check_frames(image: Image.Image, limits: Limits) -> None:
@@ -173,32 +152,6 @@ def _check_frames(image: Image.Image, limits: Limits) -> None:
         image.seek(0)
         return
     raise Refused(TOO_MANY_FRAMES)
-
-
-def _orientation(image: Image.Image) -> int:
-    """How the camera was held; upright where that cannot be read."""
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except (SyntaxError, ValueError, TypeError, KeyError, EOFError, OSError, struct.error):
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    """The same picture as RGB, or as RGBA where one can see through it."""
-    if image.mode.startswith("I"):  # 16 bits of grey
-        return image.point(lambda value: value / 256).convert("L").convert("RGB")
-    if image.mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info:
-        return image if image.mode == "RGBA" else image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """Without transparency, which engines fill in as they like."""
-    if image.mode == "RGB":
-        return image
-    paper = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(paper, image).convert("RGB")
 
 
 def _encode(image: Image.Image, *, lossless: bool) -> bytes:

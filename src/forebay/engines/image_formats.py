@@ -56,13 +56,10 @@ class Decoded:
 def decode(source: IO[bytes], limits: Limits) -> Decoded:
     """The one picture in a file. Raises Refused, and whatever Pillow raises for a damaged one."""
     image = opened(source, limits)
-    stored = image.tile[0].args if image.format == "PNG" and image.tile else ""
-    image.load()
-    turn = _TURNS.get(orientation(image))
-    profile = _profile(image)
-    plain = _plain(image, stored if isinstance(stored, str) else "")
+    shown = plain(image)
+    turn, profile = turned(image), _profile(image)
     del image  # large, and there may be no room for three of them
-    return Decoded(plain if turn is None else plain.transpose(turn), profile)
+    return Decoded(shown if turn is None else shown.transpose(turn), profile)
 
 
 def opened(source: IO[bytes], limits: Limits) -> ImageFile.ImageFile:
@@ -72,11 +69,11 @@ def opened(source: IO[bytes], limits: Limits) -> ImageFile.ImageFile:
     if found is None:
         raise Refused(NOT_AN_IMAGE)
     if found == "WEBP":
-        _check_size(*_webp_size(head), limits)  # opening it takes memory for all that it says to be
+        check_size(*_webp_size(head), limits)  # opening it takes memory for all that it says to be
     source.seek(0)
     Image.MAX_IMAGE_PIXELS = None  # ours is the limit, and it is lower
     image = Image.open(source, formats=[found])
-    _check_size(*image.size, limits)
+    check_size(*image.size, limits)
     if found != "JPEG" and getattr(image, "n_frames", 1) > 1:  # in a JPEG it is a preview or a depth map
         raise Refused(TOO_MANY_FRAMES)
     return image
@@ -93,13 +90,13 @@ def kind(data: bytes) -> str | None:
     return None
 
 
-def orientation(image: Image.Image) -> int:
-    """How the camera was held; upright where that cannot be read."""
+def turned(image: Image.Image) -> Image.Transpose | None:
+    """How it is made upright, if it is not; that is none where it cannot be read. It may load the image."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, EOFError, OSError, struct.error):
-        return 1
-    return value if isinstance(value, int) else 1
+        return None
+    return _TURNS.get(value) if isinstance(value, int) else None
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
@@ -119,7 +116,8 @@ def _webp_size(head: bytes) -> tuple[int, int]:
             raise Refused(BROKEN)
 
 
-def _check_size(width: int, height: int, limits: Limits) -> None:
+def check_size(width: int, height: int, limits: Limits) -> None:
+    """Raise Refused for a size that is none or beyond the limits."""
     if width < 1 or height < 1:
         raise Refused(BROKEN)
     if width * height > limits.pixels_max:
@@ -128,13 +126,15 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
         raise Refused(TOO_NARROW)
 
 
-def _plain(image: ImageFile.ImageFile, stored: str) -> Image.Image:
-    """The same picture as RGB, or as RGBA where one can see through it. `stored` is how a PNG holds its values."""
+def plain(image: ImageFile.ImageFile) -> Image.Image:
+    """The same picture as RGB, or as RGBA where one can see through it. It loads the image."""
+    stored = image.tile[0].args if image.format == "PNG" and image.tile else ""  # how a PNG holds its values
+    image.load()
     through = image.info.get("transparency")
     if image.mode.startswith("I"):
         return _of_16_bits(image, through)
     if image.mode == "L" and isinstance(through, int):
-        image.info["transparency"] = min(through * _GREYS.get(stored, 1), 255)
+        image.info["transparency"] = min(through * _GREYS.get(str(stored), 1), 255)
     elif stored == "RGB;16B" and isinstance(through, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in through)
     if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or through is not None:
@@ -160,3 +160,12 @@ def _profile(image: Image.Image) -> bytes | None:
         return None
     size, _, space, _, signature = _PROFILE_HEAD.unpack_from(profile)
     return profile if (size, space, signature) == (len(profile), b"RGB ", b"acsp") else None
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """The same, with nothing to see through."""
+    if image.mode == "RGB":
+        return image
+    paper = Image.new("RGB", image.size, "white")
+    paper.paste(image, (0, 0), image)
+    return paper

@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 
 from forebay.engines.fence import Refused
-from forebay.engines.image_steps import on_white, resized
+from forebay.engines.image_formats import on_white
+from forebay.engines.image_steps import resized
 from forebay.pixels import Size
 
 OTHER_SHAPE, TOO_LONG_SIDE = 13, 14

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from forebay.engines.fence import Refused
+from forebay.engines.image_formats import on_white
 from forebay.pixels import RGB_BYTES, Size
 
 MASK_SIZE, MASK_NO_ALPHA, MASK_EMPTY, MASK_TOO_SMALL, MASK_TOO_LARGE = 8, 9, 10, 11, 12
@@ -180,15 +181,6 @@ def resized(image: Image.Image, to: Size) -> Image.Image:
     """The same in another size."""
     wanted = (to.width, to.height)
     return image if image.size == wanted else image.resize(wanted, Image.Resampling.LANCZOS)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """The same, with nothing to see through."""
-    if image.mode == "RGB":
-        return image
-    paper = Image.new("RGB", image.size, "white")
-    paper.paste(image, (0, 0), image)
-    return paper
 
 
 def canvas(data: bytes, size: Size) -> Image.Image:
