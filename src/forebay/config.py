@@ -8,118 +8,27 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from forebay.engine_options import Bytes, Count, Seconds, Section, UpstreamOptions
 from forebay.errors import SetupError
-from forebay.model_config import (
-    ENGINES,
-    MODEL_NAME,
-    Bytes,
-    Count,
-    Model,
-    Seconds,
-    Section,
-    UpstreamModel,
-    UpstreamOptions,
+from forebay.model_config import ENGINES, MODEL_NAME, Model, UpstreamModel
+from forebay.server_config import (
+    AuthSettings,
+    EmbeddingSettings,
+    HttpSettings,
+    LogSettings,
+    RehearsalSettings,
+    SchedulerSettings,
+    SupervisorSettings,
 )
 
 _SECRET_BYTES_MAX = 65_536
 _STORE_URL = r"^(s3://|file:)"
-
-
-class HttpSettings(Section):
-    """The front door: sizes, deadlines and numbers of connections."""
-
-    body_bytes_max: Bytes = Field(8 * 2**20, description="Largest request body; a larger one gets 413.")
-    header_bytes_max: Bytes = Field(32 * 2**10, description="Largest request head (request line and headers).")
-    header_timeout_seconds: Seconds = Field(
-        10, description="Time for a whole request head to arrive; then the connection closes."
-    )
-    body_timeout_seconds: Seconds = Field(
-        25, description="Time for a whole request body to arrive, counted from the first byte of the request."
-    )
-    keep_alive_seconds: Seconds = Field(15, description="How long an idle connection is kept.")
-    write_stall_seconds: Seconds = Field(
-        20, description="A reader that takes no bytes for this long is cut off and its work cancelled."
-    )
-    connections_max: Count = Field(4096, description="Open connections in all; further ones are closed at once.")
-    connections_per_address_max: Count = Field(
-        1024, description="Open connections from one address; further ones are closed at once."
-    )
-    public_url: Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/-]*)?$")] | None = Field(
-        None,
-        description="What addresses in answers begin with, such as `https://api.example.com`; without it, the host that the caller asked.",
-    )
-
-
-class SchedulerSettings(Section):
-    """The hallway: how those who wait are ordered."""
-
-    ageing_seconds: Seconds = Field(
-        15, description="A waiting request gains one priority level each time this long has passed, so nobody starves."
-    )
-    retry_after_seconds_max: Annotated[float, Field(gt=0, le=120)] = Field(
-        60, description="Upper bound of the Retry-After header; clients give up above 120."
-    )
-    headroom_seconds: Seconds = Field(
-        10, description="Batch work leaves free what online traffic asked for at once in this long, and one place more."
-    )
-    preempt: bool = Field(
-        True,
-        description="Take places back from batch work, which runs again later, when online requests wait for them.",
-    )
-    batch_floor_seconds: Seconds = Field(
-        120, description="Batch work that has not been served for this long gets one place, and keeps it to the end."
-    )
-
-
-class SupervisorSettings(Section):
-    """The machine room: how engines are started, watched, stopped and replaced."""
-
-    tick_seconds: Seconds = Field(0.5, description="How often desired and actual state are compared.")
-    start_timeout_seconds: Seconds = Field(
-        300, description="Time for an engine to become ready; then it is killed and counted as a failed start."
-    )
-    stall_seconds: Seconds = Field(
-        30,
-        description="An engine that answers no probe, or a stream that makes no progress, for this long is taken for hung.",
-    )
-    cancel_grace_seconds: Seconds = Field(
-        10, description="Time for an engine to stop a cancelled request; after it the engine is replaced."
-    )
-    stop_grace_seconds: Seconds = Field(
-        5, description="Time for an engine process to exit after SIGTERM before SIGKILL."
-    )
-    backoff_seconds_min: Seconds = Field(
-        0.25, description="Wait before the first restart of a dead engine; it doubles with each death in a row."
-    )
-    backoff_seconds_max: Seconds = Field(60, description="Longest wait before a restart.")
-    healthy_seconds: Seconds = Field(60, description="An engine that lived this long starts again without back-off.")
-    oom_cooldown_seconds: Seconds = Field(
-        300,
-        description="How long an engine runs with half its slots after it ran out of memory, and an `onnx` engine with "
-        "batches half as large.",
-    )
-    quarantine_seconds: Seconds = Field(
-        600, description="How long an input that was in flight at two engine deaths is refused."
-    )
-    quarantine_entries_max: Count = Field(10_000, description="How many suspect inputs are remembered.")
-    log_lines_max: Count = Field(200, description="Lines of an engine's output that are kept for its post-mortem.")
-    log_line_bytes_max: Bytes = Field(2048, description="Longest engine line; the rest is cut.")
-
-
-class AuthSettings(Section):
-    """Keys and rates."""
-
-    key_cache_seconds: Seconds = Field(
-        5, description="How long a key that was looked up is trusted; also the longest a revoked key works on."
-    )
-    key_cache_entries_max: Count = Field(10_000, description="Keys, known and unknown, that are kept in memory.")
-    failures_per_minute_max: Count = Field(600, description="Failed key checks from one address in a minute; then 429.")
 
 
 class PullSettings(Section):
@@ -512,32 +421,6 @@ class ImageSettings(Section):
     background_seconds_max: Seconds = Field(
         86_400, description="How long an image job may take, its time in line included, before it is given up."
     )
-
-
-class EmbeddingSettings(Section):
-    """Vectors and scores that are kept, so that the same text is not computed twice."""
-
-    cache_bytes: Annotated[int, Field(ge=0, le=2**40)] = Field(
-        128 * 2**20, description="Memory of each process for kept vectors and scores; 0 keeps none."
-    )
-
-
-class RehearsalSettings(Section):
-    """For rehearsing a crash, never for service."""
-
-    kill_at: str | None = Field(
-        None, description="Commit point, or `name:n` for its n-th passing, at which the process kills itself."
-    )
-
-
-class LogSettings(Section):
-    """What is written to standard error."""
-
-    format: Literal["text", "json"] = Field("text", description="`text` for people, `json` for machines.")
-    level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe level that is written."
-    )
-    access: bool = Field(True, description="One line for each request.")
 
 
 class Settings(Section):

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from forebay.model_config import LlamaCppModel, LlamaCppOptions
+from forebay.engine_options import LlamaCppOptions
+from forebay.model_config import LlamaCppModel
 from forebay.replicas.commands import command_for
 from tests.support import models
 from tests.support.engines import KEY, Engine, alive, chat, environment, eventually, guarded

@@ -14,7 +14,6 @@ from random import Random
 import pytest
 
 from forebay.clock import SystemClock, seeded
-from forebay.config import SchedulerSettings
 from forebay.dialects.openai.call import Call, Context, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
 from forebay.errors import EngineTimeout, ForebayError, Preempted
@@ -26,6 +25,7 @@ from forebay.replicas.postmortem import Quarantine
 from forebay.replicas.replica import Replica, ReplicaState
 from forebay.scheduler.gather import gather
 from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
 from tests.support.engines import KEY, Engine
 from tests.support.server import chat_body, eventually

@@ -8,10 +8,11 @@ import pytest
 
 from forebay.clock import SystemClock
 from forebay.config import Settings
+from forebay.engine_options import FakeOptions
 from forebay.errors import InvalidRequest, NotFound
 from forebay.inference import Priority
 from forebay.media.images import Images
-from forebay.model_config import FakeModel, FakeOptions
+from forebay.model_config import FakeModel
 from forebay.outbound import Outbound
 from forebay.replicas.calls import CHAT_COMPLETIONS, MESSAGES, RESPONSES, Calls
 from forebay.replicas.catalog import Catalog

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from forebay import config, model_config
+from forebay import config, engine_options, model_config
 from tests.house import source
 
 PAGE = source.ROOT / "docs" / "configure.md"
@@ -20,17 +20,17 @@ SECRETS = ("admin_key", "database_url", "hub_token", "secret_access_key")
 
 MODEL_TABLES: dict[str, type[BaseModel]] = {
     "every model": model_config.ModelSettings,
-    "llama.cpp": model_config.LlamaCppOptions,
-    "onnx": model_config.OnnxOptions,
-    "whisper": model_config.WhisperOptions,
-    "speakers": model_config.SpeakersOptions,
-    "aligner": model_config.AlignerOptions,
-    "opencv": model_config.OpencvOptions,
-    "diffusion": model_config.DiffusionOptions,
-    "command": model_config.CommandOptions,
-    "vllm": model_config.VllmOptions,
-    "upstream": model_config.UpstreamOptions,
-    "fake": model_config.FakeOptions,
+    "llama.cpp": engine_options.LlamaCppOptions,
+    "onnx": engine_options.OnnxOptions,
+    "whisper": engine_options.WhisperOptions,
+    "speakers": engine_options.SpeakersOptions,
+    "aligner": engine_options.AlignerOptions,
+    "opencv": engine_options.OpencvOptions,
+    "diffusion": engine_options.DiffusionOptions,
+    "command": engine_options.CommandOptions,
+    "vllm": engine_options.VllmOptions,
+    "upstream": engine_options.UpstreamOptions,
+    "fake": engine_options.FakeOptions,
 }
 
 

@@ -16,7 +16,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import SecretStr
 
-from forebay.config import AuthSettings, Settings
+from forebay.config import Settings
 from forebay.errors import (
     ForebayError,
     PermissionDenied,
@@ -27,6 +27,7 @@ from forebay.errors import (
 )
 from forebay.gateway.auth import Authenticator, Principal, may_create, principal, role_at_least
 from forebay.inference import Capability
+from forebay.server_config import AuthSettings
 from forebay.store.database import Database
 from forebay.store.key_format import Role, _checksum, make_key
 from forebay.store.keys import KeyRecord, KeyStore

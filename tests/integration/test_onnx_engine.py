@@ -15,8 +15,9 @@ import psutil
 import pytest
 from tokenizers import Tokenizer
 
+from forebay.engine_options import OnnxOptions
 from forebay.engines.onnx_text import Spec
-from forebay.model_config import OnnxModel, OnnxOptions
+from forebay.model_config import OnnxModel
 from forebay.replicas import figures
 from forebay.replicas.commands import command_for
 from tests.support import tiny_onnx

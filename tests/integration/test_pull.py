@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from forebay.cli.models import app
 from forebay.clock import SystemClock
 from forebay.config import PullSettings, Settings
+from forebay.engine_options import CommandOptions
 from forebay.errors import ModelNotFound, SetupError
-from forebay.model_config import CommandModel, CommandOptions, LlamaCppModel, Model
+from forebay.model_config import CommandModel, LlamaCppModel, Model
 from forebay.replicas import pull, wheel
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.pull import Puller, PullState

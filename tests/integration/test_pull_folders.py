@@ -14,8 +14,9 @@ from pydantic import SecretStr, ValidationError
 
 from forebay.clock import SystemClock
 from forebay.config import PullSettings, Settings
+from forebay.engine_options import DiffusionOptions
 from forebay.errors import SetupError
-from forebay.model_config import DiffusionModel, DiffusionOptions
+from forebay.model_config import DiffusionModel
 from forebay.replicas import pull
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.repository import MANIFEST

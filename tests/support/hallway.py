@@ -11,7 +11,6 @@ from typing import Any
 
 import aiohttp
 
-from forebay.config import SchedulerSettings
 from forebay.errors import ForebayError, Preempted, Quarantined
 from forebay.inference import Capability, Priority, Request
 from forebay.replicas.commands import Traits
@@ -19,6 +18,7 @@ from forebay.replicas.postmortem import Quarantine
 from forebay.replicas.replica import Replica, ReplicaState
 from forebay.scheduler.permit import Permit
 from forebay.scheduler.scheduler import Scheduler
+from forebay.server_config import SchedulerSettings
 from tests.support.clock import FakeClock
 
 MODEL = "model"

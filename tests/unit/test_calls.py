@@ -7,10 +7,11 @@ import pytest
 
 from forebay.clock import SystemClock
 from forebay.config import Settings
+from forebay.engine_options import LlamaCppOptions
 from forebay.errors import InvalidRequest, ModelNotFound, NotFound
 from forebay.inference import Capability, Priority
 from forebay.media.images import Images
-from forebay.model_config import FakeModel, LlamaCppModel, LlamaCppOptions, Model
+from forebay.model_config import FakeModel, LlamaCppModel, Model
 from forebay.outbound import Outbound
 from forebay.replicas.calls import (
     CHAT_COMPLETIONS,

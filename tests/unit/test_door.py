@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from starlette.types import Message
 
-from forebay.config import MediaSettings, SchedulerSettings, Settings
+from forebay.config import MediaSettings, Settings
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.events import GENERATION
 from forebay.errors import Overloaded
@@ -18,6 +18,7 @@ from forebay.model_config import FakeModel
 from forebay.replicas.catalog import Catalog
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.server_config import SchedulerSettings
 from forebay.store.key_format import Role
 from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock

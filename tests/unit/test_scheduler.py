@@ -23,12 +23,12 @@ from hypothesis.stateful import (
     rule,
 )
 
-from forebay.config import SchedulerSettings
 from forebay.errors import EngineUnavailable, Overloaded, Quarantined, ShuttingDown
 from forebay.inference import Priority
 from forebay.replicas.replica import Replica, ReplicaState
 from forebay.scheduler.policy import reserved
 from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock
 from tests.support.hallway import MODEL, PLACES, QUEUE_SECONDS, SETTINGS, Bench, Room, Visitor, request, settle

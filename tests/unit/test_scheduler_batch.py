@@ -6,10 +6,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from forebay.config import SchedulerSettings
 from forebay.errors import EngineUnavailable, Overloaded
 from forebay.inference import Priority
 from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock
 from tests.support.hallway import MODEL, QUEUE_SECONDS, SETTINGS, Bench, Room, Visitor, request, settle

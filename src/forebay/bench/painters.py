@@ -12,6 +12,7 @@ from pathlib import Path
 
 from forebay.bench.program import running
 from forebay.config import Settings
+from forebay.engine_options import DiffusionOptions
 from forebay.errors import SetupError
 from forebay.model_config import DiffusionModel
 
@@ -35,16 +36,16 @@ async def chosen(settings: Settings, choice: Choice) -> AsyncIterator[tuple[Sett
     if (choice.model is not None) + (choice.source is not None) + choice.tiny > 1:
         raise SetupError("Give one of `--model`, `--source` and `--tiny`.")
     if choice.source is not None:
-        yield _with(settings, choice.source.name, choice.source), choice.source.name
+        yield _with(settings, choice.source.name, choice.source, DiffusionOptions()), choice.source.name
     elif choice.tiny:
         with tempfile.TemporaryDirectory(prefix="forebay-bench-") as folder:
             async with running(_BUILDER, "the program that builds pipelines", _REMEDY) as program:
                 await program.ask({"kind": _TINY_KIND, "folder": folder, "width": _TINY_WIDTH})
-            yield _with(settings, "tiny", Path(folder)), "tiny"
+            yield _with(settings, "tiny", Path(folder), DiffusionOptions(threads=1)), "tiny"  # it is too small for more
     else:
         yield settings, choice.model
 
 
-def _with(settings: Settings, name: str, folder: Path) -> Settings:
-    model = DiffusionModel(engine="diffusion", source=f"file:{folder.resolve()}")
+def _with(settings: Settings, name: str, folder: Path, options: DiffusionOptions) -> Settings:
+    model = DiffusionModel(engine="diffusion", source=f"file:{folder.resolve()}", options=options)
     return settings.model_copy(update={"models": {**settings.models, name: model}})

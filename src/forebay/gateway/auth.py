@@ -13,10 +13,10 @@ from fastapi import Request
 from pydantic import SecretStr
 
 from forebay.clock import Clock, random_bytes
-from forebay.config import AuthSettings
 from forebay.errors import InvalidRequest, PermissionDenied, RateLimited, SetupError, StoreUnavailable, Unauthorized
 from forebay.gateway.bucket import Bucket
 from forebay.inference import Capability
+from forebay.server_config import AuthSettings
 from forebay.store.key_format import Role, hash_key, lookup_prefix, same_hash
 from forebay.store.keys import DEFAULT_PROJECT, KeyRecord, KeyStore
 

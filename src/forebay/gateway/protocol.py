@@ -20,9 +20,9 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from forebay.config import HttpSettings
 from forebay.dialects.openai.errors import body_of
 from forebay.errors import ForebayError, InvalidRequest
+from forebay.server_config import HttpSettings
 from forebay.telemetry import Metrics
 
 _READER_CHECKS = 10  # for each write_stall_seconds

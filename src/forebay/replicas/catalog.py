@@ -11,22 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from forebay.config import Settings
+from forebay.engine_options import AlignerOptions, LlamaCppOptions, OnnxOptions, OpencvOptions
 from forebay.errors import ModelNotFound, SetupError
 from forebay.model_config import (
     FILE_NAME,
     AlignerModel,
-    AlignerOptions,
     CommandModel,
     DiffusionModel,
     FolderModel,
     LlamaCppModel,
-    LlamaCppOptions,
     Model,
     ModelFile,
     OnnxModel,
-    OnnxOptions,
     OpencvModel,
-    OpencvOptions,
     SpeakersModel,
     VllmModel,
     WhisperModel,

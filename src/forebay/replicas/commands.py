@@ -11,22 +11,18 @@ from typing import Any, assert_never
 
 from forebay.dialects.imaging import ImageRules
 from forebay.dialects.openai.call import Extensions
+from forebay.engine_options import CommandOptions, LlamaCppOptions, OnnxOptions, PainterOptions, Section
 from forebay.errors import SetupError
 from forebay.inference import Capability
 from forebay.model_config import (
     AlignerModel,
     CommandModel,
-    CommandOptions,
     DiffusionModel,
     FakeModel,
     LlamaCppModel,
-    LlamaCppOptions,
     Model,
     OnnxModel,
-    OnnxOptions,
     OpencvModel,
-    PainterOptions,
-    Section,
     SpeakersModel,
     UpstreamModel,
     VllmModel,

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from forebay.clock import Clock, new_id, new_token
-from forebay.config import SupervisorSettings, upstream_key
+from forebay.config import upstream_key
 from forebay.errors import EngineUnavailable, SetupError
 from forebay.model_config import CommandModel, Model, UpstreamModel, VllmModel
 from forebay.replicas.catalog import Catalog
@@ -23,6 +23,7 @@ from forebay.replicas.postmortem import Cause, Death, Quarantine, classify, kern
 from forebay.replicas.replica import Replica, ReplicaState
 from forebay.replicas.state import ModelState
 from forebay.replicas.upstream import Circuit, Upstream
+from forebay.server_config import SupervisorSettings
 from forebay.telemetry import Log, Metrics
 
 _PROBE_SECONDS = 0.05

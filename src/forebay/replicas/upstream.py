@@ -11,6 +11,7 @@ import aiohttp
 
 from forebay.clock import Clock
 from forebay.dialects.openai.errors import from_upstream, retry_after
+from forebay.engine_options import UpstreamOptions
 from forebay.errors import (
     CircuitOpen,
     EngineGarbled,
@@ -22,7 +23,6 @@ from forebay.errors import (
     UpstreamError,
 )
 from forebay.inference import Priority, Request
-from forebay.model_config import UpstreamOptions
 from forebay.replicas.breaker import Breaker, CircuitState
 from forebay.replicas.commands import Traits
 from forebay.replicas.connection import EngineStream

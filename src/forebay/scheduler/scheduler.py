@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from forebay.clock import Clock
-from forebay.config import SchedulerSettings
 from forebay.errors import ForebayError, Overloaded, ShuttingDown
 from forebay.inference import Priority, Request
 from forebay.replicas.replica import Replica
@@ -26,6 +25,7 @@ from forebay.scheduler.permit import Permit
 from forebay.scheduler.policy import Background, next_grant, position, reserved, retry_after_seconds, to_preempt
 from forebay.scheduler.queue import Line, Ticket
 from forebay.scheduler.router import Seats
+from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
 
 _FIRST_GUESS_SECONDS = 2.0
