@@ -69,7 +69,7 @@ class Engine:
             each if isinstance(each, bytes) else json.dumps(each).encode() + b"\n" for each in self._says(part)
         )
         while whole:
-            count = self._chance.randrange(1, 5000)
+            count = self._chance.randrange(1, max(5000, len(whole) // 32))
             gatherer.feed(whole[:count])
             whole = whole[count:]
         return gatherer.body()
@@ -204,6 +204,22 @@ async def test_one_after_the_other_and_what_was_done_before(room: Pictures) -> N
     assert [each.data for each in alone] == [each.data for each in together]
     assert await made.run(engine.compute, told, dict(enumerate(alone))) == alone
     assert len(engine.asked) == 2, "nothing is left to do"
+
+
+async def test_large_pictures_are_not_held_all_at_once(room: Pictures) -> None:
+    side = 4096
+
+    def black(part: Call) -> Records:
+        pixels = base64.b64encode(bytes(3 * side * 64)).decode()
+        yield from ({"type": "rows", "image": 0, "pixels": pixels} for _ in range(side // 64))
+        yield image()
+        yield DONE
+
+    engine, told = Engine(black), Told()
+    wide = replace(RULES, edge_max=side)
+    made = await Painter(room).prepare(call(rules=wide, n=2, seed=5, size=f"{side}x{side}"), Inputs())
+    assert [each.size for each in await made.run(engine.compute, told)] == [Size(side, side)] * 2
+    assert [head["seeds"] for head, _ in engine.asked] == [[5], [6]]
 
 
 async def test_edits(tmp_path: Path, room: Pictures) -> None:

@@ -17,9 +17,9 @@ from forebay.dialects.answer import Progress
 from forebay.dialects.openai.audio_events import SpeechShape, TextEvents, usage_in_tokens
 from forebay.dialects.openai.call import Call
 from forebay.dialects.speech import AudioRef
-from forebay.errors import CallerError, InvalidRequest, Overloaded, PayloadTooLarge
+from forebay.errors import CallerError, InvalidRequest, PayloadTooLarge
 from forebay.gateway.auth import Principal
-from forebay.gateway.online import Door, OnlineAnswer, Visit, Waiting
+from forebay.gateway.online import Door, OnlineAnswer, Visit
 from forebay.media.recordings import Recording, Recordings
 from forebay.media.spool import Spool
 from forebay.replicas.catalog import Catalog
@@ -155,20 +155,9 @@ class SpeechAnswer(OnlineAnswer):
 
     async def _hear(self, visit: Visit, recording: Recording, send: Send) -> Transcript:
         async def compute(part: Call) -> bytes:
-            return await self._part(visit, replace(part, stream=False), send)
+            return await self._run_part(visit, replace(part, stream=False), send)
 
         return await self._hearing.transcriber.run(self._call, recording, compute, self._told)
-
-    async def _part(self, visit: Visit, part: Call, send: Send) -> bytes:
-        """Run one part. The first may be turned away; once one was let in, the others wait as long as a request may run."""
-        while True:
-            try:
-                return await self._run(visit, part, send)
-            except Overloaded:
-                model = self._catalog.get(self._call.request.model)
-                in_line = bool(visit.admitted_at) and visit.waiting is Waiting.LINE
-                if not in_line or self._door.clock.monotonic() > visit.admitted_at + model.request_timeout_seconds:
-                    raise
 
     async def _between_reads(self, visit: Visit, send: Send) -> None:
         await self._send_events(visit, send, self._told.take())

@@ -288,11 +288,10 @@ class OnlineAnswer(Response):
             piece, more = body[start : start + _PIECE_BYTES], start + _PIECE_BYTES < len(body)
             await self._send(visit, send, {"type": "http.response.body", "body": piece, "more_body": more})
 
-    async def _run(self, visit: Visit, call: Call, send: Send) -> bytes:
+    async def _run(self, visit: Visit, call: Call, send: Send, *, further: bool = False) -> bytes:
         """Admit and run `call`, which is that of the visit or a part of it; the body, if it is not a stream."""
         door, body, model = self._door, b"", self._catalog.get(call.request.model)
         visit.waiting = Waiting.LINE
-        further = call.speech is not None and bool(visit.admitted_at)
         async with door.scheduler.admit(call.request, further=further) as permit:
             visit.admitted_at = visit.admitted_at or door.clock.monotonic()
             visit.waiting = Waiting.FIRST_BYTES
@@ -307,6 +306,17 @@ class OnlineAnswer(Response):
                 raise EngineTimeout from None
         visit.waiting = Waiting.LINE
         return body
+
+    async def _run_part(self, visit: Visit, part: Call, send: Send) -> bytes:
+        """Run one part. The first may be turned away; once one was let in, the others wait as long as a request may run."""
+        while True:
+            try:
+                return await self._run(visit, part, send, further=bool(visit.admitted_at))
+            except Overloaded:
+                model = self._catalog.get(self._call.request.model)
+                in_line = bool(visit.admitted_at) and visit.waiting is Waiting.LINE
+                if not in_line or self._door.clock.monotonic() > visit.admitted_at + model.request_timeout_seconds:
+                    raise
 
     async def _relay(self, visit: Visit, permit: Permit, stream: EngineStream, send: Send) -> None:
         clock = self._door.clock

@@ -158,7 +158,7 @@ class PictureAnswer(OnlineAnswer):
 
         self._told = _Told(shape, kept, streams=call.stream)
         self._painting = await self._made_ready(call, task)
-        pictures = await self._painting.run(lambda part: self._run(visit, part, send), self._told)
+        pictures = await self._painting.run(lambda part: self._run_part(visit, part, send), self._told)
         visit.progress = Progress()
         if call.stream:
             await self._send(visit, send, {"type": "http.response.body", "body": b""})

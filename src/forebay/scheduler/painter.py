@@ -23,6 +23,7 @@ PAINTING = "painting"
 FINISHING = "finishing"
 
 SEED_MAX = 2**32 - 1
+_HELD_BYTES_MAX = 64 * 2**20  # of pictures that one request to an engine paints, until they are finished
 
 Compute = Callable[[Call], Awaitable[bytes]]
 
@@ -100,13 +101,14 @@ class Painting:
     ) -> list[Painted]:
         """Every picture of the request; `done` are those that were finished before.
 
-        With `each_alone` every picture is a request of its own to an engine, so that each is kept when it is finished.
+        With `each_alone` every picture is a request of its own to an engine, so that each is kept when it is finished;
+        large ones are never asked for all at once.
         Raises whatever `compute`, `finish` and `listener.kept` do.
         """
         found = dict(done or {})
         left = [image for image in range(self._task.n) if image not in found]
-        rounds = [[image] for image in left] if each_alone else [left] if left else []
-        for images in rounds:
+        at_once = 1 if each_alone else max(1, _HELD_BYTES_MAX // (self._prepared.size.pixels * RGB_BYTES))
+        for images in (left[place : place + at_once] for place in range(0, len(left), at_once)):
             easel = _Easel(self._prepared.size, images, self._task, listener)
             listener.stage(PAINTING, 0.0)
             await compute(self._part(images, easel))
