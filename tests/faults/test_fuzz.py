@@ -84,6 +84,16 @@ async def send(server: Server, data: bytes, chance: random.Random) -> str:
         return check_refusal(response.status, text)
 
 
+async def send_apart(server: Server, path: str, data: bytes, kind: str, chance: random.Random) -> str:
+    """POST `data` on a connection of its own, which no timeout of an idle one can cut; the outcome."""
+    headers = {**server.headers, "Content-Type": kind, "Connection": "close", **chance.choice(ODD_HEADERS)}
+    async with server.session.post(server.url + path, data=data, headers=headers) as response:
+        text = (await response.read()).decode()
+        if response.status == 200 and "event-stream" in response.headers["content-type"]:
+            return "streamed" if '"error"' not in text else check_refusal(400, text.strip().split("data: ")[-1])
+        return "ok" if response.status < 300 else check_refusal(response.status, text)
+
+
 async def swarm(jobs: list[Callable[[], Awaitable[str]]], width: int) -> Counter[str]:
     """Run `jobs`, `width` at a time; how often each outcome came."""
     outcomes: Counter[str] = Counter()

@@ -30,6 +30,7 @@ EVIL: tuple[Any, ...] = (
     ),
     *([], {}, [[]], [None], {"": ""}, [1, "a", None], {"a": {"b": {"c": 1}}}, [{}] * 500, ["x"] * 2000),
 )
+BOUNDARY = "b0undary"
 # Tokens that json.dumps cannot write; they stand in the body as strings and are unquoted afterwards.
 RAW = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "-0", "01", "1.", "0x10", "1" * 5000, "+1", ".5")
 RAW_TEXTS = (
@@ -282,3 +283,38 @@ def _spoil_bytes(chance: random.Random, data: bytes) -> bytes:
             return b" " * 300_000 + data
         case _:
             return data
+
+
+def damaged(chance: random.Random, content: bytes) -> bytes:
+    """A file as it was, or cut, or with something else in it, or nothing like it."""
+    match chance.randrange(6):
+        case 0:
+            return content[: chance.randrange(len(content))]
+        case 1:
+            place = chance.randrange(len(content))
+            return content[:place] + chance.randbytes(20) + content[place + 20 :]
+        case 2:
+            return chance.randbytes(chance.randrange(300))
+        case _:
+            return content
+
+
+def spoiled_form(chance: random.Random, fields: list[tuple[str, str]], files: list[tuple[str, bytes]]) -> bytes:
+    """A form with the boundary `BOUNDARY`, often with something wrong."""
+    fields = list(fields)
+    for _ in range(chance.randrange(3)):
+        value = chance.choice(EVIL)
+        text = value if isinstance(value, str) else json.dumps(value)
+        fields.insert(0, (chance.choice([name for name, _ in fields] + ["user", "keywords[]", "x" * 99]), text))
+    parts = [(f'form-data; name="{name}"', text.encode("utf-8", "replace")) for name, text in fields]
+    for name, content in files:
+        parts.insert(chance.randrange(len(parts) + 1), (f'form-data; name="{name}"; filename="a"', content))
+    data = b"".join(
+        b"--%b\r\nContent-Disposition: %b\r\n\r\n%b\r\n" % (BOUNDARY.encode(), head.encode(), value)
+        for head, value in parts
+    )
+    data += b"--%b--\r\n" % BOUNDARY.encode()
+    if chance.random() < 0.1:
+        place = chance.randrange(len(data))
+        return data[:place] + chance.randbytes(4) + data[place + chance.randrange(40) :]
+    return data
