@@ -217,7 +217,9 @@ async def test_large_pictures_are_not_held_all_at_once(room: Pictures) -> None:
 
     engine, told = Engine(black), Told()
     wide = replace(RULES, edge_max=side)
-    made = await Painter(room).prepare(call(rules=wide, n=2, seed=5, size=f"{side}x{side}"), Inputs())
+    made = await Painter(room).prepare(
+        call(rules=wide, n=2, seed=5, size=f"{side}x{side}", output_format="jpeg"), Inputs()
+    )
     assert [each.size for each in await made.run(engine.compute, told)] == [Size(side, side)] * 2
     assert [head["seeds"] for head, _ in engine.asked] == [[5], [6]]
 

@@ -101,12 +101,15 @@ class RecordGatherer:
 
     def feed(self, data: bytes) -> None:
         """Take in `data`. Raises EngineGarbled, or what an error record means."""
-        *lines, rest = (self._rest + data).split(b"\n")
-        self._rest = bytearray(rest)
+        *lines, rest = data.split(b"\n")
+        for line in lines:
+            self._rest += line
+            whole, self._rest = bytes(self._rest).strip(), bytearray()
+            if whole:
+                self._take(whole)
+        self._rest += rest  # a record may be many of what is read at once
         if len(self._rest) > _RECORD_BYTES_MAX:
             raise EngineGarbled
-        for line in filter(None, (bytes(each).strip() for each in lines)):
-            self._take(line)
 
     def _take(self, line: bytes) -> None:
         try:
