@@ -8,10 +8,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import psutil
 import pytest
-from PIL import Image
 
 from forebay.engines.opencv import Spec
 from forebay.model_config import OpencvModel
@@ -19,11 +17,9 @@ from forebay.replicas.catalog import DEFAULT_MODELS
 from forebay.replicas.commands import command_for
 from forebay.replicas.figures import read
 from tests.support.engines import KEY, Engine, Stream, eventually, ready
-from tests.support.photographs import cat
+from tests.support.photographs import Array, cat, psnr, scratches
 
-Array = npt.NDArray[np.uint8]
 EDITS = "/v1/images/edits"
-SCRATCHES = 20
 PSNR_MIN = 25.0
 
 
@@ -37,20 +33,6 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 def telea() -> Iterator[Engine]:
     with ready("opencv", {"name": "o", "slots": 2, "threads": 1}) as engine:
         yield engine
-
-
-def photograph() -> Array:
-    with Image.open(cat()) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def scratches(height: int, width: int, seed: int) -> Array:
-    """A scratch of two to four pixels, from somewhere to somewhere."""
-    chance, mask = np.random.default_rng(seed), np.zeros((height, width), np.uint8)
-    for _ in range(SCRATCHES):
-        one, two = ((int(chance.integers(width)), int(chance.integers(height))) for _ in range(2))
-        cv2.line(mask, one, two, 255, int(chance.integers(2, 5)))
-    return mask
 
 
 def told(image: Array, **more: Any) -> dict[str, Any]:
@@ -69,13 +51,9 @@ def edit(engine: Engine, image: Array, mask: Array, **more: Any) -> tuple[list[A
     return [np.frombuffer(each, np.uint8).reshape(image.shape) for each in rows.values()], records[-1]
 
 
-def psnr(one: Array, two: Array) -> float:
-    return float(10 * np.log10(255**2 / np.mean((one.astype(float) - two.astype(float)) ** 2)))
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_scratches_in_a_photograph_are_gone(engine: Engine, seed: int) -> None:
-    image = photograph()
+    image = cat()
     mask = scratches(*image.shape[:2], seed)
     scratched = image.copy()
     scratched[mask > 0] = 255
@@ -91,7 +69,7 @@ def test_scratches_in_a_photograph_are_gone(engine: Engine, seed: int) -> None:
 
 def test_it_is_what_the_library_makes_of_the_whole_picture(engine: Engine) -> None:
     """Only the surroundings of a hole are looked at, so that holes can be filled one after the other."""
-    image, mask = photograph(), np.zeros((300, 451), np.uint8)
+    image, mask = cat(), np.zeros((300, 451), np.uint8)
     mask[40:48, 60:300] = mask[100:230, 20:26] = mask[250:262, 400:412] = mask[0:9, 440:451] = 255
     (filled,), done = edit(engine, image, mask)
     method = cv2.INPAINT_TELEA if done["used"]["pipeline"] == "inpaint-telea" else cv2.INPAINT_NS
@@ -100,7 +78,7 @@ def test_it_is_what_the_library_makes_of_the_whole_picture(engine: Engine) -> No
 
 
 def test_the_same_again_and_for_every_picture_that_is_asked_for(telea: Engine) -> None:
-    image = photograph()
+    image = cat()
     mask = scratches(300, 451, 9)
     several, _ = edit(telea, image, mask, seeds=[1, 2, 3])
     (again,), _ = edit(telea, image, mask)
@@ -172,7 +150,7 @@ def test_a_mask_of_everything_is_refused(telea: Engine) -> None:
 
 
 def test_it_tells_its_figures(telea: Engine) -> None:
-    edit(telea, photograph(), scratches(300, 451, 1), seeds=[1, 2])
+    edit(telea, cat(), scratches(300, 451, 1), seeds=[1, 2])
     figures = read(telea.metrics())
     assert figures["forebay_engine_pictures_total"] >= 2
     assert figures["forebay_engine_paint_seconds_total"] > 0
