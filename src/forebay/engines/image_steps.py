@@ -197,23 +197,34 @@ def put_in(image: Image.Image, painted: Image.Image, weights: Weights) -> None:
     """
     height, width = weights.values.shape
     rows = max(1, _BAND_PIXELS // width)
+    columns = _columns(painted, weights)
     for first in range(0, height, rows):
         part = weights.values[first : first + rows]
         if not part.any():
             continue
         top, bottom = weights.top + first, weights.top + first + part.shape[0]
         box = (weights.left, top, weights.left + width, bottom)
-        new = np.asarray(_stretched(painted, weights.size, box))
+        new = np.asarray(_rows(columns, weights.size.height, top, bottom))
         image.paste(Image.fromarray(blended(np.asarray(image.crop(box)), new, part)), box)
 
 
-def _stretched(painted: Image.Image, size: Size, box: tuple[int, int, int, int]) -> Image.Image:
-    """The part in `box` of what was painted, were it as large as `size`."""
-    if painted.size == (size.width, size.height):
-        return painted.crop(box)
-    across, down = painted.width / size.width, painted.height / size.height
-    source = (box[0] * across, box[1] * down, min(box[2] * across, painted.width), min(box[3] * down, painted.height))
-    return painted.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS, box=source)
+def _columns(painted: Image.Image, weights: Weights) -> Image.Image:
+    """The columns of what was painted that are wanted, as many as the image has there."""
+    left, right = weights.left, weights.left + weights.values.shape[1]
+    if painted.width == weights.size.width:
+        return painted.crop((left, 0, right, painted.height))
+    scale = painted.width / weights.size.width
+    box = (left * scale, 0, min(right * scale, painted.width), painted.height)
+    return painted.resize((right - left, painted.height), Image.Resampling.LANCZOS, box=box)
+
+
+def _rows(columns: Image.Image, height: int, top: int, bottom: int) -> Image.Image:
+    """Rows of it, were it as high as `height`."""
+    if columns.height == height:
+        return columns.crop((0, top, columns.width, bottom))
+    scale = columns.height / height
+    box = (0, top * scale, columns.width, min(bottom * scale, columns.height))
+    return columns.resize((columns.width, bottom - top), Image.Resampling.LANCZOS, box=box)
 
 
 def blended(old: NDArray[np.uint8], new: NDArray[np.uint8], weights: NDArray[np.uint8]) -> NDArray[np.uint8]:
