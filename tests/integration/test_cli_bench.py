@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.support.models import MINILM, MODELS_FOLDER, minilm_path, smollm2_path, whisper_tiny
 
@@ -82,3 +83,57 @@ def test_a_reference_python_without_the_library_is_said_so(tmp_path: Path) -> No
     assert ran.returncode == 1
     assert "Install `sentence-transformers` and `torch` there." in ran.stderr
     assert "Traceback" not in ran.stderr.partition("It said last")[0]
+
+
+def test_a_short_run_of_pictures(tmp_path: Path) -> None:
+    ran = bench(tmp_path, "image", "--tiny", "--steps", "2")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "results" / "image-tiny.json").read_text("utf-8"))
+    assert (report["errors"], report["requests"]) == (0, 1)
+    assert {measure["id"] for measure in report["measures"].values()} == {"P13"}
+    found = {name: measure["by_seed"][0] for name, measure in report["measures"].items()}
+    assert found["time of diffusers / through"] > 0
+    assert found["difference of the two pictures inside the mask, of 255"] == 0, "the same seed, the same picture"
+    assert found["pixels outside the mask that a picture through has changed"] == 0
+    assert found["peak memory of diffusers"] > 100
+    assert "StableDiffusionInpaintPipeline" in (tmp_path / "results" / "image-tiny.md").read_text("utf-8")
+
+
+def test_a_grid_has_a_picture_of_every_combination(tmp_path: Path) -> None:
+    (tmp_path / "forebay.toml").write_text('[models.painter]\nengine = "fake"\n')
+    grid = ("--grid", "model=painter", "steps=1,3", "guidance=2", "--config", "forebay.toml")
+    ran = bench(tmp_path, "image", *grid)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    said: dict[str, Any] = json.loads((tmp_path / "results" / "image-grid.json").read_text("utf-8"))
+    assert [cell["settings"] for cell in said["cells"]] == [
+        {"model": "painter", "steps": steps, "guidance": 2.0} for steps in (1, 3)
+    ]
+    first, second = (cell["differences"] for cell in said["cells"])
+    assert (first["outside"], first["from_first"], second["outside"]) == (0, 0, 0)
+    assert min(first["inside"], second["inside"], second["from_first"]) > 0
+    assert all(cell["seconds"] > 0 and cell["used"]["seed"] == 1 for cell in said["cells"])
+    table = (tmp_path / "results" / "image-grid.md").read_text("utf-8")
+    assert "| model painter, steps 3, guidance 2 |" in table
+    assert Image.open(tmp_path / "results" / "image-grid.png").width > 2 * 384
+
+
+def test_what_a_grid_refuses_is_counted_and_its_other_pictures_are_there(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "image.png")
+    Image.new("L", (20, 15), 255).crop((-10, -7, 30, 23)).save(tmp_path / "mask.png")
+    own = ("--image", "image.png", "--mask", "mask.png", "--model", "opencv-telea")
+    ran = bench(tmp_path, "image", *own, "--grid", "mask_feather=0,9999")
+    assert ran.returncode == 1
+    assert "2 pictures, 1 errors." in ran.stdout
+    cells = json.loads((tmp_path / "results" / "image-grid.json").read_text("utf-8"))["cells"]
+    assert (cells[0]["error"], "mask_feather" in cells[1]["error"]) == (None, True)
+    for arguments, words in (
+        (("--grid", "steps=2"), "Say which model edits"),
+        (("--grid", "steps=2", "--model", "smollm2-135m-instruct"), "does not edit images"),
+        (("--grid", "steps=2", "--image", "image.png"), "An image needs its mask."),
+        (("steps=2",), "are for a `--grid`"),
+        ((), "Say what is to be measured"),
+        (("--tiny", "--model", "a"), "Give one of"),
+        (("--model", "opencv-telea"), "has another engine than diffusion"),
+    ):
+        refused = bench(tmp_path, "image", *arguments)
+        assert (refused.returncode, words in refused.stderr) == (1, True), refused.stderr

@@ -4,8 +4,10 @@ It refuses to call a run good that had errors: they are counted, printed, and ma
 """
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,11 +16,15 @@ from rich.table import Table
 from forebay.bench import batch as batch_bench
 from forebay.bench import chat as chat_bench
 from forebay.bench import embed as embed_bench
+from forebay.bench import image as image_bench
+from forebay.bench import image_grid
 from forebay.bench import jobs as jobs_bench
 from forebay.bench import overhead as overhead_bench
 from forebay.bench import speech as speech_bench
+from forebay.bench.painters import Choice
 from forebay.bench.report import Report, figure
 from forebay.cli.options import EXIT_FAILED, PIPED_WIDTH, ConfigFile, DataFolder, load_settings, loop_factory, sentences
+from forebay.errors import SetupError
 
 app = typer.Typer(help="Measure this server on this machine.", no_args_is_help=True)
 
@@ -117,6 +123,56 @@ def speech(
         settings = load_settings(config_file, data_dir=data_dir)
         size = speech_bench.QUICK if quick else speech_bench.FULL
         _show(runner.run(speech_bench.run(settings, model, 1 if quick else seeds, size, _say)), out)
+
+
+@app.command()
+def image(
+    axes: Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUES]...", help="More of a grid.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model of the catalogue that is here.")] = None,
+    source: Annotated[Path | None, typer.Option(help="A folder in the layout of diffusers instead.")] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A small pipeline of random weights instead, built here.")
+    ] = False,
+    grid: Annotated[
+        str | None, typer.Option(help="Pictures with every combination: --grid steps=20,28 guidance=2,10 model=a,b.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--image", help="The image of a grid; without it one is made.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="Its mask, white where it is to change.")] = None,
+    prompt: Annotated[str, typer.Option(help="What is to be seen.")] = "a red fox in the snow",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each picture; else what the model does best.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all pictures of a grid.")] = 1,
+    edge: Annotated[
+        int | None, typer.Option(min=16, max=3840, help="Pixels on each side of an image that is made.")
+    ] = None,
+    seeds: Seeds = 3,
+    quick: Quick = False,
+    out: Out = _RESULTS,
+    config_file: ConfigFile = None,
+    data_dir: DataFolder = None,
+) -> None:
+    """Edits of images beside diffusers driven directly (P13), or pictures with every combination of some settings."""
+    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        settings, choice = load_settings(config_file, data_dir=data_dir), Choice(model, source, tiny)
+        size = image_bench.QUICK if quick else image_bench.FULL
+        size = size if edge is None else replace(size, edge=edge)
+        fixed: dict[str, Any] = {"prompt": prompt} | ({} if steps is None else {"steps": steps})
+        if grid is not None:
+            wanted = image_grid.Wanted([grid, *(axes or ())], picture, mask, size.edge)
+            running = image_grid.run(settings, choice, wanted, {**fixed, "seed": seed}, out, _say)
+            _show_grid(*runner.run(running))
+        elif axes or picture or mask:
+            raise SetupError("Settings, `--image` and `--mask` are for a `--grid`.")
+        else:
+            _show(runner.run(image_bench.run(settings, choice, fixed, 1 if quick else seeds, size, _say)), out)
+
+
+def _show_grid(outcomes: Sequence[image_grid.Outcome], files: Sequence[Path]) -> None:
+    troubles = [each.edited.trouble for each in outcomes if each.edited.trouble]
+    typer.echo(f"{len(outcomes)} pictures, {len(troubles)} errors. Written to {', '.join(map(str, files))}.")
+    if troubles:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _say(what: str) -> None:
