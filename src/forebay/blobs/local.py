@@ -15,13 +15,13 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from forebay.blobs.disk import PIECE_BYTES, Pieces, check_room, translated
 from forebay.blobs.key import checked_key, checked_prefix
 from forebay.blobs.shielded import shielded
 from forebay.clock import new_id
 from forebay.errors import InsufficientStorage, NotFound, SetupError, StoreUnavailable
 
 _PARTIAL = ".partial"  # no key begins with a dot
-_PIECE_BYTES = 2**20
 _LIST_PAGE = 1000
 _RENAMES_MAX = 5
 
@@ -71,10 +71,10 @@ class LocalBlobs:
         await _in_thread(self._put, key, data, self._free_bytes_min)
 
     @asynccontextmanager
-    async def write(self, key: str) -> AsyncIterator["LocalWriter"]:
+    async def write(self, key: str) -> AsyncIterator[Pieces]:
         """Store a blob as it comes."""
         part = _Part(self._folder, self._checked(key), self._free_bytes_min)
-        writer = LocalWriter(part)
+        writer = Pieces(part.write)
         try:
             yield writer
             await writer.flush()
@@ -92,7 +92,7 @@ class LocalBlobs:
         with file:
             end = os.fstat(file.fileno()).st_size if length is None else offset + length
             while offset < end:
-                piece = await _in_thread(os.pread, file.fileno(), min(_PIECE_BYTES, end - offset), offset)
+                piece = await _in_thread(os.pread, file.fileno(), min(PIECE_BYTES, end - offset), offset)
                 if not piece:
                     return
                 offset += len(piece)
@@ -173,27 +173,6 @@ class LocalBlobs:
                     os.close(descriptor)
 
 
-class LocalWriter:
-    """Gathers small writes, so that each trip to a thread is worth it."""
-
-    def __init__(self, part: "_Part") -> None:
-        self._part = part
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
-
-    async def write(self, data: bytes) -> None:
-        """Add bytes."""
-        self._waiting.append(data)
-        self._waiting_bytes += len(data)
-        if self._waiting_bytes >= _PIECE_BYTES:
-            await self.flush()
-
-    async def flush(self) -> None:
-        """Hand what waits to the operating system."""
-        pieces, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        await _in_thread(self._part.write, b"".join(pieces))
-
-
 class _Part:
     """A blob that is being written, from threads; the lock holds where a cancelled caller leaves one of them behind."""
 
@@ -211,7 +190,7 @@ class _Part:
             if self._ended:
                 return
             _, descriptor = self._open()
-            _check_room(self._folder, len(data), self._free_bytes_min)
+            check_room(self._folder, len(data), self._free_bytes_min)
             view = memoryview(data)
             while view:
                 view = view[os.write(descriptor, view) :]
@@ -255,20 +234,17 @@ class _Part:
 
 async def _in_thread(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     """Run in a thread that a cancel of the caller does not stop half-way, and translate what goes wrong."""
-    with _translated():
+    with translated(), _gone():
         return await shielded(asyncio.to_thread(function, *arguments, **named))
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _gone() -> Iterator[None]:
+    """Whoever asks for what is not there is told so."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise NotFound("The content is not there any more.") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InsufficientStorage from error
-        raise StoreUnavailable from error
 
 
 def _open_part(partial: Path) -> tuple[Path, int]:
@@ -288,12 +264,6 @@ def _open_part(partial: Path) -> tuple[Path, int]:
         if os.fstat(descriptor).st_nlink:
             return path, descriptor
         os.close(descriptor)
-
-
-def _check_room(folder: Path, size: int, free_bytes_min: int) -> None:
-    disk = os.statvfs(folder)
-    if disk.f_bavail * disk.f_frsize - size < free_bytes_min:
-        raise InsufficientStorage
 
 
 def _size(path: Path) -> int:

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
 
+from forebay.blobs.disk import in_thread
 from forebay.clock import Clock
 from forebay.config import ImageSettings
 from forebay.dialects.imaging import ImageTask
 from forebay.errors import ForebayError, InsufficientStorage, InvalidRequest, ServerError
 from forebay.media.medium import IMAGE, MASK
-from forebay.media.private_file import PrivateFile, in_thread
+from forebay.media.private_file import PrivateFile
 from forebay.media.programs import Programs, SocketProgram, connect
 from forebay.pixels import MASK_BYTES, RGB_BYTES, Size
 

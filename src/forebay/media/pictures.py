@@ -9,14 +9,15 @@ from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from forebay.blobs.disk import in_thread
 from forebay.clock import Clock
 from forebay.config import ImageSettings, MediaSettings
 from forebay.dialects.images import ImageRef
 from forebay.dialects.imaging import ImageTask, Painted
-from forebay.errors import ForebayError, InsufficientStorage
+from forebay.errors import ForebayError
 from forebay.media.editor import Editor, Files, Places
 from forebay.media.medium import IMAGE, MASK
-from forebay.media.private_file import PrivateFile, PrivateFiles, in_thread
+from forebay.media.private_file import PrivateFile, PrivateFiles
 from forebay.media.sources import Sources, StoredFiles, is_address
 from forebay.media.spool import Spool
 from forebay.outbound import Outbound
@@ -184,8 +185,7 @@ class Pictures:
     async def _room(self) -> AsyncIterator[PrivateFile]:
         """A file for what a program writes. Raises InsufficientStorage where the disk has none left for it."""
         async with self._files.file() as file:
-            if not await in_thread(self._files.has_room, _ENGINE_BYTES_MAX):
-                raise InsufficientStorage
+            await in_thread(self._files.check_room, _ENGINE_BYTES_MAX)
             yield file
 
 

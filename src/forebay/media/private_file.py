@@ -4,21 +4,16 @@ It refuses to fill the disk to its end, to block the event loop, and to let anyb
 """
 
 import asyncio
-import errno
 import os
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
-from forebay.blobs.shielded import shielded
+from forebay.blobs.disk import check_room, in_thread
 from forebay.clock import new_id
-from forebay.errors import InsufficientStorage, SetupError, StoreUnavailable
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from forebay.errors import SetupError
 
 
 class PrivateFiles:
@@ -40,15 +35,14 @@ class PrivateFiles:
                 "Choose another data folder with FOREBAY_DATA_DIR."
             ) from None
 
-    def has_room(self, size: int = 0) -> bool:
-        """Whether the disk has room for `size` bytes more and for what must be left."""
-        disk = os.statvfs(self._folder)
-        return disk.f_bavail * disk.f_frsize - size >= self._free_bytes_min
+    def check_room(self, size: int = 0) -> None:
+        """Raise InsufficientStorage where `size` bytes more would leave less room than must be left."""
+        check_room(self._folder, size, self._free_bytes_min)
 
     @asynccontextmanager
     async def file(self) -> AsyncIterator["PrivateFile"]:
         """An empty file; it is gone when the block ends."""
-        opening = asyncio.ensure_future(in_thread(PrivateFile, self._folder, self.has_room))
+        opening = asyncio.ensure_future(in_thread(PrivateFile, self._folder, self.check_room))
         try:
             file = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -68,8 +62,8 @@ def _close(opening: "asyncio.Future[PrivateFile]") -> None:
 class PrivateFile:
     """One of them, used from threads; the lock holds where a cancelled caller leaves one of them behind."""
 
-    def __init__(self, folder: Path, has_room: Callable[[int], bool]) -> None:
-        self._has_room = has_room
+    def __init__(self, folder: Path, check_room: Callable[[int], None]) -> None:
+        self._check_room = check_room
         self._lock = threading.Lock()
         self._closed = False
         path = folder / new_id("part")
@@ -87,8 +81,7 @@ class PrivateFile:
         with self._lock:
             if self._closed:
                 return
-            if not self._has_room(len(data)):
-                raise InsufficientStorage
+            self._check_room(len(data))
             view = memoryview(data)
             while view:
                 view = view[os.write(self.writer, view) :]
@@ -110,13 +103,3 @@ class PrivateFile:
                 self._closed = True
                 os.close(self.writer)
                 os.close(self.reader)
-
-
-async def in_thread(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Run in a thread that a cancel of the caller does not stop half-way, and translate what goes wrong."""
-    try:
-        return await shielded(asyncio.to_thread(function, *arguments, **named))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InsufficientStorage from error
-        raise StoreUnavailable from error

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from forebay.blobs.disk import in_thread
 from forebay.clock import Clock
 from forebay.config import AudioSettings
 from forebay.dialects.speech import AudioRef
-from forebay.errors import InsufficientStorage
 from forebay.media.decoder import Decoder
 from forebay.media.medium import RECORDING
-from forebay.media.private_file import PrivateFile, PrivateFiles, in_thread
+from forebay.media.private_file import PrivateFile, PrivateFiles
 from forebay.media.sources import Sources, StoredFiles
 from forebay.media.spool import Spool
 from forebay.outbound import Outbound
@@ -78,8 +78,7 @@ class Recordings:
         seconds = min(seconds_max or self._settings.seconds_max, self._settings.seconds_max)
 
         def on_percent(percent: int) -> None:
-            if not self._files.has_room():
-                raise InsufficientStorage
+            self._files.check_room()
             if on_progress is not None:
                 on_progress(float(percent))
 

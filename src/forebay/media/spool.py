@@ -5,10 +5,9 @@ It refuses more bytes than one may have, and to hold more than a piece of it in 
 
 from collections.abc import AsyncGenerator
 
+from forebay.blobs.disk import PIECE_BYTES, Pieces, in_thread
 from forebay.media.medium import Medium
-from forebay.media.private_file import PrivateFile, in_thread
-
-_PIECE_BYTES = 2**20
+from forebay.media.private_file import PrivateFile
 
 
 class Spool:
@@ -19,29 +18,23 @@ class Spool:
         self.medium = medium
         self.bytes = 0
         self._bytes_max = bytes_max
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
+        self._pieces = Pieces(file.write)
 
     async def write(self, data: bytes) -> None:
         """Add bytes. Raises PayloadTooLarge (`media_too_large`), InsufficientStorage and StoreUnavailable."""
         self.bytes += len(data)
         if self.bytes > self._bytes_max:
             raise self.medium.too_large(f"It has at most {self._bytes_max} bytes.")
-        self._waiting.append(data)
-        self._waiting_bytes += len(data)
-        if self._waiting_bytes >= _PIECE_BYTES:
-            await self.flush()
+        await self._pieces.write(data)
 
     async def flush(self) -> None:
         """Hand what waits to the operating system."""
-        pieces, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        if pieces:
-            await in_thread(self.file.write, b"".join(pieces))
+        await self._pieces.flush()
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """What was written, from its beginning."""
         await self.flush()
         offset = 0
-        while piece := await in_thread(self.file.read, offset, _PIECE_BYTES):
+        while piece := await in_thread(self.file.read, offset, PIECE_BYTES):
             offset += len(piece)
             yield piece
