@@ -5,7 +5,7 @@ import hmac
 import json
 import time
 from base64 import urlsafe_b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import jwt
@@ -85,7 +85,7 @@ async def test_a_good_token_is_let_in_and_its_key_is_asked_for_once(tokens: Push
 async def test_a_good_token_acts_for_the_project_of_the_settings(tokens: PushTokens, store: KeyStore) -> None:
     caller = await tokens.principal(token())
     assert caller.project_id == (await store.get_or_create_project("pushed")).id
-    assert (caller.role, caller.scopes) == (Role.MEMBER, {Capability.IMAGE_EDIT})
+    assert (caller.role, caller.scopes) == (Role.MEMBER, frozenset({Capability.IMAGE_EDIT}))
 
 
 async def test_tokens_are_taken_only_where_the_settings_say_whose(store: KeyStore) -> None:
@@ -93,7 +93,7 @@ async def test_tokens_are_taken_only_where_the_settings_say_whose(store: KeyStor
     assert not PushTokens(IntakeSettings(), store, Outbound(OutboundSettings(), clock), clock).accepted
 
 
-FORGED = {
+FORGED: dict[str, Callable[[], str]] = {
     "another key under the same name": lambda: token("two", kid="one"),
     "a key that is not shown": lambda: token("two"),
     "expired": lambda: token(exp=int(time.time()) - 60),
@@ -130,7 +130,7 @@ FORGED = {
 
 def jws(body: bytes) -> str:
     """What the platform's own key signs, and is no set of claims."""
-    return jwt.api_jws.encode(body, jwks.key("one"), "RS256", headers={"kid": "one"})
+    return jwt.PyJWS().encode(body, jwks.key("one"), "RS256", headers={"kid": "one"})
 
 
 @pytest.mark.parametrize("why", FORGED)

@@ -17,7 +17,10 @@ app = typer.Typer(help="List, show and requeue what was given up.", no_args_is_h
 
 _ROUNDS_MAX = 1000
 
-Kind = Annotated[str | None, typer.Option(help="Only those of this kind: batch for lines, webhook for deliveries.")]
+Kind = Annotated[
+    str | None,
+    typer.Option(help="Only those of this kind: batch for lines, message for pushed ones, otherwise that of the job."),
+]
 JobId = Annotated[str | None, typer.Option("--job", help="Only those of this job or batch.")]
 Code = Annotated[str | None, typer.Option(help="Only those with this error code.")]
 
@@ -98,7 +101,7 @@ def _row(letter: dict[str, Any]) -> tuple[str, ...]:
     return (
         str(letter["id"]),
         str(letter["kind"]),
-        str(letter["job_id"]),
+        str(letter["job_id"] or ""),
         str(letter["line"] or ""),
         str(letter["custom_id"] or ""),
         str(letter["error"]["code"]),

@@ -21,7 +21,7 @@ from forebay.dialects.openai.call import parse
 from forebay.dialects.pubsub import Defaults, Envelope, Message, data_of, order_of, within
 from forebay.errors import CallerError, InvalidRequest, NotFound, RateLimited, Unauthorized
 from forebay.gateway.answers import error_answer, json_answer, read_body
-from forebay.gateway.auth import Authenticator, Principal, address_of, bearer, principal
+from forebay.gateway.auth import Authenticator, Principal, address_of, bearer, role_at_least
 from forebay.gateway.background import Handed, submit
 from forebay.gateway.files import drafted
 from forebay.gateway.online import Door
@@ -34,8 +34,10 @@ from forebay.replicas.calls import IMAGE_EDITS
 from forebay.store.dead_letters import DeadLetterStore, LostMessage
 from forebay.store.files import FileStore
 from forebay.store.intake import IntakeStore, Pushed
+from forebay.store.key_format import Role
 
 _PATH = "/v1/intake/pubsub"
+_member = role_at_least(Role.MEMBER)
 _DATA = "message.data"
 _FILE_NAME, _PURPOSE = "message.json", "user_data"
 _TAKES = {"requestBody": {"required": True, "content": {"application/json": {"schema": Envelope.model_json_schema()}}}}
@@ -46,7 +48,7 @@ async def pusher(request: Request) -> Principal:
     tokens: PushTokens = request.app.state.push_tokens
     token = bearer(request.headers)
     if token is None or not tokens.accepted or not looks_like_token(token):
-        return await principal(request)
+        return await _member(request)
     try:
         return await tokens.principal(token)
     except Unauthorized:
