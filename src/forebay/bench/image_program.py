@@ -9,10 +9,11 @@ import json
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any, TextIO
 
-_COMPRESS_LEVEL = 6  # of a PNG, as the server writes one
+_AS_THE_SERVER = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def _edited(pipe: Any, order: dict[str, Any], generator: Any) -> bytes:
     painted = pipe(**given).images[0]
     painted = painted if painted.size == image.size else painted.resize(image.size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    Image.composite(painted, image, mask).save(out, "PNG", compress_level=_COMPRESS_LEVEL)
+    Image.composite(painted, image, mask).save(out, "PNG", **_AS_THE_SERVER)
     return out.getvalue()
 
 
