@@ -23,8 +23,8 @@ from forebay.errors import InsufficientStorage, NotFound, SetupError, StoreUnava
 _PIECE_BYTES = 4 * 2**20  # of a read
 _PART_BYTES = 5 * 2**20  # the least that S3 takes; a writer holds up to four: gathered, queued, cut and on the way
 _PAGE = 1000
-_FULL = re.compile(r"\b507\b")
-_OUT_OF_RANGE = re.compile(r"\b416\b")
+_FULL = re.compile(r"status code: 507\b")  # not any 507: the message tells times as well
+_OUT_OF_RANGE = re.compile(r"status code: 416\b")
 
 
 class S3Blobs:
