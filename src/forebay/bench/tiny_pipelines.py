@@ -57,7 +57,7 @@ def _vae(diffusers: Any, latents: int) -> Any:
         latent_channels=latents,
         layers_per_block=1,
         norm_num_groups=4,
-        sample_size=64,
+        sample_size=128,
         shift_factor=0.1 if latents == 16 else None,
         scaling_factor=0.36 if latents == 16 else 0.18,
         use_quant_conv=latents == 4,

@@ -4,10 +4,8 @@ It refuses what the model cannot do, naming the field, and it opens no images: i
 """
 
 import asyncio
-import json
 import os
 import time
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forebay.engines import reports
+from forebay.engines import picture_records, reports
 from forebay.engines.compute import Failed, StepFailed
 from forebay.engines.connection import Answer, Refused, Route, Visit
 from forebay.engines.diffusion_folder import AUTO, PIPELINES, SCHEDULERS, Folder, Unusable, check, check_file
@@ -23,12 +21,12 @@ from forebay.engines.diffusion_order import read_order
 from forebay.engines.reports import one_line
 from forebay.engines.serving import OutOfMemory, Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
-from forebay.pixels import RGB_BYTES, Size
+from forebay.engines.threads import cores
+from forebay.pixels import Size
 
 if TYPE_CHECKING:
     from forebay.engines.diffusion_pipeline import Setup
 
-_ROWS_BYTES_MAX = 2**20
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "gguf", "peft")
 _CHOICES = {
     "device": ("cpu", "cuda"),
@@ -125,7 +123,7 @@ class Engine:
         from forebay.engines.diffusion_pipeline import load
         from forebay.engines.diffusion_run import Studio
 
-        torch.set_num_threads(spec.threads or _cores())
+        torch.set_num_threads(spec.threads or cores())
         model = load(spec.setup(folder))
         self.rules = model.rules(spec.bounds())
         self._spec = spec
@@ -175,7 +173,7 @@ class Engine:
             seconds = time.monotonic() - begun
             _say(f"event={ended} {visit.ids} pictures={pictures} seconds={seconds:.4f}{reason}")
         used = {**self._used, "pipeline": self._pipelines[order.settings.kind], "notices": self._notices}
-        visit.tell(json.dumps({"type": "done", "used": used}).encode())
+        visit.tell(picture_records.done(**used))
         return b""
 
     async def _slots(self, visit: Visit) -> Answer:
@@ -194,31 +192,21 @@ class _Easel:
         """`notices` is what there is to say about every picture."""
         self._visit = visit
         self._notices = notices
-        self._row_bytes = RGB_BYTES * size.width
+        self._width = size.width
 
     def step(self, image: int, step: int, steps: int) -> None:
-        self._tell({"type": "step", "image": image, "step": step, "steps": steps})
+        self._visit.tell(picture_records.step(image, step, steps))
 
     def rows(self, image: int, pixels: bytes, partial: int | None = None) -> None:
-        at_once = max(1, _ROWS_BYTES_MAX // self._row_bytes) * self._row_bytes
-        more = {} if partial is None else {"partial": partial}
-        for place in range(0, len(pixels), at_once):
-            rows = b64encode(pixels[place : place + at_once]).decode()
-            self._tell({"type": "rows", "image": image, "pixels": rows, **more})
+        for record in picture_records.rows(image, pixels, self._width, partial):
+            self._visit.tell(record)
 
     def finished(self, image: int, steps: int, notices: Sequence[str]) -> None:
-        used = {"steps_computed": steps, "notices": [*self._notices, *notices]}
-        self._tell({"type": "image", "image": image, "used": used})
+        notices = [*self._notices, *notices]
+        self._visit.tell(picture_records.ended(image, steps_computed=steps, notices=notices))
 
     def alive(self) -> None:
         self._visit.tell(b"")
-
-    def _tell(self, record: Mapping[str, Any]) -> None:
-        self._visit.tell(json.dumps(record).encode())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _folder(spec: Spec) -> Folder:

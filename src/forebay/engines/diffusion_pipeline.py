@@ -19,6 +19,14 @@ from forebay.engines.start import refuse_to_start
 _FLUX = "Flux"
 _GGUF = ".gguf"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
+_SHORTAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate",
+    "bad_alloc",
+    "could not create a primitive",
+)
 _BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 """What libraries raise that are given files that they cannot read."""
 _FIRST_BLOCK_CACHE_THRESHOLD = (
@@ -225,7 +233,16 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in said for sign in _SHORTAGES)
 
 
-_SHORTAGES = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to allocate")
+def computes(edge: int) -> bool:
+    """Whether a convolution over so many pixels can still be computed.
+
+    The library for CPUs computes nothing of a new size any more once it has been short of memory in the wrong place.
+    """
+    try:
+        torch.nn.functional.conv2d(torch.zeros(1, 16, edge, edge), torch.zeros(16, 16, 3, 3))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _refuse(setup: Setup, reason: str) -> NoReturn:

@@ -18,8 +18,9 @@ from PIL import Image
 from forebay.engines.compute import StepFailed
 from forebay.engines.diffusion_folder import EDIT, GENERATE
 from forebay.engines.diffusion_order import Order, Result, Row, Settings, Watch
-from forebay.engines.diffusion_pipeline import Model, is_shortage, takes
+from forebay.engines.diffusion_pipeline import Model, computes, is_shortage, takes
 from forebay.engines.serving import OutOfMemory
+from forebay.engines.start import run_out_of_memory
 from forebay.engines.threads import Unwanted
 from forebay.pixels import Size
 
@@ -29,6 +30,7 @@ MODEL = "model"
 SEQUENTIAL = "sequential"
 
 _WARM_UP_EDGE = 64
+_PROBE_EDGE = 90  # larger ones are computed by the library in question, smaller ones not
 _BLANKED = "The safety checker of the model has blanked the picture."
 _REFUSED = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What the library raises for a batch that it cannot paint."""
@@ -41,6 +43,7 @@ class Studio:
         self._model = model
         self._offload = model.offload
         self._savings: list[str] = []
+        self._probe_edge = _PROBE_EDGE
 
     def paint(self, rows: Sequence[Row], watch: Watch) -> list[Result]:
         """The pictures of a batch. Raises OutOfMemory, StepFailed, and Unwanted; nothing of the batch is kept then."""
@@ -54,6 +57,8 @@ class Studio:
             traceback.clear_frames(error.__traceback__)  # they hold the tensors
             failure = OutOfMemory() if is_shortage(error) else StepFailed(f"{type(error).__name__}: {error}")
         self._tidy()
+        if isinstance(failure, OutOfMemory) and not self._computes():
+            run_out_of_memory("A library ran out of memory where it cannot go on from.")
         raise failure
 
     def warm_up(self) -> None:
@@ -111,6 +116,10 @@ class Studio:
                     raise
                 self._savings.append(way)  # there is still no room for all of it
                 model.place(way)
+
+    def _computes(self) -> bool:
+        self._probe_edge += 1  # another one each time, as what is known from before may still be there
+        return self._model.device != "cpu" or computes(self._probe_edge)
 
     def _tidy(self) -> None:
         """Give memory back that a failed batch has held."""
