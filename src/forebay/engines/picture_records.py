@@ -22,6 +22,11 @@ def rows(image: int, pixels: bytes | memoryview, width: int, partial: int | None
         yield json.dumps({"type": "rows", **which, "pixels": encoded}).encode()
 
 
+def step(image: int, number: int, steps: int) -> bytes:
+    """The record of a finished step, the first being 1."""
+    return json.dumps({"type": "step", "image": image, "step": number, "steps": steps}).encode()
+
+
 def ended(image: int, **used: Any) -> bytes:
     """The record behind the last row of a picture."""
     return json.dumps({"type": "image", "image": image, "used": used}).encode()
