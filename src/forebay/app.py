@@ -23,7 +23,7 @@ from forebay.gateway.hearing import Hearing
 from forebay.gateway.listener import Listener
 from forebay.gateway.online import Door
 from forebay.gateway.painting import Easels
-from forebay.gateway.places import Places
+from forebay.gateway.places import Places, Room
 from forebay.gateway.push_tokens import PushTokens
 from forebay.gateway.rates import Rates
 from forebay.gateway.server import create_app
@@ -329,7 +329,13 @@ class House:
         state.desk, state.clock = self._office.desk, self._clock
         state.signer, state.pictures = Signer(stores.secrets, self._clock), self._imaging.pictures
         state.easels = Easels(
-            self._imaging.pictures, self._imaging.painter, stores.files, stores.blobs, state.signer, settings.images
+            self._imaging.pictures,
+            self._imaging.painter,
+            Room(settings.images.held_bytes_max, "pictures"),
+            stores.files,
+            stores.blobs,
+            state.signer,
+            settings.images,
         )
         state.image_places = Places(settings.images.requests_at_once, "pictures")
         state.intake = stores.intake

@@ -396,6 +396,10 @@ class ImageSettings(Section):
         16,
         description="Requests for pictures that are received or worked on at once; more get 429, and one project leaves a quarter to the others.",
     )
+    held_bytes_max: Bytes = Field(
+        1024 * 2**20,
+        description="Pixels of all requests at the front door, before and after, three bytes each; a further one gets 429.",
+    )
     prepares_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
         2, description="Images that are decoded, cut out or put together at once, each in a process of its own."
     )

@@ -340,7 +340,9 @@ class OnlineAnswer(Response):
         if not self._started:
             head = [*EVENT_STREAM, *self._head_fields()]
             await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
-        await self._send(visit, send, {"type": "http.response.body", "body": events, "more_body": True})
+        for start in range(0, len(events), _PIECE_BYTES):
+            piece = events[start : start + _PIECE_BYTES]
+            await self._send(visit, send, {"type": "http.response.body", "body": piece, "more_body": True})
 
     async def _gather(self, visit: Visit, call: Call, stream: EngineStream, send: Send) -> bytes:
         clock = self._door.clock

@@ -4,8 +4,8 @@ It refuses to paint on for a caller who has gone, and to hold more finished pict
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from pydantic_core import to_json
@@ -22,6 +22,7 @@ from forebay.errors import CallerError, InsufficientStorage, InvalidRequest, Not
 from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer, Visit, Waiting
 from forebay.gateway.picture_jobs import ANSWER_BYTES_MAX
+from forebay.gateway.places import Room
 from forebay.gateway.signed import Signer
 from forebay.jobs.picture_files import keep_as_file
 from forebay.media.pictures import Inputs, Pictures
@@ -38,6 +39,7 @@ class Easels:
 
     pictures: Pictures
     painter: Painter
+    room: Room
     files: FileStore
     blobs: Blobs
     signer: Signer
@@ -53,16 +55,20 @@ class Frame:
     task: ImageTask
     beginning: str
 
-    async def deliver(self, pictures: Sequence[Painted]) -> list[Delivered]:
-        """All of them, or nothing of them is left. Raises InsufficientStorage and StoreUnavailable."""
+    @asynccontextmanager
+    async def delivered(self, pictures: Sequence[Painted]) -> AsyncIterator[list[Delivered]]:
+        """All of them, for a block that tells the caller where they are; if it fails, nothing of them is left.
+
+        Raises InsufficientStorage and StoreUnavailable.
+        """
         found: list[Delivered] = []
         try:
             for picture in pictures:
                 found.append(await self._deliver(picture))  # what is there is removed if the next fails
+            yield found
         except BaseException:
             await shielded(self._remove(found))
             raise
-        return found
 
     async def _deliver(self, picture: Painted) -> Delivered:
         easels, delivery = self.easels, self.task.delivery
@@ -152,18 +158,19 @@ class PictureAnswer(OnlineAnswer):
         async def kept(image: int, picture: Painted) -> None:
             self._count(task, picture)
             if call.stream:
-                delivered = (await frame.deliver([picture]))[0]
                 await self._tell(visit, send)
-                await self._send_event(visit, send, lambda: shape.completed(image, delivered, self._now()))
+                async with frame.delivered([picture]) as delivered:
+                    await self._send_event(visit, send, lambda: shape.completed(image, delivered[0], self._now()))
 
         self._told = _Told(shape, kept, streams=call.stream)
         self._painting = await self._made_ready(call, task)
-        pictures = await self._painting.run(lambda part: self._run_part(visit, part, send), self._told)
+        with self._easels.room.held(self._painting.pixel_bytes):
+            pictures = await self._painting.run(lambda part: self._run_part(visit, part, send), self._told)
         visit.progress = Progress()
         if call.stream:
             await self._send(visit, send, {"type": "http.response.body", "body": b""})
-        else:
-            delivered = await frame.deliver(pictures)
+            return
+        async with frame.delivered(pictures) as delivered:
             body = await asyncio.to_thread(lambda: to_json(shape.answer(delivered, self._now())))
             await self._send_whole(visit, send, body)
 

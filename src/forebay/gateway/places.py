@@ -1,4 +1,4 @@
-"""Bounds how many requests of one kind are received or worked on at once, in all and by project.
+"""Bounds how many requests of one kind are received or worked on at once, and how much memory they take.
 
 It refuses one more than that, and lets no project take the last quarter from the others.
 """
@@ -10,6 +10,28 @@ from contextlib import contextmanager
 from forebay.errors import Overloaded
 
 _FULL_SECONDS = 5.0
+
+
+class Room:
+    """Counts the bytes that requests about `what` hold. One that is alone may hold more than there are."""
+
+    def __init__(self, bytes_max: int, what: str) -> None:
+        self._bytes_max = bytes_max
+        self._what = what
+        self._held = 0
+
+    @contextmanager
+    def held(self, size: int) -> Iterator[None]:
+        """Count so many bytes while the block lasts. Raises Overloaded where the others leave no room for them."""
+        if self._held and self._held + size > self._bytes_max:
+            raise Overloaded(
+                f"Too many {self._what} are being worked on. Try again later.", retry_after_seconds=_FULL_SECONDS
+            )
+        self._held += size
+        try:
+            yield
+        finally:
+            self._held -= size
 
 
 class Places:

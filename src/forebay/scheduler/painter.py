@@ -91,6 +91,12 @@ class Painting:
         first = int.from_bytes(random_bytes(4), "big") if task.seed is None else task.seed
         self._seeds = [(first + number) % (SEED_MAX + 1) for number in range(task.n)]
 
+    @property
+    def pixel_bytes(self) -> int:
+        """How much memory its pixels take, those that are given and those that are painted at once."""
+        one = self._prepared.size.pixels * RGB_BYTES
+        return len(self._prepared.data) + min(self._task.n * one, max(one, _HELD_BYTES_MAX))
+
     async def run(
         self,
         compute: Compute,
@@ -109,15 +115,20 @@ class Painting:
         left = [image for image in range(self._task.n) if image not in found]
         at_once = 1 if each_alone else max(1, _HELD_BYTES_MAX // (self._prepared.size.pixels * RGB_BYTES))
         for images in (left[place : place + at_once] for place in range(0, len(left), at_once)):
-            easel = _Easel(self._prepared.size, images, self._task, listener)
-            listener.stage(PAINTING, 0.0)
-            await compute(self._part(images, easel))
-            for number, pixels in enumerate(easel.finished()):
-                listener.stage(FINISHING, 100 * number / len(images))
-                picture = await self.finish(pixels)
-                await listener.kept(pixels.image, picture)
-                found[pixels.image] = picture
+            found |= await self.paint(images, compute, listener)
         return [found[image] for image in range(self._task.n)]
+
+    async def paint(self, images: Sequence[int], compute: Compute, listener: Listener) -> dict[int, Painted]:
+        """The `images`-th pictures of the request, by one request to an engine. Raises what `run` does."""
+        found: dict[int, Painted] = {}
+        easel = _Easel(self._prepared.size, images, self._task, listener)
+        listener.stage(PAINTING, 0.0)
+        await compute(self._part(images, easel))
+        for number, pixels in enumerate(easel.finished()):
+            listener.stage(FINISHING, 100 * number / len(images))
+            found[pixels.image] = await self.finish(pixels)
+            await listener.kept(pixels.image, found[pixels.image])
+        return found
 
     async def finish(self, pixels: Pixels) -> Painted:
         """The picture as the caller gets it. Raises what `Pictures.finish` does."""
