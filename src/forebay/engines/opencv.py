@@ -5,8 +5,7 @@ It refuses to make pictures of nothing, to follow a prompt, and more than one im
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +19,6 @@ from forebay.engines.diffusion_folder import EDIT
 from forebay.engines.diffusion_order import Order, Rules, read_order
 from forebay.engines.inpainting import METHODS, Array, fill
 from forebay.engines.picture_records import done, ended, rows
-from forebay.engines.reports import one_line
 from forebay.engines.serving import OutOfMemory, Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
 from forebay.engines.threads import Threads, Wanted, all_ended, cores
@@ -54,11 +52,9 @@ class Spec:
 class _Figures:
     """Sums since the start."""
 
-    requests: int = 0
     pictures: int = 0
     paint_seconds: float = 0.0
     out_of_memory: int = 0
-    cancelled: int = 0
 
 
 class Engine:
@@ -68,7 +64,7 @@ class Engine:
         self._spec = spec
         self._threads = Threads(spec.threads or cores())
         self._figures = _Figures()
-        self._running = 0
+        self._visits = reports.Visits("opencv")
         self._rules = _rules(spec.edge_max)
         cv2.setNumThreads(1)  # what is parallel is the requests
         fill(np.zeros((32, 32, 3), np.uint8), np.eye(32, dtype=np.uint8), spec.method, spec.radius, Wanted())
@@ -83,7 +79,7 @@ class Engine:
         }
 
     async def _edit(self, visit: Visit) -> Answer:
-        with self._noted(visit) as note:
+        with self._visits.noted(visit) as note:
             order = read_order(visit.body, self._rules, edits=True)
             image, mask = _pixels(order)
             height, width = mask.shape
@@ -133,31 +129,11 @@ class Engine:
             "device": "cpu",
         }
 
-    @contextmanager
-    def _noted(self, visit: Visit) -> Iterator[dict[str, Any]]:
-        """Count a request, and say in the log how it has ended; what is put into the dictionary is said as well."""
-        note: dict[str, Any] = {}
-        begun, end = time.monotonic(), "cancelled"
-        self._figures.requests += 1
-        self._running += 1
-        try:
-            yield note
-            end = "finished"
-        except Refused as refused:
-            end = "refused" if refused.status < 500 else "failed"
-            note["reason"] = one_line(str(refused))
-            raise
-        finally:
-            self._running -= 1
-            self._figures.cancelled += end == "cancelled"
-            more = "".join(f" {name}={value}" for name, value in note.items())
-            _say(f"event={end} {visit.ids} path={visit.path} seconds={time.monotonic() - begun:.4f}{more}")
-
     async def _slots(self, visit: Visit) -> Answer:
-        return reports.slots(self._spec.slots, self._running)
+        return reports.slots(self._spec.slots, self._visits.running)
 
     async def _metrics(self, visit: Visit) -> Answer:
-        return reports.metrics(asdict(self._figures), requests_running=self._running)
+        return reports.metrics({**asdict(self._figures), **self._visits.sums}, requests_running=self._visits.running)
 
 
 def _rules(edge_max: int) -> Rules:

@@ -6,9 +6,7 @@ It refuses to keep anything between two requests, and to compute on for who has 
 import asyncio
 import base64
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,6 @@ from forebay.engines import reports
 from forebay.engines.clustering import Floats
 from forebay.engines.connection import Answer, Refused, Route, Visit
 from forebay.engines.ge2e import DIMENSIONS, HOP_SAMPLES, Ge2e, gain, mel_frames
-from forebay.engines.reports import one_line
 from forebay.engines.serving import OutOfMemory
 from forebay.engines.speakers_orders import Order, Stretch, read_order, read_stretch
 from forebay.engines.threads import Threads, Unwanted, Wanted, all_ended, cores
@@ -46,11 +43,9 @@ _say = partial(reports.say, "speakers")
 class _Figures:
     """Sums since the start."""
 
-    requests: int = 0
     items: int = 0  # windows
     audio_seconds: float = 0.0
     out_of_memory: int = 0
-    cancelled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +71,7 @@ class Engine:
         self._threads = Threads(self._cores)
         self._at_once = _WINDOWS_AT_ONCE
         self._figures = _Figures()
-        self._running = 0
+        self._visits = reports.Visits("speakers")
         self._window = max(1, round(spec.window_seconds * SAMPLE_RATE / HOP_SAMPLES))
         self._step = max(1, round(spec.step_seconds * SAMPLE_RATE / HOP_SAMPLES))
         self._warm_up()
@@ -97,7 +92,7 @@ class Engine:
         }
 
     async def _voices(self, visit: Visit) -> Answer:
-        with self._noted(visit) as note:
+        with self._visits.noted(visit) as note:
             stretch = read_stretch(visit.body)
             note["audio_seconds"] = round(len(stretch.pcm) / SAMPLE_RATE, 2)
             wanted = Wanted()
@@ -201,7 +196,7 @@ class Engine:
         return json.dumps(record).encode()
 
     async def _speakers(self, visit: Visit) -> Answer:
-        with self._noted(visit) as note:
+        with self._visits.noted(visit) as note:
             wanted = Wanted()
             work = asyncio.ensure_future(self._threads.run(lambda: self._turns(visit.body, wanted), wanted))
             try:
@@ -225,32 +220,12 @@ class Engine:
             raise _no_memory("This recording has more voices than there is memory for.") from None
         return order, [turn_to_wire(turn) for turn in found]
 
-    @contextmanager
-    def _noted(self, visit: Visit) -> Iterator[dict[str, Any]]:
-        """Count a request, and say in the log how it has ended; what is put into the dictionary is said as well."""
-        note: dict[str, Any] = {}
-        begun, ended = time.monotonic(), "cancelled"
-        self._figures.requests += 1
-        self._running += 1
-        try:
-            yield note
-            ended = "finished"
-        except Refused as refused:
-            ended = "refused" if refused.status < 500 else "failed"
-            note["reason"] = one_line(str(refused))
-            raise
-        finally:
-            self._running -= 1
-            self._figures.cancelled += ended == "cancelled"
-            more = "".join(f" {name}={value}" for name, value in note.items())
-            _say(f"event={ended} {visit.ids} path={visit.path} seconds={time.monotonic() - begun:.4f}{more}")
-
     async def _slots(self, visit: Visit) -> Answer:
-        return reports.slots(self._spec.slots, self._running)
+        return reports.slots(self._spec.slots, self._visits.running)
 
     async def _metrics(self, visit: Visit) -> Answer:
-        now = {"requests_running": self._running, "batch_budget_windows": self._at_once}
-        return reports.metrics(asdict(self._figures), **now)
+        now = {"requests_running": self._visits.running, "batch_budget_windows": self._at_once}
+        return reports.metrics({**asdict(self._figures), **self._visits.sums}, **now)
 
 
 def _check(wanted: Wanted) -> None:
