@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from forebay.bench.report import Measure, Report, percentile
-from forebay.bench.stage import Stage, staged
+from forebay.bench.stage import Stage, place_of, staged
 from forebay.bench.wire import Reply, Target, now
 from forebay.config import Settings
 from forebay.errors import SetupError
@@ -66,13 +66,10 @@ def measures(size: Size) -> dict[str, Measure]:
 
 async def run(settings: Settings, name: str, seeds: int, size: Size, say: Callable[[str], None]) -> Report:
     """Measure each number of streams with an engine that has a slot for each of them."""
-    catalog = Catalog(settings)
-    model = catalog.get(name)
+    model = Catalog(settings).get(name)
     if not isinstance(model, LlamaCppModel) or model.options.embeddings:
         raise SetupError(f"{name} is no llama.cpp chat model. Choose one with `forebay models list`.")
-    if not catalog.present(name):
-        raise SetupError(f"{name} is not here. Pull it with `forebay models pull {name}`.")
-    path = catalog.path(name)
+    path = place_of(settings, name)
     report = Report("chat", seeds, measures(size))
     for streams, rounds in size.rounds:
         sized = model.model_copy(update={"slots": max(model.slots, streams), "source": f"file:{path}"})

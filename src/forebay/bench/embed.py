@@ -18,14 +18,12 @@ from pydantic_core import to_json
 from forebay.bench.caller import ENDED, Caller, calling
 from forebay.bench.reference import Reference, referring
 from forebay.bench.report import Measure, Report, percentile
-from forebay.bench.stage import Endpoint, Stage, config_of, cpu_seconds, literal, staged
+from forebay.bench.stage import Endpoint, Stage, config_of, cpu_seconds, literal, of_engine, staged
 from forebay.bench.wire import Reply, Target, now
 from forebay.clock import seeded
 from forebay.config import Settings
 from forebay.dialects.openai.embeddings import PATH
-from forebay.errors import SetupError
 from forebay.model_config import OnnxModel
-from forebay.replicas.catalog import Catalog
 
 _MODEL = "all-minilm-l6-v2"
 _CLIENTS = 64
@@ -130,13 +128,7 @@ async def run(
 
 def _model(settings: Settings) -> tuple[OnnxModel, Path]:
     """The model as it is run here. Raises SetupError."""
-    catalog = Catalog(settings)
-    model = catalog.get(_MODEL)
-    if not isinstance(model, OnnxModel):
-        raise SetupError(f"{_MODEL} has another engine than onnx here. Leave it as the catalogue has it.")
-    if not catalog.present(_MODEL):
-        raise SetupError(f"{_MODEL} is not here. Pull it with `forebay models pull {_MODEL}`.")
-    path = catalog.path(_MODEL)
+    model, path = of_engine(settings, _MODEL, OnnxModel)
     return model.model_copy(update={"source": f"file:{path}", "files": {}}), path
 
 

@@ -26,13 +26,12 @@ from forebay.bench.painters import Choice, chosen
 from forebay.bench.processes import Memory, spent_seconds, watched
 from forebay.bench.program import Program, running
 from forebay.bench.report import Measure, Report
-from forebay.bench.stage import config_of, served
+from forebay.bench.stage import config_of, of_engine, served
 from forebay.config import Settings
 from forebay.errors import SetupError
 from forebay.model_config import DiffusionModel
 from forebay.pixels import Size as Pixels
 from forebay.pixels import fit
-from forebay.replicas.catalog import Catalog
 
 _ALIKE = {"mask_dilation": 0, "mask_feather": 0, "output_format": "png"}  # what diffusers does as well
 _REMEDY = "Look at what it said."
@@ -207,19 +206,13 @@ class _Bench:
 
 def _model(settings: Settings, name: str) -> tuple[DiffusionModel, Path]:
     """The model as it is run here, and its folder. Raises SetupError."""
-    catalog = Catalog(settings)
-    model = catalog.get(name)
-    if not isinstance(model, DiffusionModel):
-        raise SetupError(f"{name} has another engine than diffusion. Name a model of that engine.")
-    if not catalog.present(name):
-        raise SetupError(f"{name} is not here. Pull it with `forebay models pull {name}`.")
+    model, path = of_engine(settings, name, DiffusionModel)
     options = model.options
     usual = {**_DRIVEN, "task": options.task if options.task in {"auto", "edit"} else "edit"}
     if odd := [option for option, value in usual.items() if getattr(options, option) != value]:
         raise SetupError(
             f"{name} sets `{odd[0]}`, and diffusers is driven without. Measure a model that leaves it out."
         )
-    path = catalog.path(name)
     return model.model_copy(update={"source": f"file:{path}"}), path
 
 

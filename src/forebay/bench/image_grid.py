@@ -18,7 +18,7 @@ import forebay
 from forebay.bench.edits import Edit, Edited, Subject, drawing, editing, sample
 from forebay.bench.painters import Choice, chosen
 from forebay.bench.report import machine
-from forebay.bench.stage import config_of, served
+from forebay.bench.stage import config_of, place_of, served
 from forebay.config import Settings
 from forebay.errors import SetupError
 from forebay.inference import Capability
@@ -180,9 +180,7 @@ def _model(settings: Settings, name: str) -> Model:
         raise SetupError(f"{name} does not edit images. Name a model that does.")
     if not catalog.needs_file(name):
         return model
-    if not catalog.present(name):
-        raise SetupError(f"{name} is not here. Pull it with `forebay models pull {name}`.")
-    return model.model_copy(update={"source": f"file:{catalog.path(name)}"})
+    return model.model_copy(update={"source": f"file:{place_of(settings, name)}"})
 
 
 async def _one(

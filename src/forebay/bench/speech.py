@@ -21,12 +21,11 @@ import aiohttp
 from forebay.bench.processes import Memory, spent_seconds, watched
 from forebay.bench.program import Program, running
 from forebay.bench.report import Measure, Report
-from forebay.bench.stage import config_of, served
+from forebay.bench.stage import config_of, of_engine, served
 from forebay.bench.wire import now
 from forebay.clock import SystemClock, seeded
 from forebay.config import Settings
 from forebay.dialects.openai.audio import TRANSCRIPTIONS
-from forebay.errors import SetupError
 from forebay.model_config import ModelFile, OnnxModel, WhisperModel
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.pull import pull
@@ -305,13 +304,7 @@ def _seconds(path: Path) -> float:
 
 def _model(settings: Settings, name: str) -> tuple[WhisperModel, Path]:
     """The model as it is run here, and its folder. Raises SetupError."""
-    catalog = Catalog(settings)
-    model = catalog.get(name)
-    if not isinstance(model, WhisperModel):
-        raise SetupError(f"{name} has another engine than whisper. Name a model of that engine.")
-    if not catalog.present(name):
-        raise SetupError(f"{name} is not here. Pull it with `forebay models pull {name}`.")
-    path = catalog.path(name)
+    model, path = of_engine(settings, name, WhisperModel)
     folder = path if path.is_dir() else path.parent
     return model.model_copy(update={"source": f"file:{folder}", "files": {}}), folder
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import aiohttp
 from pydantic_core import to_json
@@ -22,10 +22,12 @@ from forebay import config
 from forebay.bench.processes import ended
 from forebay.bench.wire import Target
 from forebay.clock import new_token
+from forebay.config import Settings
 from forebay.dialects.openai.call import Context, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
 from forebay.errors import SetupError
-from forebay.model_config import Model
+from forebay.model_config import Model, ModelSettings
+from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import command_for, traits_of
 from forebay.replicas.local_launcher import LocalLauncher
 
@@ -37,6 +39,7 @@ _LOG_LINES = 50
 _SHOWN_LINES = 10
 _TICKS_PER_SECOND = 100  # of /proc, on every Linux
 
+ModelT = TypeVar("ModelT", bound=ModelSettings)
 ToBody = Callable[[str, int, bool], bytes]
 
 
@@ -119,6 +122,23 @@ def _child_of(pid: int) -> int:
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()[0])
     except (OSError, IndexError):
         return pid
+
+
+def of_engine(settings: Settings, name: str, kind: type[ModelT]) -> tuple[ModelT, Path]:
+    """A model that is to be of this kind, and where it is. Raises SetupError."""
+    model = Catalog(settings).get(name)
+    if not isinstance(model, kind):
+        (engine,) = get_args(kind.model_fields["engine"].annotation)
+        raise SetupError(f"{name} has another engine than {engine}. Name a model of that engine.")
+    return model, place_of(settings, name)
+
+
+def place_of(settings: Settings, name: str) -> Path:
+    """Where the files of a model are. Raises SetupError where they are not."""
+    catalog = Catalog(settings)
+    if not catalog.present(name):
+        raise SetupError(f"{name} is not here. Pull it with `forebay models pull {name}`.")
+    return catalog.path(name)
 
 
 def config_of(models: Mapping[str, Model], *more: str) -> str:
