@@ -6,7 +6,7 @@ request longer than its job. A new attempt fetches and makes ready anew, and goe
 
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -186,12 +186,10 @@ class ImageWork:
             async with self._inputs(job, asked, task) as inputs:
                 gallery.stage(PREPARING, 0)
                 painting = await self._painter.prepare(call, inputs, preview=True)
-                while True:
-                    try:
-                        await painting.run(self._rooms.compute, gallery, gallery.done(), each_alone=True)
-                    except Preempted:
-                        continue
-                    return gallery
+                while (image := gallery.next) is not None:
+                    with suppress(Preempted):  # then it begins anew
+                        await painting.paint([image], self._rooms.compute, gallery)
+        return gallery
 
     @asynccontextmanager
     async def _inputs(self, job: MediaJob, asked: Asked, task: ImageTask) -> AsyncIterator[Inputs]:
@@ -231,10 +229,11 @@ class ImageWork:
     async def _deliver(self, objects: ObjectNames, gallery: "_Gallery") -> None:
         """Put the picture and its preview where the message wants them; the bytes are those that are kept, however often."""
         (made,) = gallery.pictures()
-        for name, file in ((objects.output, made.picture), (objects.preview, made.preview)):
+        results = (("output", objects.output, made.picture), ("preview", objects.preview, made.preview))
+        for field, name, file in results:
             if file is not None:
                 async with aclosing(self._rooms.blobs.stream(blob_key(file.id))) as pieces:
-                    await self._objects.put(name, pieces)
+                    await self._objects.put(name, pieces, field)
         reach("image.delivered")
 
     def _done(self, lease: Lease, gallery: "_Gallery", objects: ObjectNames | None) -> Outcome:
@@ -271,11 +270,10 @@ class _Gallery(Ledger):
         self._count = count
         self._kept = {part.number: KeptPicture.read(from_json(part.body)) for part in kept}
 
-    def done(self) -> dict[int, Painted]:
-        """Those that are kept, without their bytes: these are in their files."""
-        return {
-            image: Painted(b"", each.picture.content_type, each.size, each.used) for image, each in self._kept.items()
-        }
+    @property
+    def next(self) -> int | None:
+        """The picture that is to be painted; none if all are kept."""
+        return next((image for image in range(self._count) if image not in self._kept), None)
 
     def pictures(self) -> list[KeptPicture]:
         """All of them, in order."""
