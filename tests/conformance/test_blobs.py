@@ -14,9 +14,9 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from forebay.blobs.blobs import Blobs, open_blobs
+from forebay.blobs.blobs import Blobs, open_blobs, open_objects
 from forebay.blobs.local import LocalBlobs
-from forebay.config import BlobSettings, FileSettings, Settings
+from forebay.config import BlobSettings, FileSettings, IntakeSettings, Settings
 from forebay.errors import InsufficientStorage, NotFound, SetupError, StoreUnavailable
 from tests.support import s3
 
@@ -399,3 +399,62 @@ async def test_a_bucket_that_is_not_there_stops_the_start(bucket: str) -> None:
     )  # fmt: skip
     with pytest.raises(SetupError, match="FOREBAY_BLOBS_ENDPOINT"):
         await open_blobs(Settings(blobs=gone)).check()
+
+
+@pytest.fixture(params=["local", "s3"])
+async def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
+    """The store that others fill, with a folder or a bucket."""
+    if request.param == "local":
+        intake = IntakeSettings(url=f"file:{tmp_path / 'inbox'}")
+    else:
+        intake = IntakeSettings(**(await s3.settings_for(await s3.new_bucket())).model_dump())
+    store = open_objects(Settings(data_dir=tmp_path / "data", intake=intake))
+    assert store is not None
+    await store.check()
+    return store
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "Fotos 2026/ä/IMG (1).JPG", "日本/é%2f#?.jpg", "x*~[]{}^`'\"<>|:;,/y z"])
+async def test_objects_have_the_names_of_others_and_are_written_over(objects: Blobs, name: str) -> None:
+    with pytest.raises(NotFound):
+        await objects.size(name)
+    for data in (os.urandom(6 * MIB), b"small"):
+        async with objects.write(name) as writer:
+            await writer.write(data)
+        assert await whole(objects.stream(name)) == data
+        assert (await objects.read(name), await objects.size(name)) == (data, len(data))
+
+
+async def test_what_is_in_a_folder_and_no_file_is_no_object(tmp_path: Path) -> None:
+    store = open_objects(Settings(data_dir=tmp_path, intake=IntakeSettings(url=f"file:{tmp_path / 'inbox'}")))
+    assert store is not None
+    await store.check()
+    await store.put("file/inside", b"x")
+    os.mkfifo(tmp_path / "inbox" / "pipe")
+    for name in ("file", "pipe", "file/inside/further"):
+        with pytest.raises(NotFound):
+            await store.size(name)
+        with pytest.raises(NotFound):
+            await whole(store.stream(name))
+    for name in ("file", "file/inside/further"):
+        with pytest.raises(NotFound):
+            await store.put(name, b"y")
+    assert await store.read("file/inside") == b"x"
+
+
+async def test_results_in_a_folder_are_not_for_this_server_alone(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        settings = Settings(data_dir=tmp_path / "data", intake=IntakeSettings(url=f"file:{tmp_path / 'inbox'}"))
+        objects, blobs = open_objects(settings), open_blobs(settings)
+        assert objects is not None
+        for store in (objects, blobs):
+            await store.put("new/result", b"x")
+    finally:
+        os.umask(before)
+    modes = [
+        (tmp_path / folder / "new" / name).stat().st_mode & 0o777
+        for folder in ("inbox", "data/blobs")
+        for name in ("", "result")
+    ]
+    assert modes == [0o755, 0o644, 0o700, 0o600]

@@ -87,7 +87,8 @@ def open_objects(settings: Settings) -> Blobs | None:
         return None
     if url.startswith("s3://"):
         return S3Blobs(settings.intake, "intake", checked_object)
-    return LocalBlobs(_folder(url, "intake"), settings.files.free_bytes_min, "intake", checked_object)
+    folder, room = _folder(url, "intake"), settings.files.free_bytes_min
+    return LocalBlobs(folder, room, "intake", checked_object, private=False)
 
 
 def _folder(url: str, section: str) -> Path:

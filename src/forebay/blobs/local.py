@@ -12,6 +12,7 @@ import stat
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -32,7 +33,8 @@ T = TypeVar("T")
 class LocalBlobs:
     """Implements `Blobs` on a folder that several processes of one machine may share.
 
-    `section` is where the settings have it, and `checked` refuses what is no key.
+    `section` is where the settings have it, and `checked` refuses what is no key. What is not `private` may be read by
+    whoever the mask of the process lets.
     """
 
     def __init__(
@@ -41,11 +43,14 @@ class LocalBlobs:
         free_bytes_min: int,
         section: str = "blobs",
         checked: Callable[[str], str] = checked_key,
+        *,
+        private: bool = True,
     ) -> None:
         self._folder = folder
         self._free_bytes_min = free_bytes_min
         self._section = section
         self._checked = checked
+        self._private = private
 
     async def check(self) -> None:
         """Create the folder, write and remove a blob, and sweep what dead processes left half-written."""
@@ -73,7 +78,7 @@ class LocalBlobs:
     @asynccontextmanager
     async def write(self, key: str) -> AsyncIterator[Pieces]:
         """Store a blob as it comes."""
-        part = _Part(self._folder, self._checked(key), self._free_bytes_min)
+        part = _Part(self._folder, self._checked(key), self._free_bytes_min, private=self._private)
         writer = Pieces(part.write)
         try:
             yield writer
@@ -88,7 +93,7 @@ class LocalBlobs:
 
     async def stream(self, key: str, offset: int = 0, length: int | None = None) -> AsyncGenerator[bytes, None]:
         """The bytes in pieces; a blob that is deleted meanwhile is still read to its end."""
-        file = await _in_thread(self._path(key).open, "rb", buffering=0)
+        file = await _in_thread(_opened, self._path(key))
         with file:
             end = os.fstat(file.fileno()).st_size if length is None else offset + length
             while offset < end:
@@ -122,7 +127,7 @@ class LocalBlobs:
         return self._folder / self._checked(key)
 
     def _put(self, key: str, data: bytes, free_bytes_min: int) -> None:
-        part = _Part(self._folder, self._checked(key), free_bytes_min)
+        part = _Part(self._folder, self._checked(key), free_bytes_min, private=self._private)
         try:
             part.write(data)
             part.commit()
@@ -130,7 +135,7 @@ class LocalBlobs:
             part.abandon()
 
     def _read(self, key: str, offset: int, length: int | None) -> bytes:
-        with self._path(key).open("rb", buffering=0) as file:
+        with _opened(self._path(key)) as file:
             left = max(0, os.fstat(file.fileno()).st_size - offset)
             file.seek(offset)
             return _read_whole(file.fileno(), left if length is None else min(left, length))
@@ -176,8 +181,9 @@ class LocalBlobs:
 class _Part:
     """A blob that is being written, from threads; the lock holds where a cancelled caller leaves one of them behind."""
 
-    def __init__(self, folder: Path, key: str, free_bytes_min: int) -> None:
+    def __init__(self, folder: Path, key: str, free_bytes_min: int, *, private: bool) -> None:
         self._folder = folder
+        self._private = private
         self._target = folder / key
         self._free_bytes_min = free_bytes_min
         self._lock = threading.Lock()
@@ -215,12 +221,12 @@ class _Part:
 
     def _open(self) -> tuple[Path, int]:
         if self._opened is None:
-            self._opened = _open_part(self._folder / _PARTIAL)
+            self._opened = _open_part(self._folder / _PARTIAL, 0o600 if self._private else 0o666)
         return self._opened
 
     def _rename(self, path: Path) -> None:
         for _ in range(_RENAMES_MAX):
-            _make_folder(self._target.parent)
+            _make_folder(self._target.parent, 0o700 if self._private else 0o777)
             with suppress(FileNotFoundError):  # somebody has just removed the folder because it was empty
                 path.rename(self._target)
                 return
@@ -247,12 +253,12 @@ def _gone() -> Iterator[None]:
         raise NotFound("The content is not there any more.") from error
 
 
-def _open_part(partial: Path) -> tuple[Path, int]:
+def _open_part(partial: Path, mode: int) -> tuple[Path, int]:
     """A new file that this process has locked; it is tried again where a sweep took the file before the lock was on."""
     while True:
         path = partial / new_id("part")
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode)
         except FileNotFoundError:
             _make_folder(partial)
             continue
@@ -267,10 +273,25 @@ def _open_part(partial: Path) -> tuple[Path, int]:
 
 
 def _size(path: Path) -> int:
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # of a folder, or of what a reader would wait for
+    return _checked_kind(path.stat()).st_size
+
+
+def _opened(path: Path) -> FileIO:
+    """The file, for reading."""
+    file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    try:
+        _checked_kind(os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _checked_kind(found: os.stat_result) -> os.stat_result:
+    """Raise FileNotFoundError for a folder, and for what a reader would wait for."""
+    if not stat.S_ISREG(found.st_mode):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    return found.st_size
+    return found
 
 
 def _read_whole(descriptor: int, size: int) -> bytes:
@@ -286,13 +307,13 @@ def _remove(path: Path) -> None:
     _flush_folder(path.parent)
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, mode: int = 0o700) -> None:
     """Create a folder and those above it, each of them durably."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent)
+    _make_folder(folder.parent, mode)
     with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=mode)
     _flush_folder(folder.parent)
 
 

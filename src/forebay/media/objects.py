@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from forebay.blobs.blobs import Blobs
-from forebay.errors import InvalidRequest, NotFound
+from forebay.errors import Conflict, InvalidRequest, NotFound
 from forebay.media.spool import Spool
 
 
@@ -31,11 +31,14 @@ class Objects:
             ) from None
         await spool.flush()
 
-    async def put(self, name: str, pieces: AsyncIterator[bytes]) -> None:
-        """Write an object, in place of one that is there by that name; it is durable on return."""
-        async with self._open().write(name) as writer:
-            async for piece in pieces:
-                await writer.write(piece)
+    async def put(self, name: str, pieces: AsyncIterator[bytes], field: str) -> None:
+        """Write the object that `field` names, in place of one that is there; it is durable on return. Raises Conflict."""
+        try:
+            async with self._open().write(name) as writer:
+                async for piece in pieces:
+                    await writer.write(piece)
+        except NotFound:
+            raise Conflict(f"The `{field}` of the message cannot be written: something else is in its place.") from None
 
     def _open(self) -> Blobs:
         if self._store is None:
