@@ -65,6 +65,10 @@ def test_an_unknown_variable_is_refused_naming_the_nearest_known_one(tmp_path: P
         ('[models."../a"]\nengine = "fake"', "should match pattern"),
         ('[models.a]\nengine = "llama.cpp"', "needs a `source`"),
         ('tls_key = "x"', "go together"),
+        ('[intake]\ntoken_audience = "x"', "go together"),
+        ('[intake]\ntoken_project = "no project"', "should match pattern"),
+        ('[intake]\noutput_name = "../edited.jpg"', "no slash and no dot in front"),
+        ('[intake]\nurl = "https://bucket"', "should match pattern"),
         ('admin_key = "short"', "at least 32 characters"),
         ("drain_seconds = 60", "`drain_seconds`"),
     ],
@@ -153,3 +157,9 @@ def test_an_upstream_key_that_cannot_travel_in_a_header_is_refused(tmp_path: Pat
 def test_the_tree_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.Settings().port = 1  # type: ignore[misc]
+
+
+def test_the_store_that_others_fill_has_a_secret_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("filled-by-others")
+    text = f'[intake]\nsecret_access_key_file = "{tmp_path / "secret"}"\n[blobs]\nsecret_access_key = "filled-by-us"'
+    assert set(config.secrets_of(load(text, tmp_path), {})) == {"filled-by-others", "filled-by-us"}
