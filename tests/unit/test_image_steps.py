@@ -196,7 +196,8 @@ def test_every_pixel_outside_the_mask_stays_as_it_is(
     bits[chance.integers(height), chance.integers(width)] = 1
     weights = steps.cleaned(bits, MaskPlan(dilation=dilation, feather=feather), Bounds())
     image = Image.fromarray(old)
-    painted = Image.fromarray(noise(*(int(side) for side in chance.integers(1, 64, 2)), seed=seed + 1))
+    across, down = (int(side) for side in chance.integers(1, 64, 2))
+    painted = Image.fromarray(noise(across, down, seed=seed + 1))
     steps.put_in(image, painted, weights)
     new, outside = np.asarray(image), whole(weights) == 0
     assert np.array_equal(new[outside], old[outside])
