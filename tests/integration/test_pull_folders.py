@@ -132,6 +132,16 @@ async def test_a_folder_has_what_its_parts_need_and_nothing_else(tmp_path: Path,
     assert not pull.remove("m", catalog)
 
 
+async def test_a_folder_of_that_name_without_its_list_is_replaced(tmp_path: Path) -> None:
+    async with hub(WANTED) as server:
+        said = settings(tmp_path, server)
+        folder = await bring(said)
+        (folder / MANIFEST).unlink()
+        assert not Catalog(said).present("m")
+        assert await bring(said) == folder
+        assert found(folder) == WANTED
+
+
 async def test_a_variant_replaces_the_weights_of_the_parts_that_have_it(tmp_path: Path) -> None:
     async with hub(WANTED | UNWANTED) as server:
         folder = await bring(settings(tmp_path, server, {"variant": "fp16"}))

@@ -77,6 +77,8 @@ async def bring_folder(order: FolderOrder) -> None:
     await in_thread(_write_manifest, order.part, chosen)
     await _bring_files(order, chosen)
     await in_thread(flush, order.part)
+    if order.target.is_dir():  # something of that name, but not a whole model
+        await in_thread(shutil.rmtree, order.target)
     order.part.replace(order.target)
     await in_thread(flush, order.target.parent)
 
