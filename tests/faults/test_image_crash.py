@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from tests.support.jobs import job_of, result, rows, until_at, until_ended
 from tests.support.picture_jobs import (
     blobs_of_files,
     content,
@@ -23,7 +24,6 @@ from tests.support.picture_jobs import (
 )
 from tests.support.receiver import receiving
 from tests.support.server import Server, eventually, serving
-from tests.support.transcriptions import job_of, result, rows, until_at, until_ended
 
 CONFIG = """
 default_models = false

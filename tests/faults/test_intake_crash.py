@@ -8,10 +8,10 @@ import aiohttp
 import pytest
 
 from forebay.config import IntakeSettings
+from tests.support.jobs import until_ended
 from tests.support.picture_jobs import IMAGE, pictures_of, until_nothing_is_left
 from tests.support.pushed import Bucket, envelope, hole, ordered, push, pushed
 from tests.support.server import Server, serving
-from tests.support.transcriptions import until_ended
 
 CONFIG = """
 default_models = false

@@ -12,19 +12,12 @@ import av
 import psutil
 import pytest
 
+from tests.support.jobs import job_of, progress_of, result, until_at
 from tests.support.models import whisper_tiny
 from tests.support.processes import GONE
 from tests.support.server import Server, eventually, serving
 from tests.support.speech import SAMPLE_SECONDS, sample_wav
-from tests.support.transcriptions import (
-    handed_in,
-    job_of,
-    progress_of,
-    result,
-    text_of,
-    until_at,
-    until_nothing_is_left,
-)
+from tests.support.transcriptions import handed_in, text_of, until_nothing_is_left
 
 CONFIG = f"""
 default_models = false

@@ -10,19 +10,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from tests.support.jobs import job_of, result, rows, until_at, until_ended
 from tests.support.server import Server, eventually, serving
-from tests.support.transcriptions import (
-    handed_in,
-    job_of,
-    kept_recordings,
-    result,
-    rows,
-    speech,
-    text_of,
-    until_at,
-    until_ended,
-    until_nothing_is_left,
-)
+from tests.support.transcriptions import handed_in, kept_recordings, speech, text_of, until_nothing_is_left
 
 CONFIG = """
 default_models = false

@@ -11,9 +11,9 @@ import pytest_asyncio
 from PIL import Image, ImageDraw
 
 from tests.integration.test_cli_batch import ON_TERMINAL, forebay
+from tests.support.jobs import until_ended
 from tests.support.server import Server, eventually, serving
 from tests.support.terminal import CTRL_C, on_terminal
-from tests.support.transcriptions import until_ended
 
 CONFIG = """
 default_models = false
@@ -122,6 +122,8 @@ async def test_what_goes_wrong_is_a_sentence(server: Server, folder: Path) -> No
         ((*MASKED, "-o", "a.png"), "Missing required parameter: 'prompt'."),
         ((*MASKED, "--prompt", "x", "-o", "a.png", "--model", "text"), "text"),
         (("edit", "noise.png", "--prompt", "x", "-o", "a.png"), "image"),
+        ((*MASKED, "--prompt", "x", "-o", "none/a.png"), "There is no folder none."),
+        ((*MASKED, "--prompt", "[[fake crash_at=2]]", "-o", "a.png"), "engine"),
     ):
         ended = await forebay(server, *arguments, folder=folder)
         assert ended.status == 1, arguments

@@ -9,9 +9,10 @@ import pytest
 import pytest_asyncio
 
 from tests.integration.test_cli_batch import ON_TERMINAL, forebay
+from tests.support.jobs import result, until_ended
 from tests.support.server import Server, serving
 from tests.support.terminal import CTRL_C, on_terminal
-from tests.support.transcriptions import result, speech, until_ended, until_nothing_is_left
+from tests.support.transcriptions import speech, until_nothing_is_left
 
 CONFIG = """
 default_models = false

@@ -18,6 +18,7 @@ from forebay.store.keys import KeyStore
 from tests.support import postgres
 from tests.support.batches import finished, results, submit, upload
 from tests.support.images import data_url
+from tests.support.jobs import job_of, progress_of, result, rows, until_at, until_ended
 from tests.support.picture_jobs import (
     EDITS,
     GENERATIONS,
@@ -35,7 +36,6 @@ from tests.support.picture_jobs import (
 )
 from tests.support.receiver import receiving
 from tests.support.server import Server, eventually, serving
-from tests.support.transcriptions import job_of, progress_of, result, rows, until_at, until_ended
 
 CONFIG = """
 default_models = false

@@ -22,11 +22,11 @@ from forebay.store.key_format import Role
 from forebay.store.keys import KeyStore
 from tests.support import jwks, postgres
 from tests.support.images import encoded
+from tests.support.jobs import rows, until_ended
 from tests.support.jwks import Keys, token
 from tests.support.picture_jobs import IMAGE, SIZE, content
 from tests.support.pushed import Bucket, envelope, hole, ordered, push, pushed, s3_bucket
 from tests.support.server import Server, eventually, serving
-from tests.support.transcriptions import rows, until_ended
 
 CONFIG = """
 default_models = false

@@ -19,22 +19,17 @@ from forebay.store.key_format import Role
 from forebay.store.keys import KeyStore
 from tests.support import postgres
 from tests.support.batches import finished, results, submit, upload
+from tests.support.jobs import job_of, progress_of, result, rows, until_at, until_ended
 from tests.support.receiver import receiving
 from tests.support.recordings import data_url
 from tests.support.server import Server, eventually, serving
 from tests.support.transcriptions import (
     TRANSCRIPTIONS,
     handed_in,
-    job_of,
     kept_recordings,
     post,
-    progress_of,
-    result,
-    rows,
     speech,
     text_of,
-    until_at,
-    until_ended,
     until_nothing_is_left,
 )
 
