@@ -101,6 +101,8 @@ def _outs(output: Path | None, count: int, files: Sequence[Path], *, force: bool
         raise SetupError("Say where the picture goes with --output.")
     if output.suffix.lower() not in _FORMATS:
         raise SetupError(f"{output} is no name of a picture. End it in .png, .jpg or .webp.")
+    if not output.parent.is_dir():
+        raise SetupError(f"There is no folder {output.parent}. Make it, or write somewhere else.")
     names = [f"{output.stem}-{number}{output.suffix}" for number in range(1, count + 1)] if count > 1 else [output.name]
     outs = [output.with_name(name) for name in names]
     for out in outs:
