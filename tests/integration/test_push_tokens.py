@@ -215,6 +215,7 @@ async def test_keys_for_something_else_do_not_sign(tokens: PushTokens, keys: Key
             await tokens.check(token(name))
 
 
+@pytest.mark.filterwarnings("ignore::jwt.warnings.InsecureKeyLengthWarning")
 async def test_a_key_that_is_too_short_does_not_sign(tokens: PushTokens, keys: Keys) -> None:
     short = jwks.key("short", 1024)
     shown = jwt.algorithms.RSAAlgorithm.to_jwk(short.public_key(), as_dict=True)
