@@ -1,11 +1,8 @@
 """Whole repositories of a hub as folders: what is taken, what is refused, and what an interrupted pull leaves."""
 
 import asyncio
-import hashlib
 import json
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,8 @@ from forebay.replicas import pull
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.repository import MANIFEST
 from tests.support.files_server import FilesServer, serve
+from tests.support.hub import FILES, SOURCE, TREE, entry, fetched, hub
 
-TREE = "/api/models/owner/painter/tree/main?recursive=true"
-FILES = "/owner/painter/resolve/main/"
 INDEX = {"_class_name": "FluxPipeline", "_diffusers_version": "0.1", "transformer": ["diffusers", "T"],
          "vae": ["diffusers", "V"], "tokenizer": ["transformers", "C"], "image_encoder": [None, None]}  # fmt: skip
 WEIGHTS = os.urandom(300_000)
@@ -61,33 +57,8 @@ class HastyClock(SystemClock):
         await asyncio.sleep(0)
 
 
-def entry(path: str, body: bytes, **more: Any) -> dict[str, Any]:
-    """What a hub tells of a file; of weights their checksum."""
-    told: dict[str, Any] = {"type": "file", "path": path, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
-    if path.endswith(".safetensors"):
-        told["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 130}
-    return {**told, **more}
-
-
-@asynccontextmanager
-async def hub(files: dict[str, bytes], *further: dict[str, Any], pages: int = 1) -> AsyncIterator[FilesServer]:
-    """A hub with one repository; `further` is told in its list beside what it has."""
-    folders = [{"type": "directory", "path": "transformer", "size": 0, "oid": "d"}]
-    told = [*folders, *(entry(path, body) for path, body in files.items()), *further]
-    async with serve(b"") as server:
-        server.files = {FILES + path: body for path, body in files.items()}
-        for page in range(pages):
-            here = TREE if page == 0 else f"{TREE}&cursor={page}"
-            server.files[here] = json.dumps(told[page::pages]).encode()
-            if page + 1 < pages:
-                server.links[here] = f'<{server.url}{TREE}&cursor={page + 1}>; rel="next"'
-        yield server
-
-
 def settings(folder: Path, server: FilesServer, options: dict[str, Any] | None = None, **limits: Any) -> Settings:
-    model = DiffusionModel(
-        engine="diffusion", source="hf:owner/painter@main", options=DiffusionOptions.model_validate(options or {})
-    )
+    model = DiffusionModel(engine="diffusion", source=SOURCE, options=DiffusionOptions.model_validate(options or {}))
     pulling = PullSettings(hub_url=server.url, **limits)
     return Settings(models_dir=folder, models={"m": model}, pull=pulling, default_models=False)
 
@@ -100,10 +71,6 @@ async def bring(said: Settings, seen: list[tuple[int, int | None]] | None = None
 def found(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def fetched(server: FilesServer) -> list[str]:
-    return [path.removeprefix(FILES) for path, _ in server.requests if path.startswith(FILES)]
 
 
 @pytest.mark.parametrize("pages", [1, 3])
@@ -347,4 +314,4 @@ def test_a_single_file_is_no_diffusion_model(source: str) -> None:
 
 def test_a_folder_has_no_checksum_of_its_own() -> None:
     with pytest.raises(ValidationError, match="leave `sha256` out"):
-        DiffusionModel(engine="diffusion", source="hf:owner/painter@main", sha256="0" * 64)
+        DiffusionModel(engine="diffusion", source=SOURCE, sha256="0" * 64)
