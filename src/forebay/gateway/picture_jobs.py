@@ -3,6 +3,7 @@
 It refuses to send more bytes in one answer than fit into memory beside others: files are read one by one.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, get_args
 
@@ -12,9 +13,10 @@ from starlette.responses import Response
 
 from forebay.clock import new_id
 from forebay.config import Settings
+from forebay.dialects.images import ImageRef
 from forebay.dialects.imaging import Delivery, ImageTask, OutputPlan, Painted
 from forebay.dialects.openai.call import Call
-from forebay.dialects.openai.image_events import Delivered, PictureShape
+from forebay.dialects.openai.image_events import Delivered, PictureShape, written
 from forebay.dialects.pubsub import ObjectNames
 from forebay.errors import InvalidRequest, NotFound
 from forebay.gateway.auth import Principal
@@ -45,7 +47,7 @@ async def in_background(
     return await hand_in(request, caller, call, handed, raw)
 
 
-def _refs(task: ImageTask) -> list[Any]:
+def _refs(task: ImageTask) -> list[ImageRef]:
     return [*task.images, *([] if task.mask is None else [task.mask])]
 
 
@@ -113,6 +115,7 @@ async def rendered(request: Request, job: Job, found: Result, form: str | None) 
         raise InvalidRequest(
             "These pictures are too many bytes for one answer. Ask for `file_id`, and read the files one by one.",
             param="format",
+            code="answer_too_long",
         )
     output = OutputPlan(asked["format"], backdrop=asked["backdrop"])
     shape = PictureShape(asked["task"], output, delivery, asked["quality"])
@@ -122,7 +125,7 @@ async def rendered(request: Request, job: Job, found: Result, form: str | None) 
         if picture.preview is not None:
             shown["preview_file_id"] = picture.preview.id
         shown.update(made.get("objects", {}))
-    return to_json(answer)
+    return await asyncio.to_thread(written, answer)
 
 
 def _delivery(form: str) -> Delivery:
