@@ -16,7 +16,7 @@ from openai.types.image_gen_partial_image_event import ImageGenPartialImageEvent
 from forebay.dialects.images import ImageRef
 from forebay.dialects.imaging import ImageRules, ImageTask, MaskPlan, OutputPlan, Painted
 from forebay.dialects.openai.call import Call, Context, Wire, parse
-from forebay.dialects.openai.image_events import Delivered, PictureShape
+from forebay.dialects.openai.image_events import Delivered, PictureShape, written
 from forebay.dialects.openai.images import EDITS, GENERATIONS, IMAGE_FORM
 from forebay.errors import ForebayError, InvalidRequest
 from forebay.inference import Capability
@@ -334,7 +334,9 @@ BASE64 = base64.b64encode(b"\x89PNG").decode()
 
 def test_the_answer_is_openais() -> None:
     shape = PictureShape("edit", OutputPlan("webp", backdrop="transparent"), "b64_json", "low")
-    told = shape.answer([INLINE, Delivered(PICTURE, url="http://x/y"), Delivered(PICTURE, file_id="file-1")], 123)
+    told = json.loads(
+        written(shape.answer([INLINE, Delivered(PICTURE, url="http://x/y"), Delivered(PICTURE, file_id="file-1")], 123))
+    )
     assert told == {
         "created": 123, "output_format": "webp", "quality": "low", "size": "640x480", "background": "transparent",
         "data": [
@@ -370,3 +372,14 @@ def test_events_are_openais(task_name: Any) -> None:
     assert json.loads(partial.split(b"data: ")[1])["partial_image_index"] == 2
     step = json.loads(shape.progress(0, 1, 3).split(b"data: ")[1])
     assert step == {"type": f"{prefix}.progress", "image": 0, "step": 1, "steps": 3, "percent": 33.3}
+
+
+@pytest.mark.parametrize("size", [0, 1, 3 * 2**18 - 1, 3 * 2**18, 3 * 2**18 + 1, 2_000_001])
+def test_base64_of_any_length_is_whole(size: int) -> None:
+    data = bytes(place % 251 for place in range(size))
+    shape = PictureShape("edit", OutputPlan(), "b64_json", "high")
+    picture = Painted(data, "image/png", Size(1, 1), {"prompt": '"b64_json"'})
+    told = json.loads(written(shape.answer([Delivered(picture)] * 2, 1)))
+    assert [base64.b64decode(each["b64_json"]) for each in told["data"]] == [data] * 2
+    event = json.loads(shape.completed(0, Delivered(picture), 1).split(b"data: ", 1)[1])
+    assert base64.b64decode(event["b64_json"]) == data

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from pydantic_core import to_json
 from starlette.types import Send
 
 from forebay.blobs.blobs import Blobs
@@ -17,7 +16,7 @@ from forebay.config import ImageSettings
 from forebay.dialects.answer import Progress
 from forebay.dialects.imaging import ImageTask, Painted
 from forebay.dialects.openai.call import Call
-from forebay.dialects.openai.image_events import Delivered, PictureShape
+from forebay.dialects.openai.image_events import Delivered, PictureShape, written
 from forebay.errors import CallerError, InsufficientStorage, InvalidRequest, NotFound, StoreUnavailable
 from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer, Visit, Waiting
@@ -171,7 +170,7 @@ class PictureAnswer(OnlineAnswer):
             await self._send(visit, send, {"type": "http.response.body", "body": b""})
             return
         async with frame.delivered(pictures) as delivered:
-            body = await asyncio.to_thread(lambda: to_json(shape.answer(delivered, self._now())))
+            body = await asyncio.to_thread(written, shape.answer(delivered, self._now()))
             await self._send_whole(visit, send, body)
 
     async def _made_ready(self, call: Call, task: ImageTask) -> Painting:

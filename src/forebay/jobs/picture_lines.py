@@ -7,14 +7,12 @@ pictures at once than a worker has room for.
 import asyncio
 from dataclasses import replace
 
-from pydantic_core import to_json
-
 from forebay.blobs.blobs import Blobs
 from forebay.clock import Clock
 from forebay.config import Settings
 from forebay.dialects.imaging import ImageTask, Painted
 from forebay.dialects.openai.call import Call
-from forebay.dialects.openai.image_events import Delivered, PictureShape
+from forebay.dialects.openai.image_events import Delivered, PictureShape, written
 from forebay.errors import InvalidRequest, Preempted
 from forebay.jobs.picture_files import keep_as_file
 from forebay.media.pictures import Inputs, Pictures
@@ -55,7 +53,7 @@ class PictureLines:
         async with self._places, self._pictures.fetched(Inputs(), task, call.request.project, patient=True) as inputs:
             painted = await self._painted(call, task, inputs, compute)
         delivered = [await self._delivered(task, each, call.request.project) for each in painted]
-        body = await asyncio.to_thread(to_json, shape.answer(delivered, int(self._clock.now())))
+        body = await asyncio.to_thread(written, shape.answer(delivered, int(self._clock.now())))
         if len(body) > self._bytes_max:
             raise self._too_long()
         return Gathered(body, None)

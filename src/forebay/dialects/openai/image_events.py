@@ -16,6 +16,8 @@ from forebay.dialects.openai.events import Generation
 Quality = Literal["high", "medium", "low"]
 
 _PREFIX: Mapping[Task, str] = {"edit": "image_edit", "generate": "image_generation"}
+_INLINE = "b64_json"
+_PIECE_BYTES = 3 * 2**18  # a multiple of three, so that the pieces together are the base64 of the whole
 _NO_USAGE = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -32,13 +34,13 @@ class Delivered:
     url: str | None = None
     file_id: str | None = None
 
-    def where(self) -> dict[str, str]:
-        """The one field that says it."""
+    def where(self) -> dict[str, Any]:
+        """The one field that says it; bytes stand for their base64, as `written` has it."""
         if self.url is not None:
             return {"url": self.url}
         if self.file_id is not None:
             return {"file_id": self.file_id}
-        return {"b64_json": _base64(self.picture.data)}
+        return {_INLINE: self.picture.data}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class PictureShape(Generation):
     quality: Quality
 
     def answer(self, pictures: Sequence[Delivered], created: int) -> dict[str, Any]:
-        """The whole answer; `background` is left out where nobody has said what it is to be."""
+        """The whole answer, for `written`; `background` is left out where nobody has said what it is to be."""
         shown: dict[str, Any] = {
             "created": created,
             "data": [{**each.where(), "used": dict(each.picture.used)} for each in pictures],
@@ -68,7 +70,7 @@ class PictureShape(Generation):
 
     def partial(self, image: int, index: int, picture: Painted, created: int) -> bytes:
         """How a picture looks that is not finished."""
-        event = {"b64_json": _base64(picture.data), "partial_image_index": index, "image": image}
+        event = {_INLINE: picture.data, "partial_image_index": index, "image": image}
         return self._event("partial_image", {**event, **self._told(picture, created)})
 
     def completed(self, image: int, picture: Delivered, created: int) -> bytes:
@@ -87,12 +89,29 @@ class PictureShape(Generation):
 
     def _event(self, name: str, fields: Mapping[str, Any]) -> bytes:
         kind = f"{_PREFIX[self.task]}.{name}"
-        return b"event: %b\ndata: %b\n\n" % (kind.encode(), to_json({"type": kind, **fields}))
+        head = f"event: {kind}\ndata: ".encode()
+        return b"".join([head, *_pieces({"type": kind, **fields}), b"\n\n"])
+
+
+def written(answer: Mapping[str, Any]) -> bytes:
+    """An answer as JSON; call it in a thread."""
+    pieces = [to_json({name: value for name, value in answer.items() if name != "data"})[:-1], b',"data":[']
+    for number, shown in enumerate(answer["data"]):
+        pieces += [b"," if number else b"", *_pieces(shown)]
+    return b"".join([*pieces, b"]}"])
+
+
+def _pieces(shown: Mapping[str, Any]) -> list[bytes]:
+    """An object as JSON. Base64 needs no escapes and is put in by hand: one call over megabytes holds up every thread."""
+    rest = to_json({name: value for name, value in shown.items() if name != _INLINE})
+    if _INLINE not in shown:
+        return [rest]
+    data: bytes = shown[_INLINE]
+    encoded = (
+        binascii.b2a_base64(data[at : at + _PIECE_BYTES], newline=False) for at in range(0, len(data), _PIECE_BYTES)
+    )
+    return [b'{"%b":"' % _INLINE.encode(), *encoded, b'",', rest[1:]]
 
 
 def _size(picture: Painted) -> str:
     return f"{picture.size.width}x{picture.size.height}"
-
-
-def _base64(data: bytes) -> str:
-    return binascii.b2a_base64(data, newline=False).decode("ascii")
