@@ -240,7 +240,6 @@ class PainterOptions(PictureOptions):
     edge_factor: Annotated[int, Field(ge=1, le=256)] = Field(
         16, description="What both sides of a picture are multiples of."
     )
-    images_max: Annotated[int, Field(ge=1, le=16)] = Field(1, description="Images that one request may bring.")
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(28, description="Steps where a request does not say.")
     steps_max: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="Most steps that a request may ask for.")
     guidance: Annotated[float, Field(ge=0, le=100)] | None = Field(
@@ -261,8 +260,6 @@ class PainterOptions(PictureOptions):
             raise ValueError("`steps` and `guidance` are at most `steps_max` and `guidance_max`")
         if self.edge_factor > self.edge_max:
             raise ValueError("`edge_factor` is at most `edge_max`")
-        if (3 * self.images_max + 1) * self.edge_max**2 > _REQUEST_BYTES_MAX:
-            raise ValueError("so many images of that size are too much at once; lower `images_max` or `edge_max`")
         return self
 
 
@@ -430,3 +427,9 @@ class FakeOptions(PainterOptions):
     strength: Annotated[float, Field(gt=0, le=1)] | None = Field(
         0.8, description="How much it would give up; none for a model that knows no such thing."
     )
+
+    @model_validator(mode="after")
+    def _within_reason(self) -> Self:
+        if (3 * self.images_max + 1) * self.edge_max**2 > _REQUEST_BYTES_MAX:
+            raise ValueError("so many images of that size are too much at once; lower `images_max` or `edge_max`")
+        return self

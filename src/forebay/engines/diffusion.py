@@ -60,7 +60,6 @@ class Spec:
     batch_images: int = 1
     edge_max: int = 1024
     edge_factor: int = 1
-    images_max: int = 1
     steps: int = 28
     steps_max: int = 100
     guidance: float | None = None

@@ -158,16 +158,16 @@ def picture_rules(model: Model, fingerprint: str) -> ImageRules:
         case DiffusionModel(options=diffusion):
             return _painter_rules(diffusion, fingerprint, needs_mask=diffusion.task == "edit")
         case FakeModel(options=fake):
-            return _painter_rules(fake, fingerprint, needs_mask=False)
+            return _painter_rules(fake, fingerprint, needs_mask=False, images_max=fake.images_max)
         case _:
             return ImageRules()
 
 
-def _painter_rules(options: PainterOptions, fingerprint: str, *, needs_mask: bool) -> ImageRules:
+def _painter_rules(options: PainterOptions, fingerprint: str, *, needs_mask: bool, images_max: int = 1) -> ImageRules:
     return ImageRules(
         edge_max=options.edge_max,
         edge_factor=options.edge_factor,
-        images_max=options.images_max,
+        images_max=images_max,
         needs_mask=needs_mask,
         steps=options.steps,
         steps_max=options.steps_max,
@@ -212,7 +212,7 @@ def command_for(
             spec = _options(diffusion, _OF_MASKS) | {"name": name, "slots": slots, "model_path": str(path or "")}
             return _ours("diffusion", spec | cooldown, key)
         case FakeModel(options=fake):
-            spec = _options(fake, set(PainterOptions.model_fields)) | {"name": name, "slots": slots}
+            spec = _options(fake, {*PainterOptions.model_fields, "images_max"}) | {"name": name, "slots": slots}
             return _ours("fake", spec | _tokens_max(model), key)
         case CommandModel(options=command):
             return _command(command, str(path or ""), key, port)
