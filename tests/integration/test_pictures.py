@@ -399,6 +399,32 @@ def test_a_cancel_leaves_nothing(tmp_path: Path, runner: Any, part: str) -> None
     runner(cancelled())
 
 
+async def test_cancels_at_any_moment_leave_nothing(tmp_path: Path, prove: bool) -> None:
+    chance, large = Random(4), encoded(noise(800, 600))
+    mask = alpha_mask(width=800, height=600)
+    async with pictures(tmp_path) as made:
+
+        async def work() -> None:
+            async with sent(made, large, mask=mask) as inputs:
+                await whole_way(made, inputs, edit(), preview=True)
+
+        await work()
+        files = open_files()
+        for _ in range(200 if prove else 12):
+            working = [asyncio.create_task(work()) for _ in range(2)]
+            await asyncio.wait(working, timeout=chance.uniform(0, 0.5))
+            for each in working:
+                each.cancel()
+            assert not [each for each in (await asyncio.wait(working))[0] if not each.cancelled() and each.exception()]
+        await asyncio.gather(*(work() for _ in range(6)))
+        await eventually(
+            lambda: len(programs(PROGRAM)) <= 2, within_seconds=3, what="the end of those of the cancelled"
+        )
+        await eventually(lambda: open_files() <= files + 2, within_seconds=3, what="no open files")
+    assert list((tmp_path / "pictures").iterdir()) == []
+    assert not programs(PROGRAM)
+
+
 async def test_a_program_that_is_killed_is_replaced_once(made: Pictures) -> None:
     async with sent(made, encoded(noise()), mask=alpha_mask()) as inputs:
         expected = (await whole_way(made, inputs, edit()))[0]
