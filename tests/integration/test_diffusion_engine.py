@@ -4,11 +4,13 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,33 @@ from forebay.engines.start import CANNOT_START
 from tests.support.direct_pictures import hole, paint, photo
 from tests.support.engines import Engine, Stream, environment, eventually, ready
 from tests.support.tiny_pipelines import folder
+from tests.support.tiny_weights import lora, quantised
 
 WIDTH, HEIGHT = 48, 64
 EDITS, GENERATIONS = "/v1/images/edits", "/v1/images/generations"
-KINDS = ("flux-fill", "sd-inpaint", "sd")
 LARGE, _TILES_BYTES = 640, 18 * 2**20  # decoded as a whole it takes 26 MiB more, in tiles 12
+
+
+@cache
+def files() -> "tempfile.TemporaryDirectory[str]":
+    """Where files of weights are made for this run."""
+    return tempfile.TemporaryDirectory(prefix="tiny-weights-")
+
+
+@cache
+def specs() -> dict[str, dict[str, Any]]:
+    """The engines, by the kind of their models."""
+    weights = Path(files().name)
+    flux = {
+        "transformer_file": str(quantised(folder("flux"), weights / "flux.gguf")),
+        "loras": [{"file": str(lora(folder("flux"), weights / "lora.safetensors")), "weight": 0.5}],
+    }
+    return {
+        "flux-fill": {},
+        "flux": flux,
+        "sd-inpaint": {},
+        "sd": {"scheduler": "EulerAncestralDiscreteScheduler"},
+    }
 
 
 @dataclass(frozen=True)
@@ -44,7 +68,7 @@ class Case:
         if "Img2Img" not in self.pipeline or "Flux" in self.pipeline:
             said |= {"width": WIDTH, "height": HEIGHT}
         wish = {"folder": str(folder(self.kind)), "pipeline": self.pipeline, "seed": seed, "arguments": said}
-        wish |= {"width": WIDTH, "height": HEIGHT}
+        wish |= {"width": WIDTH, "height": HEIGHT, **specs()[self.kind]}
         if self.path == EDITS:
             wish["image"] = b64encode(photo(WIDTH, HEIGHT)).decode()
         if self.mask:
@@ -56,6 +80,15 @@ CASES = {
     "flux fill": Case("flux-fill", "FluxFillPipeline", {"prompt": "a cat", "seed": 7, "steps": 4, "guidance": 30.0}),
     "flux fill, part of the steps": Case(
         "flux-fill", "FluxFillPipeline", {"prompt": "a dog", "seed": 8, "steps": 5, "guidance": 2.0, "strength": 0.5}
+    ),
+    "quantised flux, changed": Case(
+        "flux", "FluxPipeline", {"prompt": "a cat", "seed": 7, "steps": 3}, GENERATIONS, mask=False
+    ),
+    "quantised flux from an image": Case(
+        "flux",
+        "FluxImg2ImgPipeline",
+        {"prompt": "a cat", "seed": 9, "steps": 5, "strength": 0.5, "guidance": 3.5},
+        mask=False,
     ),
     "sd inpaint": Case(
         "sd-inpaint",
@@ -122,15 +155,16 @@ def steps(records: list[dict[str, Any]], image: int = 0) -> list[tuple[int, int]
 @pytest.fixture(scope="module")
 def started() -> Iterator[dict[str, Any]]:
     """An engine for each kind of model, and what diffusers paints by itself; all loaded at once: that takes seconds."""
-    with ExitStack() as stack, ThreadPoolExecutor(len(KINDS) + 1) as pool, pytest.MonkeyPatch.context() as patch:
+    kinds = specs()
+    with ExitStack() as stack, ThreadPoolExecutor(len(kinds) + 1) as pool, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # the C library keeps nothing large for itself
         direct = pool.submit(paint, [case.direct for case in CASES.values()])
 
         def start(kind: str) -> Engine:
-            spec = {"name": kind, "model_path": str(folder(kind)), "threads": 1, "batch_images": 2, "edge_max": 1024}
+            spec = {"name": kind, "model_path": str(folder(kind)), "threads": 1, "batch_images": 2, **kinds[kind]}
             return stack.enter_context(ready("diffusion", {**spec, "oom_cooldown_seconds": 0.5}))
 
-        engines = dict(zip(KINDS, pool.map(start, KINDS), strict=True))
+        engines = dict(zip(kinds, pool.map(start, kinds), strict=True))
         yield {**engines, "direct": dict(zip(CASES, direct.result(), strict=True))}
 
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from base64 import b64decode, b64encode
-from pathlib import Path
 from typing import Any
 
 
@@ -41,7 +40,6 @@ def hole(width: int, height: int) -> bytes:
 
 
 def _main() -> None:
-    import diffusers
     import torch
     from PIL import Image
 
@@ -56,7 +54,7 @@ def _main() -> None:
     for wish in json.load(sys.stdin):
         key = wish["folder"], wish["pipeline"]
         if key not in pipes:
-            pipes[key] = getattr(diffusers, key[1]).from_pretrained(key[0], **_parts(wish))
+            pipes[key] = _loaded(wish)
         found = pipes[key](
             **wish["arguments"],
             **picture("RGB", wish, "image"),
@@ -67,12 +65,27 @@ def _main() -> None:
     print(json.dumps(made))
 
 
-def _parts(wish: dict[str, Any]) -> dict[str, Any]:
-    """The scheduler that was wished for, in the place of the folder's."""
+def _loaded(wish: dict[str, Any]) -> Any:
+    """The pipeline of a folder, with another scheduler, transformer or LoRA where that was wished for."""
     import diffusers
+    import torch
 
-    name = wish.get("scheduler")
-    return {"scheduler": getattr(diffusers, name).from_pretrained(Path(wish["folder"]) / "scheduler")} if name else {}
+    folder, parts = wish["folder"], {}
+    if name := wish.get("scheduler"):
+        parts["scheduler"] = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
+    if path := wish.get("transformer_file"):
+        parts["transformer"] = diffusers.FluxTransformer2DModel.from_single_file(
+            path,
+            config=folder,
+            subfolder="transformer",
+            quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
+            dtype=torch.float32,
+        )
+    pipe = getattr(diffusers, wish["pipeline"]).from_pretrained(folder, **parts)
+    for lora in wish.get("loras", ()):
+        pipe.load_lora_weights(lora["file"], adapter_name="it")
+        pipe.set_adapters(["it"], [lora["weight"]])
+    return pipe
 
 
 if __name__ == "__main__":
