@@ -109,13 +109,14 @@ async def run(
 ) -> tuple[list[Outcome], tuple[Path, Path, Path]]:
     """Edit the image with every combination, one after another, and write a sheet, a table and JSON to `out`.
 
-    `fixed` are fields that all have in common; a combination overrides them. Raises SetupError.
+    `fixed` are fields that all have in common, where they do not vary. Raises SetupError.
     """
     cells = cells_of(wanted.axes)
     with tempfile.TemporaryDirectory(prefix="forebay-bench-") as scratch:
         subject = await _subject(wanted, Path(scratch))
         async with chosen(settings, choice) as (found, name):
             common = {**({} if name is None else {"model": name}), **fixed}
+            common = {field: value for field, value in common.items() if field not in cells[0]}
             return await _edited(found, cells, subject, common, out, say)
 
 
