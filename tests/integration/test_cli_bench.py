@@ -108,6 +108,9 @@ def test_a_grid_has_a_picture_of_every_combination(tmp_path: Path) -> None:
     assert [cell["settings"] for cell in said["cells"]] == [
         {"model": "painter", "steps": steps, "guidance": 2.0} for steps in (1, 3)
     ]
+    assert said["common"] == {
+        "image": "image-1.png", "mask": "mask-1.png", "prompt": "a red fox in the snow", "seed": 1,
+    }  # fmt: skip
     first, second = (cell["differences"] for cell in said["cells"])
     assert (first["outside"], first["from_first"], second["outside"]) == (0, 0, 0)
     assert min(first["inside"], second["inside"], second["from_first"]) > 0

@@ -152,7 +152,8 @@ async def _edited(
     outcomes = [
         Outcome(cell, each, {} if each.trouble else next(compared)) for cell, each in zip(cells, edited, strict=True)
     ]
-    return outcomes, (*_written(outcomes, fixed, out), sheet)
+    common = {"image": subject.image.name, "mask": subject.mask.name, **fixed}
+    return outcomes, (*_written(outcomes, common, out), sheet)
 
 
 async def _drawn(
@@ -192,14 +193,14 @@ async def _one(
     return edited
 
 
-def _written(outcomes: Sequence[Outcome], fixed: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
+def _written(outcomes: Sequence[Outcome], common: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
     as_json, as_markdown = out / f"{_NAME}.json", out / f"{_NAME}.md"
     said = {
         "kind": _NAME,
         "forebay": forebay.__version__,
         "began": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "fixed": dict(fixed),
+        "common": dict(common),
         "errors": sum(bool(each.edited.trouble) for each in outcomes),
         "cells": [_as_dict(each) for each in outcomes],
     }
@@ -215,12 +216,12 @@ def _as_dict(outcome: Outcome) -> dict[str, Any]:
 
 
 def _as_markdown(said: Mapping[str, Any]) -> str:
-    where, fixed = said["machine"], said["fixed"]
+    where, common = said["machine"], said["common"]
     lines = [
         f"# forebay bench image --grid: {len(said['cells'])} pictures, {said['errors']} errors",
         "",
         f"{said['began']}, Forebay {said['forebay']}, {where['cores']} cores ({where['processor']}), {where['system']}.",
-        "Common to all: " + ", ".join(f"{name} `{value}`" for name, value in fixed.items()) + ".",
+        "Common to all: " + ", ".join(f"{name} `{value}`" for name, value in common.items()) + ".",
         "",
         f"![All pictures, the image itself first]({_NAME}.png)",
         "",
