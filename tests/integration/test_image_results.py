@@ -39,7 +39,7 @@ async def test_an_address_shows_the_picture_to_whoever_has_it(server: Server) ->
     assert url.startswith(f"{server.url}/v1/images/results/file_")
     status, data, headers = await fetched(url)
     assert (status, data) == (200, expected)
-    assert headers["x-content-type-options"] == "nosniff"
+    assert (headers["x-content-type-options"], headers["content-type"]) == ("nosniff", "image/png")
     assert headers["content-disposition"].startswith("attachment;")
     file = next(each for each in await pictures_of(server) if each["id"] in url)
     assert 3500 < file["expires_at"] - file["created_at"] <= 3600

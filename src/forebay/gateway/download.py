@@ -23,10 +23,23 @@ _PIECE_BYTES = 65_536
 
 
 class Download(Response):
-    """The answer that carries a blob of `size` bytes. A reader must take each piece in `stall_seconds`."""
+    """The answer that carries a blob of `size` bytes. A reader must take each piece in `stall_seconds`.
 
-    def __init__(self, blobs: Blobs, key: str, size: int, filename: str, stall_seconds: float, clock: Clock) -> None:
+    `content_type` is for bytes that the server itself has made; nobody's upload is called more than bytes.
+    """
+
+    def __init__(
+        self,
+        blobs: Blobs,
+        key: str,
+        size: int,
+        filename: str,
+        stall_seconds: float,
+        clock: Clock,
+        content_type: str = "application/octet-stream",
+    ) -> None:
         super().__init__()
+        self._content_type = content_type
         self._blobs = blobs
         self._key = key
         self._size = size
@@ -82,7 +95,7 @@ class Download(Response):
         partial = (start, end) != (0, self._size)
         plain = re.sub(r"[^A-Za-z0-9._ -]", "_", self._filename)
         fields = {
-            "content-type": "application/octet-stream",
+            "content-type": self._content_type,
             "content-length": str(end - start),
             "content-disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(self._filename, safe='')}",
             "accept-ranges": "bytes",

@@ -23,6 +23,7 @@ from forebay.store.secrets import SecretStore
 _PATH = "/v1/images/results"
 _KEY = "image_results"
 _GONE = "There is no such picture, or its address has expired."
+_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}  # so that a page can show it
 _HOST = re.compile(r"[A-Za-z0-9.-]{1,253}(?::[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](?::[0-9]{1,5})?")
 _EXPIRES = re.compile(r"[1-9][0-9]{0,11}")
 
@@ -85,4 +86,5 @@ async def show_picture(
     if file is None:
         raise NotFound(_GONE)
     stall_seconds = state.settings.http.write_stall_seconds
-    return Download(state.blobs, file.blob_key, file.bytes, file.filename, stall_seconds, state.door.clock)
+    kind = _TYPES.get(file.filename.rpartition(".")[2], "application/octet-stream")
+    return Download(state.blobs, file.blob_key, file.bytes, file.filename, stall_seconds, state.door.clock, kind)
