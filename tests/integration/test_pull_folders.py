@@ -22,6 +22,7 @@ from tests.support.hub import FILES, SOURCE, TREE, entry, fetched, hub
 
 INDEX = {"_class_name": "FluxPipeline", "_diffusers_version": "0.1", "transformer": ["diffusers", "T"],
          "vae": ["diffusers", "V"], "tokenizer": ["transformers", "C"], "image_encoder": [None, None]}  # fmt: skip
+VAE_ALONE = b'{"_class_name": "FluxPipeline", "vae": ["a", "B"]}'
 WEIGHTS = os.urandom(300_000)
 WANTED = {
     "model_index.json": json.dumps(INDEX).encode(),
@@ -221,13 +222,14 @@ async def test_parts_that_are_no_folders_are_refused(tmp_path: Path, part: str) 
     [
         ({"config.json": b"{}"}, "no folder of diffusers"),
         ({"model_index.json": b"[]"}, "names no parts"),
+        ({"model_index.json": VAE_ALONE.replace(b"Flux", b"Video")}, "is not served. Take one of FluxFill"),
         ({"model_index.json": b" " * (2**20 + 1)}, "no folder of diffusers"),
         (
-            {"model_index.json": b'{"vae": ["a", "B"]}', "vae/diffusion_pytorch_model.bin": b"pickle"},
+            {"model_index.json": VAE_ALONE, "vae/diffusion_pytorch_model.bin": b"pickle"},
             "can run code alone",
         ),
         (
-            {"model_index.json": b'{"vae": ["a", "B"]}', "vae/model.fp16.safetensors": b"half"},
+            {"model_index.json": VAE_ALONE, "vae/model.fp16.safetensors": b"half"},
             "variants fp16 alone",
         ),
     ],

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from forebay.engines.diffusion_folder import EDIT, GENERATE, Folder, Unusable, check, check_file
+from forebay.engines.diffusion_folder import Folder, Unusable, check, check_file
+from forebay.pipelines import EDIT, GENERATE
 
 PARTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

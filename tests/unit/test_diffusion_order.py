@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from forebay.engines.connection import Refused
-from forebay.engines.diffusion_folder import EDIT, GENERATE, IMAGE_TO_IMAGE
 from forebay.engines.diffusion_order import Order, Rules, read_order
+from forebay.pipelines import EDIT, GENERATE, IMAGE_TO_IMAGE
 from forebay.pixels import Size
 
 ALL = frozenset({EDIT, IMAGE_TO_IMAGE, GENERATE})

@@ -3,7 +3,7 @@
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from forebay.clock import SystemClock
 from forebay.config import Settings
 from forebay.dialects.imaging import ImageRules
+from forebay.engine_options import DiffusionOptions
 from forebay.errors import InvalidRequest
 from forebay.inference import Capability
 from forebay.media.images import Images
@@ -61,6 +62,11 @@ def test_rules_are_what_the_options_say() -> None:
     filler = picture_rules(_model(engine="opencv", options={"mask_dilation": 2}), "f")
     assert filler == ImageRules(3840, 1, takes_prompt=False, mask_dilation=2, fingerprint="f")
     assert picture_rules(_model(engine="onnx", source="file:a"), "f") == ImageRules()
+
+
+def test_the_engine_knows_the_schedulers_of_the_settings() -> None:
+    known = importlib.import_module("forebay.engines.diffusion_folder").SCHEDULERS
+    assert get_args(DiffusionOptions.model_fields["scheduler"].annotation) == ("model", *known)
 
 
 @pytest.mark.parametrize("engine", ["opencv", "diffusion"])

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from forebay.engines import picture_records, reports
 from forebay.engines.compute import Failed, StepFailed
 from forebay.engines.connection import Answer, Refused, Route, Visit
-from forebay.engines.diffusion_folder import AUTO, PIPELINES, SCHEDULERS, Folder, Unusable, check, check_file
+from forebay.engines.diffusion_folder import SCHEDULERS, Folder, Unusable, check, check_file
 from forebay.engines.diffusion_order import read_order
 from forebay.engines.reports import one_line
 from forebay.engines.serving import OutOfMemory, Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
 from forebay.engines.threads import cores
+from forebay.pipelines import AUTO, PIPELINES
 from forebay.pixels import Size
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _say = partial(reports.say, "diffusion")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """How this engine is set up, from FOREBAY_ENGINE_SPEC; what it means is said in `model_config.DiffusionOptions`."""
+    """How this engine is set up, from FOREBAY_ENGINE_SPEC; what it means is said in `engine_options.DiffusionOptions`."""
 
     name: str
     model_path: str

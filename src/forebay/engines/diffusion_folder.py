@@ -11,30 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-AUTO = "auto"
-EDIT = "edit"
-IMAGE_TO_IMAGE = "image_to_image"
-GENERATE = "generate"
-
-_FLUX = {GENERATE: "FluxPipeline", IMAGE_TO_IMAGE: "FluxImg2ImgPipeline"}
-_SD = {
-    GENERATE: "StableDiffusionPipeline",
-    IMAGE_TO_IMAGE: "StableDiffusionImg2ImgPipeline",
-    EDIT: "StableDiffusionInpaintPipeline",
-}
-_XL = {
-    GENERATE: "StableDiffusionXLPipeline",
-    IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline",
-    EDIT: "StableDiffusionXLInpaintPipeline",
-}
-PIPELINES: Mapping[str, Mapping[str, str]] = {
-    "FluxFillPipeline": {EDIT: "FluxFillPipeline"},
-    "FluxKontextPipeline": {IMAGE_TO_IMAGE: "FluxKontextPipeline"},
-    **dict.fromkeys(_FLUX.values(), _FLUX),
-    **dict.fromkeys(_SD.values(), _SD),
-    **dict.fromkeys(_XL.values(), _XL),
-}
-"""By the pipeline that a folder names: which one does what with its parts."""
+from forebay.pipelines import AUTO, PIPELINES
 
 SCHEDULERS = (
     "DDIMScheduler",

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from forebay.engines.connection import Refused
-from forebay.engines.diffusion_folder import EDIT, GENERATE, IMAGE_TO_IMAGE
 from forebay.engines.parted import flag, number, parted, whole
+from forebay.pipelines import EDIT, GENERATE, IMAGE_TO_IMAGE
 from forebay.pixels import MASK_BYTES, RGB_BYTES, Size
 
 _HEADER_BYTES_MAX = 2**20

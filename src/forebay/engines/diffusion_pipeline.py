@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 import diffusers
 import torch
 
-from forebay.engines.diffusion_folder import EDIT, Folder
+from forebay.engines.diffusion_folder import Folder
 from forebay.engines.diffusion_order import Rules
 from forebay.engines.start import refuse_to_start
+from forebay.pipelines import EDIT
 
 _FLUX = "Flux"
 _GGUF = ".gguf"
@@ -36,7 +37,7 @@ _FIRST_BLOCK_CACHE_THRESHOLD = (
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a model is loaded; see `model_config.DiffusionOptions`."""
+    """How a model is loaded; see `engine_options.DiffusionOptions`."""
 
     name: str
     folder: Folder

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from forebay.engines.compute import StepFailed
-from forebay.engines.diffusion_folder import EDIT, GENERATE
 from forebay.engines.diffusion_order import Order, Result, Row, Settings, Watch
 from forebay.engines.diffusion_pipeline import Model, computes, is_shortage, takes
 from forebay.engines.serving import OutOfMemory
 from forebay.engines.start import run_out_of_memory
 from forebay.engines.threads import Unwanted
+from forebay.pipelines import EDIT, GENERATE
 from forebay.pixels import Size
 
 TILES = "tiles"

@@ -15,13 +15,13 @@ import numpy as np
 
 from forebay.engines import reports
 from forebay.engines.connection import Answer, Refused, Route, Visit
-from forebay.engines.diffusion_folder import EDIT
 from forebay.engines.diffusion_order import Order, Rules, read_order
 from forebay.engines.inpainting import METHODS, Array, fill
 from forebay.engines.picture_records import done, ended, rows
 from forebay.engines.serving import OutOfMemory, Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
 from forebay.engines.threads import Threads, Wanted, all_ended, cores
+from forebay.pipelines import EDIT
 from forebay.pixels import RGB_BYTES
 
 _EDGE_MAX = 3840

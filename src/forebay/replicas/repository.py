@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from forebay.errors import SetupError
+from forebay.pipelines import PIPELINES
 
 INDEX = "model_index.json"
 INDEX_BYTES_MAX = 2**20
@@ -58,14 +59,17 @@ def manifest(folder: Path) -> list[Entry] | None:
 
 
 def parts_of(index: bytes, repository: str) -> frozenset[str]:
-    """The folders that `model_index.json` names. Raises SetupError."""
+    """The folders that `model_index.json` names, for a pipeline that is served. Raises SetupError."""
     try:
         said = json.loads(index)
+        pipeline = said.get("_class_name")
         parts = frozenset(name for name, part in said.items() if isinstance(part, list) and part != [None, None])
     except (ValueError, AttributeError, RecursionError):
-        parts = frozenset()
+        pipeline, parts = None, frozenset()
     if not parts or not all(_NAME.fullmatch(name) for name in parts):
         raise SetupError(f"The {INDEX} of {repository} names no parts of a model. Check the model's `source`.")
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
+        raise SetupError(f"The pipeline of {repository} is not served. Take one of {', '.join(PIPELINES)}.")
     return parts
 
 
