@@ -14,7 +14,7 @@ from forebay.clock import Clock
 from forebay.config import MediaSettings
 from forebay.errors import CallerError, ServerError
 from forebay.media.medium import IMAGE
-from forebay.media.programs import Programs, launch
+from forebay.media.programs import Places, Programs, launch
 
 _OUT_BYTES_MAX = 32 * 2**20
 _PICTURES = (b"data:image/png;base64,", b"data:image/jpeg;base64,")
@@ -40,14 +40,16 @@ class Checker:
 
     def __init__(self, settings: MediaSettings, clock: Clock) -> None:
         self._settings = settings
-        self._places = asyncio.Semaphore(settings.checks_at_once)
+        self._places = Places(settings.checks_at_once)
         self._programs = Programs(self._start, settings.check_seconds_max, _FAILED, clock)
 
     async def close(self) -> None:
         """End every program."""
         await self._programs.close()
 
-    async def check(self, data: bytes, *, declared: str | None, in_base64: bool, low: bool) -> str:
+    async def check(
+        self, data: bytes, *, declared: str | None, in_base64: bool, low: bool, patient: bool = False
+    ) -> str:
         """The `data:` URL of the image as our own encoder writes it.
 
         `declared` is the type that its sender claims (`png`), `in_base64` how `data` is written. Raises InvalidRequest
@@ -56,7 +58,7 @@ class Checker:
         settings = self._settings
         edge = settings.low_edge_pixels_max if low else settings.edge_pixels_max
         head = json.dumps({"declared": declared, "base64": in_base64, "edge": min(edge, settings.edge_pixels_max)})
-        async with self._places:
+        async with self._places.one(patient=patient):
             answer = await self._programs.ask(lambda program: program.ask(head.encode(), data))
         verdict, picture = (_Verdict.TOO_COSTLY, b"") if answer is None else answer
         if verdict != _Verdict.OK:

@@ -3,12 +3,11 @@
 It refuses to decode anything itself, and to believe a program further than that its facts fit what it has written.
 """
 
-import asyncio
 import json
 import os
 import struct
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
@@ -20,7 +19,7 @@ from forebay.dialects.imaging import ImageTask
 from forebay.errors import ForebayError, InsufficientStorage, InvalidRequest, ServerError
 from forebay.media.medium import IMAGE, MASK
 from forebay.media.private_file import PrivateFile
-from forebay.media.programs import Programs, SocketProgram, connect
+from forebay.media.programs import Places, Programs, SocketProgram, connect
 from forebay.pixels import MASK_BYTES, RGB_BYTES, Size
 
 _HEAD = struct.Struct(">BI")
@@ -79,20 +78,6 @@ class Made:
     size: Size
     picture_bytes: int
     preview_bytes: int
-
-
-class Places:
-    """Places for work, of which batches leave one to the front door, where there is more than one."""
-
-    def __init__(self, count: int) -> None:
-        self._all = asyncio.Semaphore(count)
-        self._patient = asyncio.Semaphore(max(1, count - 1))
-
-    @asynccontextmanager
-    async def one(self, *, patient: bool) -> AsyncIterator[None]:
-        """Hold one as long as the block lasts."""
-        async with self._patient if patient else nullcontext(), self._all:
-            yield
 
 
 class Editor:

@@ -16,7 +16,7 @@ from forebay.dialects.images import ImageRef
 from forebay.errors import ForebayError, InvalidRequest, Overloaded
 from forebay.media.checker import Checker
 from forebay.media.medium import IMAGE, Medium
-from forebay.media.sources import check_answer, cut_short, is_address
+from forebay.media.sources import check_answer, cut_short, fetches_nothing, is_address
 from forebay.outbound import Outbound
 
 _WAITING_MAX = 64  # requests at the front door whose images are being looked at, each with its body in memory
@@ -45,7 +45,6 @@ class Images:
         self._fetches = asyncio.Semaphore(settings.fetches_at_once)
         # Lines of batches leave places for the front door, where there is more than one.
         self._patient = asyncio.Semaphore(max(1, settings.fetches_at_once // 2))
-        self._patient_checks = asyncio.Semaphore(max(1, settings.checks_at_once - 1))
         self._waiting = 0
         self._fetching = 0
 
@@ -99,8 +98,9 @@ class Images:
                     raise IMAGE.too_large(
                         f"All images of a request have at most {self._settings.request_bytes_max} bytes."
                     )
-                async with self._patient_checks if patient else nullcontext():
-                    picture = await self._checker.check(data, declared=declared, in_base64=in_base64, low=ref.low)
+                picture = await self._checker.check(
+                    data, declared=declared, in_base64=in_base64, low=ref.low, patient=patient
+                )
                 room -= len(picture)
                 if room < 0:  # a small file may be a large picture
                     raise IMAGE.too_large(
@@ -135,10 +135,7 @@ class Images:
     async def _fetch(self, url: str) -> bytes:
         settings = self._settings
         if not settings.fetch_hosts:
-            raise InvalidRequest(
-                "This server fetches no images. Send the image itself as a `data:` URL, or upload it as a file.",
-                code="url_not_allowed",
-            )
+            raise fetches_nothing(IMAGE)
         answer = await self._outbound.get(
             url,
             hosts=settings.fetch_hosts,

@@ -15,9 +15,10 @@ from forebay.config import ImageSettings, MediaSettings
 from forebay.dialects.images import ImageRef
 from forebay.dialects.imaging import ImageTask, Painted
 from forebay.errors import ForebayError
-from forebay.media.editor import Editor, Files, Places
+from forebay.media.editor import Editor, Files
 from forebay.media.medium import IMAGE, MASK
 from forebay.media.private_file import PrivateFile, PrivateFiles
+from forebay.media.programs import Places
 from forebay.media.sources import Sources, StoredFiles, is_address
 from forebay.media.spool import Spool
 from forebay.outbound import Outbound

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from subprocess import DEVNULL
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -41,6 +41,20 @@ class Program(Protocol):
 
 P = TypeVar("P", bound=Program)
 T = TypeVar("T")
+
+
+class Places:
+    """Places for work, of which batches leave one to the front door, where there is more than one."""
+
+    def __init__(self, count: int) -> None:
+        self._all = asyncio.Semaphore(count)
+        self._patient = asyncio.Semaphore(max(1, count - 1))
+
+    @contextlib.asynccontextmanager
+    async def one(self, *, patient: bool) -> AsyncIterator[None]:
+        """Hold one as long as the block lasts."""
+        async with self._patient if patient else contextlib.nullcontext(), self._all:
+            yield
 
 
 class Programs(Generic[P]):

@@ -72,16 +72,21 @@ class Sources:
 
     def _check_hosts(self, medium: Medium, param: str) -> None:
         if not self._hosts:
-            raise InvalidRequest(
-                f"This server fetches no {medium.name}s. Send the {medium.name} itself, or upload it as a file.",
-                param=param,
-                code="url_not_allowed",
-            )
+            raise fetches_nothing(medium, param)
 
 
 def is_address(url: str) -> bool:
     """Whether something has to be fetched to have what is there."""
     return url[:5].lower() != "data:"
+
+
+def fetches_nothing(medium: Medium, param: str | None = None) -> InvalidRequest:
+    """The refusal of every address, where the settings name no host."""
+    return InvalidRequest(
+        f"This server fetches no {medium.name}s. Send the {medium.name} itself, or upload it as a file.",
+        param=param,
+        code="url_not_allowed",
+    )
 
 
 def check_answer(medium: Medium, status: int) -> None:
