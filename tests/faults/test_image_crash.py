@@ -59,10 +59,10 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
 
 
 @asynccontextmanager
-async def living(folder: Path, point: str | None = None) -> AsyncIterator[Server]:
-    """A server that kills itself at a point, if there is one."""
+async def living(folder: Path, point: str | None = None, *, wait: bool = True) -> AsyncIterator[Server]:
+    """A server that kills itself at a point, if there is one; ready unless that may be before."""
     environment = {"FOREBAY_LOG_FORMAT": "json"} | ({} if point is None else {"FOREBAY_REHEARSAL_KILL_AT": point})
-    async with serving(CONFIG, folder=folder, environment=environment, wait=point is None) as running:
+    async with serving(CONFIG, folder=folder, environment=environment, wait=wait) as running:
         yield running
 
 
@@ -97,7 +97,8 @@ async def test_a_server_that_is_killed_again_and_again(server: Server, tmp_path:
     async with receiving("127.0.0.2") as receiver:
         job_id = ""
         for point, kept in lives:
-            async with living(tmp_path, None if point == "step" else f"image.{point}") as killed:
+            asked = point == "step" or not job_id
+            async with living(tmp_path, None if point == "step" else f"image.{point}", wait=asked) as killed:
                 with suppress(aiohttp.ClientError):
                     job_id = job_id or await handed_in(killed, webhook_url=receiver.url, **QUICK)
                 if point == "step":
