@@ -406,8 +406,8 @@ class ImageSettings(Section):
     prepare_seconds_max: Annotated[int, Field(ge=1, le=600)] = Field(
         30, description="Processor time for each of these; the wait for it is twice as long at most."
     )
-    prepare_memory_bytes_max: Annotated[int, Field(ge=256 * 2**20, le=2**36)] = Field(
-        1024 * 2**20, description="Address space for each of these; what needs more gets 413."
+    prepare_memory_bytes_max: Annotated[int, Field(ge=512 * 2**20, le=2**36)] = Field(
+        1152 * 2**20, description="Address space for each of these; what needs more gets 413."
     )
     url_seconds: Seconds = Field(3600, description="How long the address of a picture in an answer can be read.")
     keep_seconds: Annotated[int, Field(ge=3600, le=315_360_000)] = Field(

@@ -245,10 +245,20 @@ async def test_limits(tmp_path: Path) -> None:
         assert await refusal(made, good, mask=alpha_mask()) == (large, "image")
     async with pictures(tmp_path, prepare_seconds_max=1, pixels_max=2**30, prepare_memory_bytes_max=8 * 2**30) as made:
         assert await refusal(made, png(20_000, 20_000), rules=FREE) == (large, "image")
-    async with pictures(tmp_path, prepare_memory_bytes_max=256 * MIB, pixels_max=2**30) as made:
+    async with pictures(tmp_path, prepare_memory_bytes_max=512 * MIB, pixels_max=2**30) as made:
         assert await refusal(made, png(12_000, 12_000), rules=FREE) == (large, "image")
         async with sent(made, good, mask=alpha_mask()) as inputs:
             await whole_way(made, inputs, edit())
+
+
+async def test_a_picture_that_cannot_be_written_in_so_much_memory_is_refused_before_it_is_painted(
+    tmp_path: Path,
+) -> None:
+    async with pictures(tmp_path, prepare_memory_bytes_max=512 * MIB) as made:
+        large = encoded(Image.new("L", (3000, 2500)))
+        assert await refusal(made, large, rules=FREE, output=OutputPlan("webp")) == ("media_too_large", None)
+        async with sent(made, large) as inputs:
+            await made.prepare(inputs, edit(rules=FREE, output=OutputPlan("webp", 90)))
 
 
 async def test_more_pixels_than_an_engine_takes_in_one_request(made: Pictures) -> None:

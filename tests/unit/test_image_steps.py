@@ -12,13 +12,14 @@ from PIL import Image
 
 from forebay.engines import image_output as output
 from forebay.engines import image_steps as steps
-from forebay.engines.fence import Refused
+from forebay.engines.fence import TOO_COSTLY, Refused
 from forebay.engines.image_output import OutputPlan, encode, preview, size_of
 from forebay.engines.image_steps import Bounds, MaskPlan, Unfit, Weights
 from forebay.pixels import Size
 
 Array = npt.NDArray[np.uint8]
 RED = (255, 0, 0)
+GIB = 2**30
 
 
 def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> Array:
@@ -246,15 +247,17 @@ def test_what_an_engine_painted_has_as_many_bytes_as_pixels() -> None:
 
 
 def test_a_picture_has_the_shape_of_its_image_and_sides_that_its_format_can_hold() -> None:
-    assert size_of(Size(1000, 667), OutputPlan(size=Size(1536, 1024))) == Size(1536, 1024)
-    assert size_of(Size(70_000, 30_000), OutputPlan()) == Size(70_000, 30_000)
+    assert size_of(Size(1000, 667), OutputPlan(size=Size(1536, 1024)), GIB) == Size(1536, 1024)
+    assert size_of(Size(70_000, 30_000), OutputPlan(), GIB) == Size(70_000, 30_000)
+    assert size_of(Size(4500, 4500), OutputPlan("webp"), GIB) == size_of(Size(4500, 4500), OutputPlan("webp", 99), GIB)
     for source, plan, verdict in (
         (Size(1000, 667), OutputPlan(size=Size(1024, 1024)), output.OTHER_SHAPE),
         (Size(16_384, 9000), OutputPlan("webp"), output.TOO_LONG_SIDE),
         (Size(65_501, 30_000), OutputPlan("jpeg"), output.TOO_LONG_SIDE),
+        (Size(5000, 5000), OutputPlan("webp", 100), TOO_COSTLY),
     ):
         with pytest.raises(Refused) as refused:
-            size_of(source, plan)
+            size_of(source, plan, GIB)
         assert refused.value.verdict == verdict
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 from PIL import Image
 
 from forebay.engines.descriptors import Sink, Source
@@ -94,7 +95,8 @@ def read_order(head: bytes, descriptors: list[int]) -> Order:
 
 
 def warm_up() -> None:
-    """Load what is loaded at the first use: a child can import nothing."""
+    """Load what is loaded at the first use: a child can import nothing, and has no threads."""
+    cv2.setNumThreads(1)
     Image.preinit()
     limits, size = Limits(256, 1.0), Size(16, 16)
     for name in ("png", "jpeg", "webp"):
@@ -124,7 +126,7 @@ def _prepare(order: Order, settings: Settings, tell: Tell) -> None:
     head, out = order.head, Sink(order.out, NO_ROOM)
     first, weights = _first(order, settings, tell)
     tell({"file": "output"})
-    size_of(first.size, order.output)
+    size_of(first.size, order.output, settings.memory_bytes_max)
     sizes = [fit(first.size, head["edge_max"], head["edge_factor"])]
     out.write(shown(first.pixels, sizes[0], hidden=weights is not None and order.mask is None).tobytes())
     del first
@@ -157,7 +159,7 @@ def _finished(order: Order, settings: Settings, tell: Tell) -> tuple[Image.Image
     if not order.images:
         return resized(painted, order.output.size or Size(*painted.size)), None
     first, weights = _first(order, settings, tell)
-    size = size_of(first.size, order.output)
+    size = size_of(first.size, order.output, settings.memory_bytes_max)
     if weights is None:
         return resized(painted, size), first.profile
     put_in(first.pixels, painted, weights)

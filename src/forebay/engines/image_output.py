@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from forebay.engines.fence import Refused
+from forebay.engines.fence import TOO_COSTLY, Refused
 from forebay.engines.image_formats import on_white
 from forebay.engines.image_steps import resized
 from forebay.pixels import Size
@@ -21,6 +21,8 @@ _SHAPE_DIFFERENCE_MAX = 0.02  # as much as the sides of a small picture are roun
 _JPEG_QUALITY = 95
 _FINE_JPEG_QUALITY = 90  # from there on colours are as sharp as light
 _PREVIEW_QUALITY = 85
+_PROGRAM_BYTES = 300 * 2**20  # of address space: this program and its libraries
+_LOSSLESS_WEBP_BYTES = 33  # for each pixel: the picture, and what its encoder takes at most
 _WEBP_EFFORT = {"quality": 20, "method": 0}  # 25 megapixels in seconds and not in minutes
 
 
@@ -41,20 +43,34 @@ class OutputPlan:
     backdrop: Literal["auto", "opaque", "transparent"] = "auto"
     size: Size | None = None
 
+    @property
+    def is_lossless_webp(self) -> bool:
+        """Whether it is what takes most memory of all."""
+        return self.format == "webp" and self.compression in {None, 100}
 
-def size_of(source: Size, plan: OutputPlan) -> Size:
-    """The size of the picture that is made of an image. Raises Refused."""
+
+def size_of(source: Size, plan: OutputPlan, memory_bytes_max: int) -> Size:
+    """The size of the picture that is made of an image. Raises Refused for one that cannot be written in so much memory."""
     size = plan.size or source
     one, other = size.width * source.height, size.height * source.width
     if abs(one - other) > _SHAPE_DIFFERENCE_MAX * max(one, other):
         raise Refused(OTHER_SHAPE)
     if max(size.width, size.height) > _SIDES_MAX[plan.format]:
         raise Refused(TOO_LONG_SIDE)
+    if plan.is_lossless_webp and _PROGRAM_BYTES + size.pixels * _LOSSLESS_WEBP_BYTES > memory_bytes_max:
+        raise Refused(TOO_COSTLY)
     return size
 
 
 def encode(image: Image.Image, plan: OutputPlan, profile: bytes | None, out: Writable) -> None:
-    """Write a picture (RGB or RGBA) in its own size."""
+    """Write a picture (RGB or RGBA) in its own size. Raises Refused where there is too little memory for it."""
+    try:
+        _save(image, plan, profile, out)
+    except (OSError, ValueError):  # what comes from Pillow's encoders, and none of it from the picture
+        raise Refused(TOO_COSTLY) from None
+
+
+def _save(image: Image.Image, plan: OutputPlan, profile: bytes | None, out: Writable) -> None:
     if plan.format == "jpeg" or plan.backdrop == "opaque":
         image = on_white(image)
     kept: dict[str, Any] = {"icc_profile": profile} if profile else {}
@@ -67,7 +83,7 @@ def encode(image: Image.Image, plan: OutputPlan, profile: bytes | None, out: Wri
             quality = _JPEG_QUALITY if plan.compression is None else max(1, plan.compression)
             subsampling = 0 if quality >= _FINE_JPEG_QUALITY else 2
             image.save(out, "JPEG", quality=quality, subsampling=subsampling, **kept)
-        case "webp" if plan.compression is None or plan.compression == 100:
+        case "webp" if plan.is_lossless_webp:
             image.save(out, "WEBP", lossless=True, exact=True, **_WEBP_EFFORT, **kept)
         case "webp":
             image.save(out, "WEBP", quality=plan.compression, **kept)
