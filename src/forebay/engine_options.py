@@ -244,14 +244,14 @@ class PainterOptions(PictureOptions):
     steps_max: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="Most steps that a request may ask for.")
     guidance: Annotated[float, Field(ge=0, le=100)] | None = Field(
         None,
-        description="How closely it keeps to the prompt where a request does not say; if absent the pipeline's own, and no request can choose.",
+        description="How closely it keeps to the prompt where a request does not say; if absent the pipeline's own.",
     )
     guidance_max: Annotated[float, Field(ge=0, le=100)] = Field(
         30, description="Most `guidance` that a request may ask for."
     )
     strength: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="How much of what was there is given up where a request does not say; if absent the pipeline's own, and no request can choose.",
+        description="How much of what was there is given up where a request does not say; if absent the pipeline's own.",
     )
 
     @model_validator(mode="after")

@@ -81,7 +81,7 @@ async def test_what_a_hub_has_paints_new_pictures_and_into_others(server: Server
 
 async def test_what_the_model_cannot_do_is_refused_before_it_computes(server: Server) -> None:
     client: openai.AsyncOpenAI = server.client()
-    for more, field in (({"steps": 101}, "steps"), ({"guidance": 31}, "guidance"), ({"strength": 0.5}, "strength")):
+    for more, field in (({"steps": 101}, "steps"), ({"guidance": 31}, "guidance"), ({"strength": 1.5}, "strength")):
         with pytest.raises(openai.BadRequestError) as refused:
             await client.images.edit(
                 model="painter", prompt="a dog", image=encoded(Image.new("RGB", SIZE)), extra_body=more

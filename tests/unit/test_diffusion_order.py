@@ -64,7 +64,8 @@ def test_an_edit_is_read_with_what_the_model_does_by_itself() -> None:
 
 def test_without_a_mask_or_an_image_it_is_another_kind_of_work() -> None:
     assert read({"mask": False}).settings.kind == IMAGE_TO_IMAGE
-    made = read({"mask": False, "images": [], "strength": 0.5}, edits=False)
+    usual = rules(strength=0.5)
+    made = read({"mask": False, "images": [], "strength": 0.5}, model=usual, edits=False)
     assert made.settings.kind == GENERATE
     assert made.settings.strength is None, "there is nothing to give up"
     assert (made.image, made.mask) == (None, None)
@@ -115,6 +116,9 @@ def test_other_pixels_than_those_that_are_told_of_are_refused() -> None:
 def test_a_model_is_not_asked_for_what_it_cannot_do() -> None:
     with pytest.raises(Refused, match="cannot paint from a prompt alone; it can fill in a mask"):
         read({"mask": False, "images": []}, model=rules(kinds=frozenset({EDIT})), edits=False)
+    with pytest.raises(Refused, match="knows no `strength`"):
+        read({"strength": 0.5}, model=rules(strength_kinds=frozenset({IMAGE_TO_IMAGE})))
+    assert read({"strength": None}, model=rules(strength_kinds=frozenset())).settings.strength is None
     with pytest.raises(Refused, match="no `negative_prompt`"):
         read({"negative_prompt": "a dog"}, model=rules(takes_negative=False))
 

@@ -28,7 +28,7 @@ PATHS = (EDITS, GENERATIONS)
 URL = "data:image/png;base64,AAAA"
 RULES = ImageRules(
     edge_max=512, images_max=2, needs_mask=False, steps=20, steps_max=50, guidance=7.5, guidance_max=30.0, strength=0.6,
-    mask_dilation=3, mask_feather=4, fingerprint="f",
+    takes_strength=True, mask_dilation=3, mask_feather=4, fingerprint="f",
 )  # fmt: skip
 PLAIN = ImageRules(takes_prompt=False)  # as a program that repairs scratches
 FULL: Mapping[str, dict[str, Any]] = {
@@ -236,6 +236,11 @@ def test_no_more_images_than_the_model_takes() -> None:
 def test_a_model_is_not_asked_for_what_it_does_not_know() -> None:
     value: Any
     assert task(rules=PLAIN, quality="low").steps is None
+    own = replace(RULES, guidance=None, strength=None)  # the model has values of its own, and requests may name others
+    assert task(rules=own, guidance=2).guidance == 2
+    assert task(rules=own, strength=0.5).strength == 0.5
+    assert (task(rules=own).guidance, task(rules=own).strength) == (None, None)
+    assert refused(rules=own, guidance=31) == "guidance"
     for field, value in (("steps", 5), ("guidance", 1), ("strength", 0.5), ("negative_prompt", "x")):
         assert refused(rules=PLAIN, saying="The model m knows no ", **{field: value}) == field
     assert refused(steps=51, saying="The model m takes a `steps` of at most 50") == "steps"

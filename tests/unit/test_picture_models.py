@@ -58,7 +58,7 @@ def test_rules_are_what_the_options_say() -> None:
         "guidance_max": 20.0, "strength": 0.5, "mask_dilation": 3, "mask_feather": 4,
     }  # fmt: skip
     rules = picture_rules(_model(engine="diffusion", source=HUB, options=said), "f")
-    assert rules == ImageRules(**said, needs_mask=False, takes_prompt=True, fingerprint="f")
+    assert rules == ImageRules(**said, takes_strength=True, needs_mask=False, takes_prompt=True, fingerprint="f")
     filler = picture_rules(_model(engine="opencv", options={"mask_dilation": 2}), "f")
     assert filler == ImageRules(3840, 1, takes_prompt=False, mask_dilation=2, fingerprint="f")
     assert picture_rules(_model(engine="onnx", source="file:a"), "f") == ImageRules()

@@ -22,7 +22,8 @@ class ImageRules:
     """What the model of a request can do, and what it does where the request says nothing.
 
     `edge_max` is the longest side in pixels that it is given, `edge_factor` what both sides are multiples of, `images_max`
-    how many images it takes. `steps`, `guidance` and `strength` are none for a model that knows no such thing.
+    how many images it takes. `steps` is none for a model that knows no such thing, `guidance_max` for one that knows no
+    guidance; where `guidance` or `strength` is none the model has a value of its own.
     """
 
     edge_max: int = 1024
@@ -33,8 +34,9 @@ class ImageRules:
     steps: int | None = None
     steps_max: int = 0
     guidance: float | None = None
-    guidance_max: float = 0.0
+    guidance_max: float | None = None
     strength: float | None = None
+    takes_strength: bool = False
     mask_dilation: int = 0
     mask_feather: int = 0
     fingerprint: str = ""

@@ -5,7 +5,7 @@ It refuses to take anything from a request: argv and environment come from the c
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -158,7 +158,9 @@ def picture_rules(model: Model, fingerprint: str) -> ImageRules:
         case DiffusionModel(options=diffusion):
             return _painter_rules(diffusion, fingerprint, needs_mask=diffusion.task == "edit")
         case FakeModel(options=fake):
-            return _painter_rules(fake, fingerprint, needs_mask=False, images_max=fake.images_max)
+            rules = _painter_rules(fake, fingerprint, needs_mask=False, images_max=fake.images_max)
+            known = None if fake.guidance is None else fake.guidance_max
+            return replace(rules, guidance_max=known, takes_strength=fake.strength is not None)
         case _:
             return ImageRules()
 
@@ -174,6 +176,7 @@ def _painter_rules(options: PainterOptions, fingerprint: str, *, needs_mask: boo
         guidance=options.guidance,
         guidance_max=options.guidance_max,
         strength=options.strength,
+        takes_strength=True,
         mask_dilation=options.mask_dilation,
         mask_feather=options.mask_feather,
         fingerprint=fingerprint,

@@ -118,7 +118,7 @@ def edit_call(body: EditBody, context: Context) -> Call:
     """The call that `body` asks for. Raises InvalidRequest."""
     rules = context.picture_rules
     images, mask = _images(body, context), _mask(body, context)
-    _check_known(body, "strength", rules.strength, "strength")
+    _check_known(body, "strength", rules.takes_strength or None, "strength")
     plan = MaskPlan(
         body.mask_mode or "alpha",
         body.mask_specks or 0,
@@ -181,7 +181,7 @@ def _task(
 ) -> ImageTask:
     """The work, with the model's own numbers where the body has none."""
     rules = context.picture_rules
-    _check_known(body, "guidance", rules.guidance, "guidance", rules.guidance_max)
+    _check_known(body, "guidance", rules.guidance_max, "guidance", rules.guidance_max)
     _check_known(body, "steps", rules.steps, "steps", rules.steps_max)
     _check_known(body, "negative_prompt", rules.takes_prompt or None, "prompt")
     if not body.prompt and rules.takes_prompt:
