@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.test_fuzz import CONTENT_TYPES, fuzzed, send_apart
+from tests.faults.test_fuzz import CONTENT_TYPES, fuzzed, send_apart, swarm
 from tests.support.images import data_url, picture
 from tests.support.mutate import BOUNDARY, damaged, spoiled, spoiled_form
 from tests.support.picture_jobs import EDITS, GENERATIONS, mask
@@ -94,6 +94,10 @@ async def test_mutated_requests(prove: bool) -> None:
                 kind = chance.choice(CONTENT_TYPES)
             return partial(send_apart, server, path, data, kind, chance)
 
+        large = b'{"model": "fake", "prompt": "a", "n": 2, "size": "auto", "stream": true, "partial_images": 3}'
+        await swarm(
+            [partial(send_apart, server, GENERATIONS, large, "application/json", chance)] * 16, 8
+        )  # as it comes below
         outcomes = await fuzzed(server, count, make)
         assert {"ok", "streamed", "media_invalid", "media_too_large", "invalid_value", "invalid_multipart"} <= set(
             outcomes
