@@ -6,7 +6,7 @@ before that is known.
 
 import struct
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Protocol, cast
 
 from PIL import Image, ImageFile, MpoImagePlugin, WebPImagePlugin
 
@@ -32,6 +32,22 @@ _HIGH_BYTES = [value >> 8 for value in range(65_536)]
 _GREYS = {"L;2": 85, "L;4": 17}  # what Pillow multiplies grey of few bits with, but not the value that is transparent
 
 
+class Readable(Protocol):
+    """Where the bytes of a file come from."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next bytes, at most `size` of them where it is not negative."""
+        ...
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Go elsewhere."""
+        ...
+
+    def tell(self) -> int:
+        """Where it is."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one image may be, by its header."""
@@ -53,7 +69,7 @@ class Decoded:
         return Size(*self.pixels.size)
 
 
-def decode(source: IO[bytes], limits: Limits) -> Decoded:
+def decode(source: Readable, limits: Limits) -> Decoded:
     """The one picture in a file. Raises Refused, and whatever Pillow raises for a damaged one."""
     image = opened(source, limits)
     shown = plain(image)
@@ -62,7 +78,7 @@ def decode(source: IO[bytes], limits: Limits) -> Decoded:
     return Decoded(shown if turn is None else shown.transpose(turn), profile)
 
 
-def opened(source: IO[bytes], limits: Limits) -> ImageFile.ImageFile:
+def opened(source: Readable, limits: Limits) -> ImageFile.ImageFile:
     """An image of which only the header has been read. Raises Refused, and whatever Pillow raises."""
     head = source.read(_HEAD_BYTES)
     found = kind(head)
@@ -72,7 +88,7 @@ def opened(source: IO[bytes], limits: Limits) -> ImageFile.ImageFile:
         check_size(*_webp_size(head), limits)  # opening it takes memory for all that it says to be
     source.seek(0)
     Image.MAX_IMAGE_PIXELS = None  # ours is the limit, and it is lower
-    image = Image.open(source, formats=[found])
+    image = Image.open(cast("IO[bytes]", source), formats=[found])
     check_size(*image.size, limits)
     if found != "JPEG" and getattr(image, "n_frames", 1) > 1:  # in a JPEG it is a preview or a depth map
         raise Refused(TOO_MANY_FRAMES)

@@ -6,7 +6,7 @@ with the image is written: no camera, no place, no words.
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol, cast
 
 from PIL import Image
 
@@ -75,18 +75,19 @@ def _save(image: Image.Image, plan: OutputPlan, profile: bytes | None, out: Writ
         image = on_white(image)
     kept: dict[str, Any] = {"icc_profile": profile} if profile else {}
     image.info.clear()
+    file = cast("IO[bytes]", out)
     match plan.format:
         case "png":
             # Runs alone are looked for: a photograph has nothing else, and is written in a fifth of the time.
-            image.save(out, "PNG", compress_level=1, compress_type=zlib.Z_RLE, **kept)
+            image.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE, **kept)
         case "jpeg":
             quality = _JPEG_QUALITY if plan.compression is None else max(1, plan.compression)
             subsampling = 0 if quality >= _FINE_JPEG_QUALITY else 2
-            image.save(out, "JPEG", quality=quality, subsampling=subsampling, **kept)
+            image.save(file, "JPEG", quality=quality, subsampling=subsampling, **kept)
         case "webp" if plan.is_lossless_webp:
-            image.save(out, "WEBP", lossless=True, exact=True, **_WEBP_EFFORT, **kept)
+            image.save(file, "WEBP", lossless=True, exact=True, **_WEBP_EFFORT, **kept)
         case "webp":
-            image.save(out, "WEBP", quality=plan.compression, **kept)
+            image.save(file, "WEBP", quality=plan.compression, **kept)
 
 
 def preview(image: Image.Image, edge: int, profile: bytes | None, out: Writable) -> None:
@@ -94,4 +95,4 @@ def preview(image: Image.Image, edge: int, profile: bytes | None, out: Writable)
     scale = min(1.0, edge / max(image.size))
     small = resized(image, Size(*(max(1, round(side * scale)) for side in image.size)))
     kept: dict[str, Any] = {"icc_profile": profile} if profile else {}
-    on_white(small).save(out, "JPEG", quality=_PREVIEW_QUALITY, **kept)
+    on_white(small).save(cast("IO[bytes]", out), "JPEG", quality=_PREVIEW_QUALITY, **kept)

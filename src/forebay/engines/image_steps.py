@@ -80,7 +80,8 @@ def transparent(image: Image.Image) -> Bits:
     """Where one sees through it entirely."""
     if image.mode != "RGBA":
         return np.zeros((image.height, image.width), np.uint8)
-    return (np.asarray(image.getchannel("A")) == 0).view(np.uint8)
+    unseen: Bits = (np.asarray(image.getchannel("A")) == 0).view(np.uint8)
+    return unseen
 
 
 def cleaned(bits: Bits, plan: MaskPlan, bounds: Bounds) -> Weights:
@@ -117,9 +118,10 @@ def without_specks(bits: Bits, area: int) -> Bits:
     areas = np.zeros(count, np.int64)
     for start in range(0, flat.size, _COUNTED_PIXELS):  # counting takes 8 bytes for each
         areas += np.bincount(flat[start : start + _COUNTED_PIXELS], minlength=count)
-    kept = (areas > area).view(np.uint8)
+    kept: Bits = (areas > area).view(np.uint8)
     kept[0] = 0
-    return kept[labels]
+    left: Bits = kept[labels]
+    return left
 
 
 def grown(bits: Bits, by: int) -> Bits:
