@@ -11,7 +11,7 @@ from forebay.config import IntakeSettings
 from tests.support.jobs import until_ended
 from tests.support.picture_jobs import IMAGE, pictures_of, until_nothing_is_left
 from tests.support.pushed import Bucket, envelope, hole, ordered, push, pushed
-from tests.support.server import Server, serving
+from tests.support.server import Server, eventually, serving
 
 CONFIG = """
 default_models = false
@@ -62,6 +62,27 @@ async def test_a_server_that_is_killed_at_every_point_of_a_message(tmp_path: Pat
     assert {path.name for path in (tmp_path / "inbox" / "storm").iterdir()} == {
         *("photo.png", "mask.png", "edited.jpg", "preview.jpg"),
     }
+
+
+async def test_an_image_that_is_removed_when_its_result_is_there_fails_no_job(tmp_path: Path) -> None:
+    """Whoever watches the store may tidy up before the job is settled, and then the server dies."""
+    bucket = Bucket(IntakeSettings(url=f"file:{tmp_path / 'inbox'}"))
+    for name, data in {"photo.png": IMAGE, "mask.png": hole()}.items():
+        await bucket.put(name, data)
+    async with living(tmp_path, bucket, "image.delivered") as server:
+        with suppress(aiohttp.ClientError):
+            await pushed(server, ordered("photo.png"), "tidy")
+        await eventually(
+            lambda: server.process.returncode is not None, within_seconds=60, what=f"the end of\n{server.log}"
+        )
+    assert await bucket.get("edited.jpg") is not None
+    for name in ("photo.png", "mask.png"):
+        await bucket.remove(name)
+    async with living(tmp_path, bucket) as server:
+        (job,) = (await server.get("/v1/jobs?kind=image"))["data"]
+        assert (await until_ended(server, job["id"]))["status"] == "completed"
+        assert len(await pictures_of(server)) == 2
+        await until_nothing_is_left(server)
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 from pydantic import SecretStr
@@ -193,6 +194,25 @@ async def test_the_same_request_makes_one_job(server: Server) -> None:
         status, refusal, _ = await post(server, headers=same, **fields)
         assert (status, refusal["error"]["code"]) == (409, "idempotency_conflict")
     await until_ended(server, first[1]["id"])
+    await until_nothing_is_left(server)
+
+
+async def test_an_image_that_was_a_mask_is_another_request(server: Server) -> None:
+    """The same fields and the same bytes in the same order, but not for the same."""
+    answers = []
+    for second in ("mask", "image"):
+        form = aiohttp.FormData()
+        for name, value in {"model": "painter", "prompt": "a cat", "background": "true", "seed": "7"}.items():
+            form.add_field(name, value)
+        form.add_field("image", IMAGE, filename="image.png", content_type="image/png")
+        form.add_field(second, mask(), filename="mask.png", content_type="image/png")
+        headers = {**server.headers, "Idempotency-Key": "which is which"}
+        async with server.session.post(server.url + EDITS, headers=headers, data=form) as response:
+            answers.append((response.status, await response.json()))
+    (status, job), (again, refusal) = answers
+    assert (status, again) == (202, 409), answers
+    assert refusal["error"]["code"] == "idempotency_conflict"
+    await until_ended(server, job["id"])
     await until_nothing_is_left(server)
 
 

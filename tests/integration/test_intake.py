@@ -167,6 +167,19 @@ async def test_an_order_names_its_own_results(server: Server, bucket: Bucket) ->
     assert await bucket.get("named/edited.jpg") is None
 
 
+async def test_what_lies_behind_the_result_is_as_ordered(server: Server, bucket: Bucket) -> None:
+    """`background` means that here, as nobody can mean a job."""
+    image = await placed(bucket, "behind")
+    await bucket.put(image, encoded(Image.new("RGBA", SIZE, (255, 0, 0, 128))))
+    for backdrop, mode in {"auto": "RGBA", "opaque": "RGB"}.items():
+        order = ordered(image, output=f"behind/{backdrop}.png", preview=f"behind/{backdrop}.jpg", background=backdrop)
+        job_id = await pushed(server, order, f"behind-{backdrop}")
+        assert (await until_ended(server, job_id))["status"] == "completed"
+        made = await bucket.get(f"behind/{backdrop}.png")
+        assert made is not None
+        assert Image.open(io.BytesIO(made)).mode == mode
+
+
 async def test_ten_deliveries_at_once_are_one_job(server: Server, bucket: Bucket, url: str | None) -> None:
     image = await placed(bucket, "many")
     before = await jobs(server, url)

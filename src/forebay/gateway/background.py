@@ -98,7 +98,7 @@ async def _hand_in(request: Request, caller: Principal, handed: Handed, raw: byt
     async def perform(transaction: Transaction) -> dict[str, Any]:
         return await submit(desk, store, transaction, handed)
 
-    fingerprint = raw if handed.parcel is None else raw + await _digest(handed.parcel)
+    fingerprint = raw if handed.parcel is None else raw + new.request + await _digest(handed.parcel)
     async with drafted(lambda: store.discard(blobs, new.id)) as draft:
         answer = await create(request, caller, fingerprint, perform, before=check, retries=True)
         draft.kept = not replayed(answer)

@@ -20,7 +20,7 @@ from forebay.dialects.openai.image_events import Delivered, PictureShape, writte
 from forebay.dialects.pubsub import ObjectNames
 from forebay.errors import InvalidRequest, NotFound
 from forebay.gateway.auth import Principal
-from forebay.gateway.background import OF_THE_DOOR, Handed, Limits, hand_in
+from forebay.gateway.background import Handed, Limits, hand_in
 from forebay.gateway.signed import Signer, beginning_of
 from forebay.jobs.image import Asked, KeptPicture
 from forebay.media.pictures import Inputs
@@ -60,15 +60,14 @@ def handed_of(
     inputs: Inputs,
     objects: ObjectNames | None = None,
 ) -> Handed:
-    """The request as an attempt will read it: the work alone, how much came with it, and what lies in the intake's store."""
+    """The request as an attempt will read it: its body, how much came with it, and what lies in the intake's store."""
     body: dict[str, Any] = from_json(raw)
     shape, task = call.shape, call.picture
     assert isinstance(shape, PictureShape)
     assert task is not None
-    work = to_json({name: value for name, value in body.items() if name not in OF_THE_DOOR})
     spools = [*inputs.images, *([] if inputs.mask is None else [inputs.mask])]
     mask = None if inputs.mask is None else inputs.mask.bytes
-    asked = Asked(work, tuple(each.bytes for each in inputs.images), mask, objects)
+    asked = Asked(raw, tuple(each.bytes for each in inputs.images), mask, objects)
     shown = {
         "task": task.task,
         "format": task.output.format,

@@ -43,6 +43,7 @@ PREVIEW_TYPE = "image/jpeg"
 # About how long each takes beside the others; painting and finishing take turns.
 _PLAN = Plan({FETCHING: 2, PREPARING: 5, PAINTING: 93})
 _PAINTED = 0.95  # of a picture, when its last step is done
+_BEFORE_BODY = b"\n"  # no JSON in one line has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +74,17 @@ class Asked:
         return self.mask is not None or (self.objects is not None and self.objects.mask is not None)
 
     def written(self) -> bytes:
-        """As it is kept."""
+        """As it is kept: the body is as it came, for it may be megabytes of base64, and stands behind the rest."""
         objects = None if self.objects is None else asdict(self.objects)
-        return to_json({"body": from_json(self.body), "images": self.images, "mask": self.mask, "objects": objects})
+        return to_json({"images": self.images, "mask": self.mask, "objects": objects}) + _BEFORE_BODY + self.body
 
     @classmethod
     def read(cls, kept: bytes) -> "Asked":
         """The same again."""
-        values: dict[str, Any] = from_json(kept)
+        head, _, body = kept.partition(_BEFORE_BODY)
+        values: dict[str, Any] = from_json(head)
         objects = None if values["objects"] is None else ObjectNames(**values["objects"])
-        return cls(to_json(values["body"]), tuple(values["images"]), values["mask"], objects)
+        return cls(body, tuple(values["images"]), values["mask"], objects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,8 @@ class ImageWork:
         self, lease: Lease, run: Run, job: MediaJob, asked: Asked, call: Call, task: ImageTask
     ) -> "_Gallery":
         gallery = _Gallery(self._rooms, lease, run, task.n, await self._rooms.store.parts(lease.id))
+        if gallery.next is None:  # whoever has seen the results may have removed what they are made of
+            return gallery
         async with gallery.telling():
             gallery.stage(FETCHING, 0)
             async with self._inputs(job, asked, task) as inputs:
