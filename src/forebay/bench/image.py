@@ -1,11 +1,12 @@
 """Edits of images through the server beside diffusers driven directly (P13).
 
 Both are given the same files, an image and its mask, and end with the bytes of a PNG: each decodes both, makes them as
-large as the model takes them, runs the same pipeline with as many steps and the same seed, makes what was painted as large
-as the image again, puts it into the image where the mask is, and encodes that. Diffusers is driven the fastest way that is
-known: in inference mode and outside of the main thread, whose memory the C library gives back after each step. The time of a picture through the server is
-that of its request, upload and answer included; the time of diffusers is what its process needs from the paths of the files
-to the bytes. The ratio is the time of diffusers by that of the server, over all pictures of a seed: 1 costs nothing.
+large as the model takes them, runs the same pipeline with as many steps and the same seed, makes what was painted as
+large as the image again, puts it into the image where the mask is, and encodes that. Diffusers is driven the fastest
+way that is known: in inference mode and outside of the main thread, whose memory the C library gives back after each
+step. The time of a picture through the server is that of its request, upload and answer included; the time of diffusers
+is what its process needs from the paths of the files to the bytes. The ratio is the time of diffusers by that of the
+server, over all pictures of a seed: 1 costs nothing.
 
 It refuses to compare what is not alike: pipelines that are set up in a way that diffusers is not driven here.
 """
