@@ -1,4 +1,4 @@
-"""A program for a process of its own: edits images with diffusers driven directly, one after another, as fast as it can.
+"""A program for a process of its own: edits images with diffusers driven directly, one after another, at its best.
 
 It refuses to import anything else of this package, so that its memory is that of the libraries.
 """

@@ -1,4 +1,4 @@
-"""What a process and all that it has started take: memory, the most of it that they took together, and CPU time; and its end.
+"""What a process and all that it has started take: memory, the most of it together, and CPU time; and how one ends.
 
 It refuses to know what they do. It needs /proc.
 """
