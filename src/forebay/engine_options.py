@@ -307,7 +307,7 @@ class DiffusionOptions(PainterOptions):
         "PNDMScheduler",
         "UniPCMultistepScheduler",
     ] = Field("model", description="How steps follow each other; `model` is the folder's own.")
-    compile: bool = Field(False, description="Compile the model when it is loaded: the start takes minutes longer.")
+    compile: bool = Field(False, description="Compile the model: the start takes minutes longer, and so does the first picture of another size.")
     batch_images: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="Pictures that are painted at once; 1 is best on a CPU."
     )

@@ -51,7 +51,7 @@ def _build(kind: str, folder: str, width: int = 16) -> None:
 
 def _vae(diffusers: Any, latents: int) -> Any:
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16),
+        block_out_channels=(16, 16, 16, 16),
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         latent_channels=latents,

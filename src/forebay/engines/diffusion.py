@@ -134,6 +134,8 @@ class Engine:
         studio = Studio(model)
         try:
             studio.warm_up()
+            if spec.compile:
+                studio.warm_up(spec.edge_max)  # each size takes long the first time
         except StepFailed as error:
             refuse_to_start(f"{spec.name} cannot paint: its parts do not fit together. {one_line(str(error))}")
         self._work = asyncio.run_coroutine_threadsafe(self._begin(studio), loop).result()

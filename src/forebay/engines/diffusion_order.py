@@ -101,7 +101,9 @@ def read_order(body: bytes, rules: Rules, *, edits: bool) -> Order:
         known = " and ".join(_WHAT[each] for each in sorted(rules.kinds))
         raise Refused(400, f"This model cannot {_WHAT[kind]}; it can {known}.", param="mask" if edits else "model")
     if kind not in rules.strength_kinds and header.get("strength") not in {None, rules.strength}:
-        raise Refused(400, f"This model knows no `strength` where it is to {_WHAT[kind]}. Leave it out.", param="strength")
+        raise Refused(
+            400, f"This model knows no `strength` where it is to {_WHAT[kind]}. Leave it out.", param="strength"
+        )
     image, mask = _pixels(pixels, size, header.get("images"), masked=masked, edits=edits)
     settings = Settings(
         kind=kind,

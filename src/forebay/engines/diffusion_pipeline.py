@@ -14,6 +14,7 @@ import torch
 
 from forebay.engines.diffusion_folder import Folder
 from forebay.engines.diffusion_order import Rules
+from forebay.engines.diffusion_prompts import Remembered
 from forebay.engines.start import refuse_to_start
 from forebay.pipelines import EDIT
 
@@ -106,12 +107,18 @@ class Model:
     def place(self, offload: str) -> None:
         """Put the parts where they belong: all onto the device, or each when it is needed."""
         self.offload = offload
+        self.forget()
         self.any.remove_all_hooks()
         self.offloaded = None
         if offload == "none":
             self.any.to(self.device)
         else:
             self.any.to("cpu")
+
+    def forget(self) -> None:
+        """Give back what is remembered of prompts."""
+        for pipe in self.pipelines.values():
+            pipe.encode_prompt.forget()
 
     def ready(self, kind: str) -> Any:
         """The pipeline that does this, with its parts in place."""
@@ -206,6 +213,7 @@ def _like(pipe: Any, kind: Any) -> Any:
     wanted, _ = kind._get_signature_keys(kind)  # noqa: SLF001  `from_pipe` would change the type of all weights
     made = pipe if isinstance(pipe, kind) else kind(**{name: getattr(pipe, name, None) for name in wanted})
     made.set_progress_bar_config(disable=True)
+    made.encode_prompt = Remembered(made.encode_prompt)
     return made
 
 

@@ -61,10 +61,10 @@ class Studio:
             run_out_of_memory("A library ran out of memory where it cannot go on from.")
         raise failure
 
-    def warm_up(self) -> None:
-        """Paint something small, so that what does not fit together shows at the start. Raises as `paint` does."""
+    def warm_up(self, edge: int = _WARM_UP_EDGE) -> None:
+        """Paint one step of something, so that what does not fit together shows at the start. Raises as `paint` does."""
         kind = next(iter(self._model.pipelines))
-        edge = -(-_WARM_UP_EDGE // self._model.factor) * self._model.factor
+        edge = max(1, edge // self._model.factor) * self._model.factor
         size = Size(edge, edge)
         settings = Settings(kind, size, steps=1, guidance=None, strength=None, partials=0)
         image = memoryview(bytes(3 * size.pixels)) if kind != GENERATE else None
@@ -123,6 +123,7 @@ class Studio:
 
     def _tidy(self) -> None:
         """Give memory back that a failed batch has held."""
+        self._model.forget()
         for pipe in self._model.pipelines.values():
             if self._model.offloaded in {None, pipe}:
                 pipe.maybe_free_model_hooks()
