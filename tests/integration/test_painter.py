@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from forebay import __version__
 from forebay.dialects.imaging import ImageRules, Painted
 from forebay.dialects.openai.call import Call, Context, parse
 from forebay.engines import picture_records
@@ -119,7 +120,13 @@ async def painting(room: Pictures, **fields: Any) -> Painting:
 
 async def told_by(room: Pictures, says: Callable[[Call], Records], **fields: Any) -> tuple[Told, list[Painted]]:
     told = Told()
-    return told, await (await painting(room, **fields)).run(Engine(says).compute, told)
+    return told, await ran(await painting(room, **fields), Engine(says), told)
+
+
+async def ran(made: Painting, engine: Engine, told: Told, **more: Any) -> list[Painted]:
+    """The pictures that were kept, in order."""
+    await made.run(engine.compute, told, **more)
+    return [picture for _, picture in sorted(told.pictures.items())]
 
 
 async def test_what_an_engine_is_asked_for(room: Pictures) -> None:
@@ -158,6 +165,7 @@ async def test_what_is_told_of_pictures_on_their_way_and_at_their_end(room: Pict
         assert each.used == {
             "model": "m", "model_fingerprint": "f", "prompt": "a", "steps": 4, "guidance": 2.5, "seed": 7 + number,
             "width": SIDE, "height": SIDE, "engine": "fake", "pipeline": "Fake", "notices": [],
+            "forebay_version": __version__,
         }  # fmt: skip
         assert Image.open(io.BytesIO(each.data)).size == (SIDE, SIDE)
 
@@ -183,7 +191,7 @@ async def test_seeds(room: Pictures) -> None:
     asked = []
     for seed in (5, 5, None, None):
         engine = Engine(fake)
-        made = await (await painting(room, n=2, seed=seed)).run(engine.compute, Told())
+        made = await ran(await painting(room, n=2, seed=seed), engine, Told())
         ((head, _),) = engine.asked
         assert head["reproducible"] == (seed is not None)
         assert [each.used["seed"] for each in made] == head["seeds"]
@@ -197,12 +205,12 @@ async def test_one_after_the_other_and_what_was_done_before(room: Pictures) -> N
     together = (await told_by(room, fake, n=3, seed=5))[1]
     engine, told = Engine(fake), Told()
     made = await painting(room, n=3, seed=5)
-    alone = await made.run(engine.compute, told, {1: together[1]}, each_alone=True)
+    alone = await ran(made, engine, told, done={1}, each_alone=True)
     assert [head["seeds"] for head, _ in engine.asked] == [[5], [7]]
     assert sorted(told.pictures) == [0, 2]
     assert {number for number, _, _ in told.steps} == {0, 2}
-    assert [each.data for each in alone] == [each.data for each in together]
-    assert await made.run(engine.compute, told, dict(enumerate(alone))) == alone
+    assert [each.data for each in alone] == [together[0].data, together[2].data]
+    await made.run(engine.compute, told, range(3))
     assert len(engine.asked) == 2, "nothing is left to do"
 
 
@@ -220,7 +228,7 @@ async def test_large_pictures_are_not_held_all_at_once(room: Pictures) -> None:
     made = await Painter(room).prepare(
         call(rules=wide, n=2, seed=5, size=f"{side}x{side}", output_format="jpeg"), Inputs()
     )
-    assert [each.size for each in await made.run(engine.compute, told)] == [Size(side, side)] * 2
+    assert [each.size for each in await ran(made, engine, told)] == [Size(side, side)] * 2
     assert [head["seeds"] for head, _ in engine.asked] == [[5], [6]]
 
 
@@ -233,9 +241,9 @@ async def test_edits(tmp_path: Path, room: Pictures) -> None:
     engine, told = Engine(fake), Told()
     async with room.spool() as spool:
         await spool.write(encoded(through))
-        asked = call(IMAGE_EDITS, replace(RULES, edge_factor=8), count=1, seed=1)
+        asked = call(IMAGE_EDITS, replace(RULES, edge_factor=8), count=1, seed=1, mask_specks=3)
         made = await Painter(room).prepare(asked, Inputs((spool,)), preview=True)
-        (picture,) = await made.run(engine.compute, told)
+        (picture,) = await ran(made, engine, told)
     ((head, data),) = engine.asked
     assert (head["width"], head["height"], head["images"], head["mask"]) == (16, 8, [{"width": 16, "height": 8}], True)
     assert len(data) == 16 * 8 * 4
@@ -245,6 +253,8 @@ async def test_edits(tmp_path: Path, room: Pictures) -> None:
     assert painted.getpixel((15, 15)) != kept.getpixel((15, 15))
     kept.paste(painted.crop((10, 10, 20, 20)), (10, 10))
     assert painted.tobytes() == kept.tobytes(), "and nothing outside the mask has changed"
+    cleaned = {"mask_mode": "alpha", "mask_specks": 3, "mask_dilation": 0, "mask_feather": 0}
+    assert cleaned.items() <= picture.used.items(), "what the mask was made into cannot be seen in the picture"
     assert picture.preview is not None
     assert Image.open(io.BytesIO(picture.preview)).format == "JPEG"
 

@@ -5,8 +5,8 @@ It refuses to paint on for a caller who has gone, and to hold more finished pict
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 
 from starlette.types import Send
 
@@ -21,7 +21,7 @@ from forebay.errors import CallerError, InsufficientStorage, InvalidRequest, Not
 from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer, Visit, Waiting
 from forebay.gateway.picture_jobs import ANSWER_BYTES_MAX
-from forebay.gateway.places import Room
+from forebay.gateway.places import Room, Share
 from forebay.gateway.signed import Signer
 from forebay.jobs.picture_files import keep_as_file
 from forebay.media.pictures import Inputs, Pictures
@@ -30,6 +30,8 @@ from forebay.scheduler.painter import Painter, Painting, Pixels
 from forebay.store.files import FileStore
 
 Kept = Callable[[int, Painted], Awaitable[None]]
+
+_BYTES_OF_ANSWER = 3  # for each of a picture in an answer: itself, and its base64 while that is put together
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +57,19 @@ class Frame:
     beginning: str
 
     @asynccontextmanager
-    async def delivered(self, pictures: Sequence[Painted]) -> AsyncIterator[list[Delivered]]:
-        """All of them, for a block that tells the caller where they are; if it fails, nothing of them is left.
+    async def delivering(self) -> AsyncIterator[Callable[[Painted], Awaitable[Delivered]]]:
+        """Hands pictures over, for a block that tells the caller where they are; if it fails, nothing of them is left.
 
-        Raises InsufficientStorage and StoreUnavailable.
+        What it calls raises InsufficientStorage and StoreUnavailable.
         """
         found: list[Delivered] = []
+
+        async def deliver(picture: Painted) -> Delivered:
+            found.append(await self._deliver(picture))
+            return found[-1]
+
         try:
-            for picture in pictures:
-                found.append(await self._deliver(picture))  # what is there is removed if the next fails
-            yield found
+            yield deliver
         except BaseException:
             await shielded(self._remove(found))
             raise
@@ -75,10 +80,11 @@ class Frame:
             return Delivered(picture)
         seconds = easels.settings.url_seconds if delivery == "url" else easels.settings.keep_seconds
         file = await keep_as_file(easels.files, easels.blobs, self.project, picture, seconds)
+        stored = replace(picture, data=b"")
         if delivery == "file_id":
-            return Delivered(picture, file_id=file.id)
+            return Delivered(stored, file_id=file.id)
         url = await easels.signer.address(self.beginning, file.id, seconds)
-        return Delivered(picture, url=url, file_id=file.id)
+        return Delivered(stored, url=url, file_id=file.id)
 
     async def _remove(self, delivered: Sequence[Delivered]) -> None:
         for each in delivered:
@@ -152,26 +158,47 @@ class PictureAnswer(OnlineAnswer):
         assert isinstance(shape, PictureShape), "these endpoints are about pictures"
         assert task is not None, "so is the call"
         frame = Frame(self._easels, self._principal.project_id, task, self._beginning)
+        serve = self._stream if call.stream else self._answer_whole
         self._bytes = 0
+        self._painting = await self._made_ready(call, task)
+        with self._easels.room.held(self._painting.pixel_bytes) as share:
+            await serve(visit, send, shape, frame, share)
+
+    async def _stream(self, visit: Visit, send: Send, shape: PictureShape, frame: Frame, share: Share) -> None:
+        """Send each picture as soon as it is finished; then it is held no longer."""
 
         async def kept(image: int, picture: Painted) -> None:
-            self._count(task, picture)
-            if call.stream:
-                await self._tell(visit, send)
-                async with frame.delivered([picture]) as delivered:
-                    await self._send_event(visit, send, lambda: shape.completed(image, delivered[0], self._now()))
+            self._count(frame.task, picture)
+            await self._tell(visit, send)
+            with share.more(_BYTES_OF_ANSWER * len(picture.data)):
+                async with frame.delivering() as deliver:
+                    delivered = await deliver(picture)
+                    await self._send_event(visit, send, lambda: shape.completed(image, delivered, self._now()))
 
-        self._told = _Told(shape, kept, streams=call.stream)
-        self._painting = await self._made_ready(call, task)
-        with self._easels.room.held(self._painting.pixel_bytes):
-            pictures = await self._painting.run(lambda part: self._run_part(visit, part, send), self._told)
+        await self._paint(visit, send, _Told(shape, kept, streams=True))
+        await self._send(visit, send, {"type": "http.response.body", "body": b""})
+
+    async def _answer_whole(self, visit: Visit, send: Send, shape: PictureShape, frame: Frame, share: Share) -> None:
+        """Send all of them at once. Of those that are not in the answer itself only their places are held."""
+        made: list[Delivered] = []
+        with ExitStack() as held:
+            async with frame.delivering() as deliver:
+
+                async def kept(_image: int, picture: Painted) -> None:
+                    self._count(frame.task, picture)
+                    if frame.task.delivery == "b64_json":
+                        held.enter_context(share.more(_BYTES_OF_ANSWER * len(picture.data)))
+                    made.append(await deliver(picture))
+
+                await self._paint(visit, send, _Told(shape, kept, streams=False))
+                body = await asyncio.to_thread(written, shape.answer(made, self._now()))
+                await self._send_whole(visit, send, body)
+
+    async def _paint(self, visit: Visit, send: Send, told: "_Told") -> None:
+        assert self._painting is not None, "it was made ready"
+        self._told = told
+        await self._painting.run(lambda part: self._run_part(visit, part, send), told)
         visit.progress = Progress()
-        if call.stream:
-            await self._send(visit, send, {"type": "http.response.body", "body": b""})
-            return
-        async with frame.delivered(pictures) as delivered:
-            body = await asyncio.to_thread(written, shape.answer(delivered, self._now()))
-            await self._send_whole(visit, send, body)
 
     async def _made_ready(self, call: Call, task: ImageTask) -> Painting:
         """Fetch, whoever of several models is to paint, and make it ready for this one."""

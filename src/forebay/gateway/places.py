@@ -21,17 +21,39 @@ class Room:
         self._held = 0
 
     @contextmanager
-    def held(self, size: int) -> Iterator[None]:
+    def held(self, size: int) -> Iterator["Share"]:
         """Count so many bytes while the block lasts. Raises Overloaded where the others leave no room for them."""
-        if self._held and self._held + size > self._bytes_max:
+        share = Share(self)
+        with share.more(size):
+            yield share
+
+    def count(self, size: int, own: int) -> None:
+        """Count so many bytes more, or less, of a request that has its `own` already. Raises as `held` does."""
+        others = self._held - own
+        if size > 0 and others and self._held + size > self._bytes_max:
             raise Overloaded(
                 f"Too many {self._what} are being worked on. Try again later.", retry_after_seconds=_FULL_SECONDS
             )
         self._held += size
+
+
+class Share:
+    """What one request holds of a room."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._own = 0
+
+    @contextmanager
+    def more(self, size: int) -> Iterator[None]:
+        """Count so many bytes more while the block lasts. Raises as `Room.held` does."""
+        self._room.count(size, self._own)
+        self._own += size
         try:
             yield
         finally:
-            self._held -= size
+            self._room.count(-size, self._own)
+            self._own -= size
 
 
 class Places:

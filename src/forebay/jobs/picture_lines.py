@@ -64,9 +64,10 @@ class PictureLines:
         painting = await self._painter.prepare(call, inputs)
         while True:
             try:
-                return await painting.run(compute, finished, finished.pictures, each_alone=True)
+                await painting.run(compute, finished, finished.pictures, each_alone=True)
             except Preempted:
                 continue
+            return [finished.pictures[image] for image in range(task.n)]
 
     async def _delivered(self, task: ImageTask, picture: Painted, project: str) -> Delivered:
         if task.delivery == "b64_json":

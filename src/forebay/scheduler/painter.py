@@ -5,10 +5,11 @@ near what the mask does not cover, and to paint again what a job has finished be
 """
 
 import binascii
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from forebay import __version__
 from forebay.clock import random_bytes
 from forebay.dialects.imaging import ImageTask, Painted
 from forebay.dialects.openai.call import Call
@@ -55,7 +56,7 @@ class Listener(Protocol):
         ...
 
     async def kept(self, image: int, picture: Painted) -> None:
-        """A picture is finished; nothing goes on before this returns."""
+        """A picture is finished, and held by nobody else; nothing goes on before this returns."""
         ...
 
 
@@ -98,37 +99,27 @@ class Painting:
         return len(self._prepared.data) + min(self._task.n * one, max(one, _HELD_BYTES_MAX))
 
     async def run(
-        self,
-        compute: Compute,
-        listener: Listener,
-        done: Mapping[int, Painted] | None = None,
-        *,
-        each_alone: bool = False,
-    ) -> list[Painted]:
-        """Every picture of the request; `done` are those that were finished before.
+        self, compute: Compute, listener: Listener, done: Collection[int] = (), *, each_alone: bool = False
+    ) -> None:
+        """Every picture of the request but those that are `done`: `listener` keeps them, one after the other.
 
         With `each_alone` every picture is a request of its own to an engine, so that each is kept when it is finished;
         large ones are never asked for all at once.
         Raises whatever `compute`, `finish` and `listener.kept` do.
         """
-        found = dict(done or {})
-        left = [image for image in range(self._task.n) if image not in found]
+        left = [image for image in range(self._task.n) if image not in done]
         at_once = 1 if each_alone else max(1, _HELD_BYTES_MAX // (self._prepared.size.pixels * RGB_BYTES))
         for images in (left[place : place + at_once] for place in range(0, len(left), at_once)):
-            found |= await self.paint(images, compute, listener)
-        return [found[image] for image in range(self._task.n)]
+            await self.paint(images, compute, listener)
 
-    async def paint(self, images: Sequence[int], compute: Compute, listener: Listener) -> dict[int, Painted]:
+    async def paint(self, images: Sequence[int], compute: Compute, listener: Listener) -> None:
         """The `images`-th pictures of the request, by one request to an engine. Raises what `run` does."""
-        found: dict[int, Painted] = {}
         easel = _Easel(self._prepared.size, images, self._task, listener)
         listener.stage(PAINTING, 0.0)
         await compute(self._part(images, easel))
         for number, pixels in enumerate(easel.finished()):
             listener.stage(FINISHING, 100 * number / len(images))
-            found[pixels.image] = await self.finish(pixels)
-            await listener.kept(pixels.image, found[pixels.image])
-        return found
+            await listener.kept(pixels.image, await self.finish(pixels))
 
     async def finish(self, pixels: Pixels) -> Painted:
         """The picture as the caller gets it. Raises what `Pictures.finish` does."""
@@ -152,7 +143,11 @@ class Painting:
             "seed": self._seeds[pixels.image],
             "width": pixels.size.width,
             "height": pixels.size.height,
+            "output_compression": task.output.compression,
+            "forebay_version": __version__,
         }
+        if self._prepared.has_mask:
+            used |= {f"mask_{name}": value for name, value in asdict(task.mask_plan).items()}
         told = {name: value for name, value in {**used, **pixels.used}.items() if value is not None}
         return replace(made, used=told)
 
