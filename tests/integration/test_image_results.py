@@ -1,7 +1,11 @@
 """Pictures that are files of their project: under a signed address that ends, and by their ids."""
 
+import asyncio
 import base64
 import io
+import json
+import random
+import socket
 from collections.abc import AsyncIterator, Mapping
 from urllib.parse import parse_qs, urlsplit
 
@@ -11,7 +15,9 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from tests.support.picture_jobs import EDITS, GENERATIONS, IMAGE, pictures_of
+from tests.support.images import encoded
+from tests.support.jobs import result, until_ended
+from tests.support.picture_jobs import EDITS, GENERATIONS, IMAGE, handed_in, pictures_of
 from tests.support.picture_requests import as_json, edited, events_of, form
 from tests.support.server import FAKE, Server, eventually, serving
 
@@ -90,6 +96,31 @@ async def test_addresses_end_and_may_begin_otherwise() -> None:
             return (await fetched(here))[0] == 404
 
         await eventually(gone, within_seconds=5, what="the end of the address")
+
+
+async def test_what_a_reader_has_not_taken_counts_as_held() -> None:
+    """The result of a job is read as bytes by one who is slow: there is memory for him alone."""
+    size = (1500, 1500)
+    noise = encoded(Image.frombytes("RGB", size, random.Random(1).randbytes(3 * size[0] * size[1])))
+    hole = Image.new("RGBA", size, (0, 0, 0, 255))
+    hole.paste((0, 0, 0, 0), (16, 16, 400, 400))
+    async with serving(f"{FAKE}[images]\nheld_bytes_max = 8388608\n") as server:
+        job_id = await handed_in(server, noise, hole=encoded(hole), model="fake")
+        assert (await until_ended(server, job_id))["status"] == "completed"
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect((urlsplit(server.url).hostname, urlsplit(server.url).port))
+            path = f"/v1/jobs/{job_id}/result?format=b64_json"
+            slow.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n\r\n".encode())
+            assert (await asyncio.to_thread(slow.recv, 12)) == b"HTTP/1.1 200"
+            status, body = await result(server, job_id, "b64_json")
+            assert (status, json.loads(body)["error"]["code"]) == (429, "queue_full"), body[:200]
+            assert (await result(server, job_id, "url"))[0] == 200
+
+        async def free() -> bool:
+            return (await result(server, job_id, "b64_json"))[0] == 200
+
+        await eventually(free, what="memory that is given back")
 
 
 @pytest.mark.parametrize("host", ["x/health?", "a@b", "", "x y", "evil.example.com/#"])

@@ -1,15 +1,18 @@
 """Pictures that are made in the background: what of a request its job reads, and its result as OpenAI answers.
 
-It refuses to send more bytes in one answer than fit into memory beside others: files are read one by one.
+It refuses to send more bytes in one answer than fit into memory beside others: files are read one by one, and what is held
+until a reader has it counts.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, get_args
 
 from fastapi import Request
 from pydantic_core import from_json, to_json
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from forebay.clock import new_id
 from forebay.config import Settings
@@ -21,6 +24,7 @@ from forebay.dialects.pubsub import ObjectNames
 from forebay.errors import InvalidRequest, NotFound
 from forebay.gateway.auth import Principal
 from forebay.gateway.background import Handed, Limits, hand_in
+from forebay.gateway.places import Room
 from forebay.gateway.signed import Signer, beginning_of
 from forebay.jobs.image import Asked, KeptPicture
 from forebay.media.pictures import Inputs
@@ -28,6 +32,8 @@ from forebay.store.jobs import Job
 from forebay.store.media_jobs import IMAGE, NewMediaJob, Result
 
 ANSWER_BYTES_MAX = 64 * 2**20  # of all pictures of one answer
+BYTES_OF_ANSWER = 3  # for each of a picture in an answer: itself, and its base64 while that is put together
+_PIECE_BYTES = 2**18
 _USUAL: Delivery = "file_id"
 
 
@@ -102,20 +108,54 @@ def handed_of(
     )
 
 
-async def rendered(request: Request, job: Job, found: Result, form: str | None) -> bytes:
-    """The result of a job as OpenAI answers, with the file of each preview.
+class PictureResult(Response):
+    """The result of a job as OpenAI answers, with the file of each preview; made while it is sent.
 
-    Raises InvalidRequest for a format that is none and NotFound for files that are gone.
+    Sending it raises InvalidRequest for a format that is none, NotFound for files that are gone, and Overloaded where other
+    answers hold the memory.
     """
-    asked, made = from_json(found.shown), from_json(found.body)
-    delivery: Delivery = asked["delivery"] if form is None else _delivery(form)
-    pictures = [KeptPicture.read(each) for each in made["pictures"]]
-    if delivery == "b64_json" and sum(each.picture.bytes for each in pictures) > ANSWER_BYTES_MAX:
-        raise InvalidRequest(
-            "These pictures are too many bytes for one answer. Ask for `file_id`, and read the files one by one.",
-            param="format",
-            code="answer_too_long",
-        )
+
+    media_type = "application/json"
+
+    def __init__(self, job: Job, found: Result, form: str | None) -> None:
+        super().__init__()
+        self._job = job
+        self._found = found
+        self._form = form
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Make it, and send it piece by piece, so that its memory is given back when a reader has it and not before."""
+        request = Request(scope, receive)
+        room: Room = request.app.state.easels.room
+        asked, made = from_json(self._found.shown), from_json(self._found.body)
+        delivery: Delivery = asked["delivery"] if self._form is None else _delivery(self._form)
+        pictures = [KeptPicture.read(each) for each in made["pictures"]]
+        size = sum(each.picture.bytes for each in pictures) if delivery == "b64_json" else 0
+        if size > ANSWER_BYTES_MAX:
+            raise InvalidRequest(
+                "These pictures are too many bytes for one answer. Ask for `file_id`, and read the files one by one.",
+                param="format",
+                code="answer_too_long",
+            )
+        with room.held(BYTES_OF_ANSWER * size) if size else nullcontext():
+            body = await _rendered(request, self._job, asked, made, pictures, delivery)
+            self.headers["content-length"] = str(len(body))
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for start in range(0, len(body), _PIECE_BYTES):
+                await send(
+                    {"type": "http.response.body", "body": body[start : start + _PIECE_BYTES], "more_body": True}
+                )
+            await send({"type": "http.response.body", "body": b""})
+
+
+async def _rendered(
+    request: Request,
+    job: Job,
+    asked: Mapping[str, Any],
+    made: Mapping[str, Any],
+    pictures: Sequence[KeptPicture],
+    delivery: Delivery,
+) -> bytes:
     output = OutputPlan(asked["format"], backdrop=asked["backdrop"])
     shape = PictureShape(asked["task"], output, delivery, asked["quality"])
     delivered = [await _delivered(request, job.project_id, each, delivery) for each in pictures]

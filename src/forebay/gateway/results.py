@@ -34,7 +34,7 @@ async def show_result(
     job = await desk.get(caller.project_id, job_id)
     found = await _result(request.app.state.media_jobs, job)
     if job.kind == IMAGE:
-        return Response(await picture_jobs.rendered(request, job, found, form), media_type="application/json")
+        return picture_jobs.PictureResult(job, found, form)
     try:
         content_type, body = await asyncio.to_thread(transcriptions.rendered, found, form)
     except InvalidRequest as error:
