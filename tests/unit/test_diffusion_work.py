@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -15,6 +15,7 @@ from forebay.engines.diffusion_work import Work
 from forebay.engines.serving import OutOfMemory
 from forebay.engines.threads import Unwanted
 from forebay.pixels import Size
+from tests.support.server import eventually
 
 BAD = 13
 
@@ -101,13 +102,6 @@ def order(*seeds: int, steps: int = 2, reproducible: bool = False, partials: int
     return Order(settings, "a cat", "", seeds, reproducible)
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for the thread, which tells the loop."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 class Bench:
     """Work on a library."""
 
@@ -122,7 +116,7 @@ class Bench:
     async def busy(self) -> tuple["asyncio.Task[None]", Teller]:
         """A request whose picture is being painted, so that others wait."""
         asked = self.ask(order(99, edge=9))
-        await until(lambda: self.work.painting)
+        await eventually(lambda: self.work.painting)
         return asked
 
 
@@ -149,7 +143,7 @@ async def test_pictures_with_the_same_settings_share_a_batch_in_order_of_arrival
             at.ask(order(4, 5)),
             at.ask(order(6, reproducible=True)),
         ]
-        await until(lambda: at.work.waiting == 6)
+        await eventually(lambda: at.work.waiting == 6)
         at.library.run_free()
         await asyncio.gather(first, *(task for task, _ in asked))
     assert at.library.begun == [[99], [1, 2, 4], [3], [5], [6]]
@@ -176,7 +170,7 @@ async def test_nothing_but_the_running_step_is_computed_for_who_has_gone() -> No
     async with bench(Library()) as at:
         task, teller = at.ask(order(1, steps=9))
         at.library.let(2)
-        await until(lambda: len(teller.steps) == 2)
+        await eventually(lambda: len(teller.steps) == 2)
         task.cancel()
         await asyncio.sleep(0)
         assert not task.done(), "the running step has not ended"
@@ -195,7 +189,7 @@ async def test_who_waits_and_goes_is_never_begun() -> None:
     async with bench(Library()) as at:
         first, _ = await at.busy()
         task, _ = at.ask(order(1))
-        await until(lambda: at.work.waiting)
+        await eventually(lambda: at.work.waiting)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -208,10 +202,10 @@ async def test_who_leaves_a_batch_is_let_go_at_its_next_step_and_the_others_stay
     async with bench(Library()) as at:
         first, _ = await at.busy()
         (one, _), (two, stays) = at.ask(order(1, steps=4)), at.ask(order(2, steps=4))
-        await until(lambda: at.work.waiting == 2)
+        await eventually(lambda: at.work.waiting == 2)
         at.library.let(3)
         await first
-        await until(lambda: stays.steps)
+        await eventually(lambda: stays.steps)
         one.cancel()
         at.library.let()
         with pytest.raises(asyncio.CancelledError):
@@ -227,7 +221,7 @@ async def test_a_batch_that_is_refused_fails_only_who_is_to_blame() -> None:
     async with bench(Library()) as at:
         first, _ = await at.busy()
         (good, told), (bad, _) = at.ask(order(1)), at.ask(order(BAD))
-        await until(lambda: at.work.waiting == 2)
+        await eventually(lambda: at.work.waiting == 2)
         at.library.run_free()
         await asyncio.gather(first, good)
         with pytest.raises(Refused) as refused:
@@ -284,11 +278,11 @@ async def test_whoever_waits_hears_that_something_is_computed(monkeypatch: pytes
     async with bench(Library()) as at:
         _, painted = await at.busy()
         _, waits = at.ask(order(1))
-        await until(lambda: painted.lives and waits.lives)
+        await eventually(lambda: painted.lives and waits.lives)
         limit = at.work._seconds_max = Passed()
-        await until(lambda: limit.looks)
+        await eventually(lambda: limit.looks)
         before = waits.lives
-        await until(lambda: limit.looks > 3)
+        await eventually(lambda: limit.looks > 3)
         assert waits.lives == before, "a step that takes too long is no sign of life"
 
 
