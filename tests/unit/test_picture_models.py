@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from forebay.outbound import Outbound
 from forebay.replicas.calls import Calls
 from forebay.replicas.catalog import DEFAULT_MODELS, Catalog
 from forebay.replicas.commands import capabilities_of, command_for, picture_rules, traits_of
+from forebay.replicas.repository import MANIFEST
 from tests.unit.test_calls import NoFiles
 
 _MODEL: TypeAdapter[Any] = TypeAdapter(Model)
@@ -127,6 +129,32 @@ def test_another_variant_is_another_folder(tmp_path: Path) -> None:
     assert len(set(places)) == 3
     assert place(steps=5) == places[0]
     assert all(each.parent == tmp_path for each in places)
+
+
+def test_a_fingerprint_changes_with_the_weights_wherever_they_lie(tmp_path: Path) -> None:
+    folder, lora = tmp_path / "model", tmp_path / "lora.safetensors"
+    weights = folder / "unet" / "weights.safetensors"
+    weights.parent.mkdir(parents=True)
+
+    def fingerprint(source: str = f"file:{folder}") -> str:
+        options = {"loras": [{"file": str(lora)}]}
+        model = _model(engine="diffusion", source=source, options=options)
+        return Catalog(Settings(models_dir=tmp_path, models={"m": model})).fingerprint("m")
+
+    found: list[str] = []
+    for path in (weights, lora, weights, lora):
+        path.write_bytes(b"weights" * (len(found) + 1))
+        found.append(fingerprint())
+        assert fingerprint() == found[-1]
+    assert len(set(found)) == 4
+
+    listed = [{"path": "unet/weights.safetensors", "size_bytes": 7, "oid": "1"}]
+    (folder / MANIFEST).write_text(json.dumps(listed), encoding="utf-8")
+    pulled = fingerprint()
+    os.utime(weights, (1, 1))
+    assert fingerprint() == pulled, "the hub names contents, so the same model is the same wherever it was pulled"
+    (folder / MANIFEST).write_text(json.dumps([{**listed[0], "oid": "2"}]), encoding="utf-8")
+    assert fingerprint() != pulled
 
 
 async def test_a_call_knows_what_came_beside_it_and_what_the_model_can_do() -> None:

@@ -30,7 +30,7 @@ from forebay.model_config import (
 )
 from forebay.replicas import gguf, sources
 from forebay.replicas.fallbacks import chains
-from forebay.replicas.repository import MANIFEST, Wanted, manifest
+from forebay.replicas.repository import MANIFEST, Wanted, digest, manifest
 from forebay.replicas.sources import FileSource, HubSource, Source
 
 _SHOWN_MAX = 128
@@ -300,10 +300,14 @@ class Catalog:
         return path.is_file() and self._is_sound(path) if self.is_gguf(name) else path.exists()
 
     def fingerprint(self, name: str) -> str:
-        """Changes with its settings and with its file: what was computed under another one is out of date."""
-        said = self._said[name]
+        """Changes with its settings and with its files: what was computed under another one is out of date."""
+        said, model = self._said[name], self._models[name]
         if not self.needs_file(name):
             return said
+        if isinstance(model, DiffusionModel):
+            more = [each.file for each in model.options.loras]
+            more += [model.options.transformer_file] if model.options.transformer_file is not None else []
+            return f"{said}-{digest(self.path(name), more)}"
         try:
             status = self.path(name).stat()
         except OSError:

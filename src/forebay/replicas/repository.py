@@ -4,10 +4,12 @@ It refuses names that lead out of the folder, weights in formats that can run co
 allowed; it asks no hub, and writes nothing.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,6 +58,24 @@ def manifest(folder: Path) -> list[Entry] | None:
             return [Entry(**each) for each in json.loads(file.read(_MANIFEST_BYTES_MAX))]
     except (OSError, ValueError, TypeError):
         return None
+
+
+def digest(folder: Path, beside: Sequence[Path] = ()) -> str:
+    """Changes with any file of a folder, and with the files `beside` it.
+
+    A pulled folder is known by what its hub says of its contents, so it is the same wherever it was pulled; any other
+    by the sizes and times of its files.
+    """
+    known = manifest(folder)
+    said = [repr(sorted((entry.path, entry.oid) for entry in known or ()))]
+    files = [] if known is not None else sorted(islice(folder.rglob("*"), _FILES_MAX))
+    for path in (*files, *beside):
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        said.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(said).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def parts_of(index: bytes, repository: str) -> frozenset[str]:
