@@ -154,6 +154,7 @@ async def test_pictures_with_the_same_settings_share_a_batch_in_order_of_arrival
         {0: b"\6"},
     ]
     assert asked[2][1].steps == [(0, 1, 2), (0, 2, 2), (1, 1, 2), (1, 2, 2)]
+    assert [len(teller.notices) for _, teller in asked] == [2, 0, 1, 0], "who has shared a batch is told so"
 
 
 async def test_pictures_that_have_to_be_the_same_every_time_are_painted_one_by_one() -> None:

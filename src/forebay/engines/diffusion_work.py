@@ -288,6 +288,7 @@ class Work:
             request.left -= 1
             request.easel.rows(each.image, result.pixels)
             notices = [*result.notices, *(_NOTICES[way] for way in self._painter.savings if way in _NOTICES)]
+            notices += [_SHARED] if len(batch) > 1 else []
             request.easel.finished(each.image, result.steps, notices)
 
     def _refused(self, batch: list[_Picture], reason: str) -> None:
@@ -362,6 +363,7 @@ class _Follower(Watch):
         self._loop.call_soon_threadsafe(self._work.partial, self._batch, number, pixels)
 
 
+_SHARED = "It was painted in one batch with others; alone, the same seed may give slightly other pixels."
 _NOTICES = {"tiles": "The picture was decoded in tiles for want of memory; faint seams are possible."}
 
 
