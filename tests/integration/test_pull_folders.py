@@ -185,9 +185,22 @@ async def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
 
 async def test_a_small_file_of_another_size_is_refused(tmp_path: Path) -> None:
     async with hub(WANTED) as server:
-        server.files[FILES + "vae/config.json"] = b'{"a": 1}'
-        with pytest.raises(SetupError, match="has 8 bytes and not the 2"):
+        server.files[FILES + "vae/config.json"] = b"1"
+        with pytest.raises(SetupError, match="has 1 bytes and not the 2"):
             await bring(settings(tmp_path, server))
+
+
+@pytest.mark.parametrize("announce", [True, False])
+async def test_a_file_is_no_larger_than_its_hub_has_told(tmp_path: Path, announce: bool) -> None:
+    """What the list told was allowed; more is not written to the disk."""
+    files = {"model_index.json": VAE_ALONE, "vae/config.json": b"{}"}
+    async with hub(files) as server:
+        server.announce = announce
+        server.files[FILES + "vae/config.json"] = b"x" * 40_000_000
+        with pytest.raises(SetupError, match="more than the 2 bytes"):
+            await bring(settings(tmp_path, server))
+    assert not list(tmp_path.rglob("config.json*"))
+    assert server.sent < 20_000_000
 
 
 @pytest.mark.parametrize(

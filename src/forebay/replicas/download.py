@@ -40,13 +40,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """What to fetch. `spare_bytes` is room that the caller needs beside the download itself."""
+    """What to fetch, which has at most `bytes_max`. `spare_bytes` is room that the caller needs beside the download itself."""
 
     url: str
     sha256: str | None = None
     token: str | None = None
     size_bytes: int | None = None
     spare_bytes: int = 0
+    bytes_max: int | None = None
 
     @property
     def shown(self) -> str:
@@ -227,10 +228,11 @@ async def _fetch(
             raise _Cut("the server has less than was fetched before")
         _refuse(response, remote)
         total = await _agree(response, part)
+        _check_size(total or 0, part, remote)
         room = remote.spare_bytes + (total or remote.size_bytes or part.done) - part.done
         check_room(part.path.parent, room, settings)
         progress(part.done, total)
-        await _receive(response, part, total, settings, progress)
+        await _receive(response, remote, part, total, settings, progress)
 
 
 def _range_headers(part: _Part, remote: Remote) -> dict[str, str]:
@@ -316,14 +318,30 @@ def _content_range(value: str) -> tuple[int, int | None]:
         raise _Cut("the server sent a range that cannot be read") from None
 
 
+def _check_size(size: int, part: _Part, remote: Remote) -> None:
+    """Refuse more than there may be; going on from such a part would never help."""
+    if remote.bytes_max is not None and size > remote.bytes_max:
+        discard(part.path)
+        raise SetupError(
+            f"{remote.shown} has more than the {remote.bytes_max} bytes that were told of it, so it was deleted. Pull it "
+            "again; if that does not help, check the model's `source`."
+        )
+
+
 async def _receive(
-    response: aiohttp.ClientResponse, part: _Part, total: int | None, settings: PullSettings, progress: Progress
+    response: aiohttp.ClientResponse,
+    remote: Remote,
+    part: _Part,
+    total: int | None,
+    settings: PullSettings,
+    progress: Progress,
 ) -> None:
     room_checked = part.done
     # Not `iter_chunked`: it raises the reader's buffer to twice the chunk, and a cut loses what is in it.
     while chunk := await response.content.readany():
         if total is not None and part.done + len(chunk) > total:
             raise _Cut("the server sent more than it announced")
+        _check_size(part.done + len(chunk), part, remote)
         await part.write(chunk)
         progress(part.done, total)
         if part.done - room_checked > _ROOM_CHECK_BYTES:

@@ -107,6 +107,7 @@ async def _bring_file(order: FolderOrder, entry: Entry, before: int, total: int)
         sha256=entry.sha256,
         token=None if token is None else token.get_secret_value(),
         size_bytes=entry.size_bytes,
+        bytes_max=entry.size_bytes,
     )
     await download(remote, part, order.settings, order.clock, lambda done, _: order.progress(before + done, total))
     if (size := part.stat().st_size) != entry.size_bytes:
