@@ -131,7 +131,7 @@ async def test_a_file_that_changes_in_between_is_fetched_from_its_beginning(tmp_
         assert (await _pull(settings)).read_bytes() == BODY[::-1]
 
 
-@pytest.mark.parametrize("sha256", [SHA256, None])
+@pytest.mark.parametrize("sha256", [SHA256, None], ids=["checksum", "none"])
 async def test_without_an_etag_only_a_checksum_makes_a_rest_trustworthy(tmp_path: Path, sha256: str | None) -> None:
     async with serve(BODY) as server:
         server.etag, server.cut_after = None, 3_000_000

@@ -181,6 +181,7 @@ async def test_every_file_is_verified_and_removed(tmp_path: Path, index: Index, 
         (BESIDE + "!/model.onnx", None, "is damaged"),
         (INSIDE, "0" * 64, f"has the checksum {digest(MODEL)} and not 0000"),
     ],
+    ids=["no such file inside", "no such archive", "no archive", "another checksum"],
 )
 async def test_what_is_not_in_the_archive_leaves_nothing(
     tmp_path: Path, index: Index, source: str, sha256: str | None, said: str
