@@ -79,6 +79,53 @@ async def test_what_a_hub_has_paints_new_pictures_and_into_others(server: Server
     assert not np.array_equal(pixels(edited)[~outside], photograph[~outside])
 
 
+def odd_images() -> dict[str, tuple[bytes, Image.Image]]:
+    """Files of images, and what is to be seen in them."""
+    photograph = Image.fromarray(cat()).resize((90, 70))
+    ramp = Image.linear_gradient("L").resize(photograph.size)
+    through = photograph.copy()
+    through.putalpha(ramp)
+    palette = photograph.quantize(64)
+    wide = Image.fromarray(np.random.default_rng(1).integers(0, 2**16, (70, 90), np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, high = io.BytesIO(), Image.fromarray((np.asarray(wide) >> 8).astype(np.uint8))
+    photograph.save(turned, "JPEG", exif=exif)
+    seen = Image.open(turned).transpose(Image.Transpose.ROTATE_270)
+    of_palette = palette.convert("RGBA")
+    of_palette.putalpha(Image.fromarray(np.where(np.asarray(palette) == 3, 0, 255).astype(np.uint8)))
+    return {
+        "one can see through": (encoded(through), through),
+        "palette": (encoded(palette, transparency=3), of_palette),
+        "grey of 16 bits": (encoded(wide), high.convert("RGB")),
+        "on its side": (turned.getvalue(), seen),
+    }
+
+
+@pytest.mark.parametrize("name", odd_images())
+async def test_whatever_an_image_is_nothing_outside_the_mask_changes(server: Server, name: str) -> None:
+    """None of them has sides that the model paints, and all are larger than it paints."""
+    client: openai.AsyncOpenAI = server.client()
+    data, seen = odd_images()[name]
+    hole = np.full((seen.height, seen.width), 255, np.uint8)
+    hole[11:43, 17:52] = 0
+    mask = encoded(Image.merge("LA", (Image.new("L", seen.size), Image.fromarray(hole))))
+    more = {"seed": 7, "mask_feather": 5}
+    for form in ("png", "webp"):
+        asked: dict[str, Any] = {"output_format": form, "extra_body": more}
+        found = await made(
+            client.images.edit(model="painter", prompt="a dog", image=("a", data), mask=("m", mask), **asked)
+        )
+        with Image.open(io.BytesIO(base64.b64decode(found.b64_json))) as image:
+            assert (image.mode, image.size) == (seen.mode, seen.size)
+            painted, before = np.asarray(image), np.asarray(seen)
+        assert np.array_equal(painted[hole > 0], before[hole > 0]), form
+        inside = hole == 0
+        assert (painted[inside] != before[inside]).any(axis=-1).mean() > 0.9
+        if image.mode == "RGBA":
+            assert (painted[inside][:, 3] == 255).all(), "what was painted is not seen through"
+
+
 async def test_what_the_model_cannot_do_is_refused_before_it_computes(server: Server) -> None:
     client: openai.AsyncOpenAI = server.client()
     for more, field in (({"steps": 101}, "steps"), ({"guidance": 31}, "guidance"), ({"strength": 1.5}, "strength")):
