@@ -29,6 +29,7 @@ from forebay.server_config import (
 
 _SECRET_BYTES_MAX = 65_536
 _STORE_URL = r"^(s3://|file:)"
+_PROJECT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class PullSettings(Section):
@@ -206,8 +207,11 @@ class IntakeSettings(StoreSettings):
         "https://www.googleapis.com/oauth2/v3/certs",
         description="Where the public keys of their signatures are (JWKS).",
     )
-    token_project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
-        "default", description="Project that these tokens act for, as members."
+    token_project: Annotated[str, Field(pattern=_PROJECT_NAME)] = Field(
+        "default", description="Project that these tokens act for, as members; its API keys may push, too."
+    )
+    projects: Annotated[tuple[Annotated[str, Field(pattern=_PROJECT_NAME)], ...], Field(max_length=100)] = Field(
+        (), description="Further projects whose API keys may push: each reads and writes every object of the store."
     )
 
     @field_validator("output_name", "preview_name")

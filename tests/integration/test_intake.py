@@ -45,6 +45,7 @@ allowed_networks = ["127.0.0.2/32"]
 model = "painter"
 message_bytes_max = 16384
 token_project = "pushed"
+projects = ["default", "stranger"]
 token_audience = "{audience}"
 token_email = "{email}"
 token_keys_url = "{keys}"
@@ -99,6 +100,7 @@ async def keyring(server: Server, url: str | None) -> dict[str, str]:
         "reader": (await store.create_key(role=Role.READ_ONLY))[1],
         "embedder": (await store.create_key(scopes=frozenset({Capability.EMBEDDING})))[1],
         "pushed": (await store.create_key("pushed"))[1],
+        "outsider": (await store.create_key("outsider"))[1],
         "slow": (await store.create_key(requests_per_minute=1))[1],
     }
     await database.close()
@@ -366,6 +368,8 @@ async def test_nobody_else_is_let_in(server: Server, url: str | None, keyring: d
     assert (await push(server, body, headers={"Authorization": ""}))[0] == 401
     assert (await push(server, body, key=keyring["reader"]))[0] == 403
     assert (await push(server, body, key=keyring["embedder"]))[1]["error"]["code"] == "insufficient_scope"
+    status, answer = await push(server, body, key=keyring["outsider"])  # or it could read what others have put there
+    assert (status, answer["error"]["code"]) == (403, "permission_denied")
     assert await taken(server, url, "nobody") == 0
 
 

@@ -68,6 +68,7 @@ async def take_message(request: Request, caller: Pusher) -> Response:
     settings: Settings = state.settings
     check_open(settings)
     caller.require_scope(Capability.IMAGE_EDIT)
+    await state.push_tokens.check_project(caller)
     door: Door = state.door
     try:
         door.rates.check(caller, 0)
@@ -100,11 +101,12 @@ def check_open(settings: Settings) -> None:
 async def order_in(request: Request, caller: Principal, data: bytes, attributes: Mapping[str, str]) -> Handed:
     """What the data of a message asks for, ready to become a job.
 
-    Raises InvalidRequest and ModelNotFound, which name the field of the data.
+    Raises InvalidRequest and ModelNotFound, which name the field of the data, and PermissionDenied.
     """
     state = request.app.state
     settings: Settings = state.settings
     check_open(settings)
+    await state.push_tokens.check_project(caller)
     intake = settings.intake
     defaults = Defaults(intake.model, intake.output_name, intake.preview_name, intake.output_compression)
     order = order_of(data, attributes, defaults)

@@ -1,7 +1,7 @@
 """Signed tokens of a push platform: whether one was made for this server and by its account, and whom it then acts for.
 
-It refuses every algorithm but RS256 and every key but those at the configured address, and to ask there more than once a
-minute for a key that is not among them.
+It refuses every algorithm but RS256 and every key but those at the configured address, to ask there more than once a
+minute for a key that is not among them, and projects that the settings do not name.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from forebay.clock import Clock
 from forebay.config import IntakeSettings
-from forebay.errors import InvalidRequest, Unauthorized, Unreachable
+from forebay.errors import InvalidRequest, PermissionDenied, Unauthorized, Unreachable
 from forebay.gateway.auth import Principal
 from forebay.inference import Capability
 from forebay.outbound import Outbound
@@ -49,7 +49,7 @@ class PushTokens:
     def __init__(self, settings: IntakeSettings, store: KeyStore, outbound: Outbound, clock: Clock) -> None:
         self._settings = settings
         self._store = store
-        self._project_id: str | None = None
+        self._projects: dict[str, str] = {}  # ids by name
         self._outbound = outbound
         self._clock = clock
         self._log = Log()
@@ -65,9 +65,23 @@ class PushTokens:
     async def principal(self, token: str) -> Principal:
         """Whom a good token acts for: a member of the project of the settings. Raises what `check` does."""
         await self.check(token)
-        if self._project_id is None:
-            self._project_id = (await self._store.get_or_create_project(self._settings.token_project)).id
-        return Principal(_KEY_ID, self._project_id, Role.MEMBER, frozenset({Capability.IMAGE_EDIT}))
+        project_id = await self._id_of(self._settings.token_project)
+        return Principal(_KEY_ID, project_id, Role.MEMBER, frozenset({Capability.IMAGE_EDIT}))
+
+    async def check_project(self, caller: Principal) -> None:
+        """Raise PermissionDenied unless the store is open to the caller's project: a message may name any object of it."""
+        if caller.role is Role.ADMIN:
+            return
+        names = (self._settings.token_project, *self._settings.projects)
+        if caller.project_id not in [await self._id_of(name) for name in names]:
+            raise PermissionDenied(
+                "The project of this API key may push no messages. The operator of the server adds it to `intake.projects`."
+            )
+
+    async def _id_of(self, project: str) -> str:
+        if project not in self._projects:
+            self._projects[project] = (await self._store.get_or_create_project(project)).id
+        return self._projects[project]
 
     async def check(self, token: str) -> None:
         """Raise Unauthorized unless the platform made it for us, Unreachable where its keys cannot be had."""
