@@ -388,3 +388,12 @@ def test_base64_of_any_length_is_whole(size: int) -> None:
     assert [base64.b64decode(each["b64_json"]) for each in told["data"]] == [data] * 2
     event = json.loads(shape.completed(0, Delivered(picture), 1).split(b"data: ", 1)[1])
     assert base64.b64decode(event["b64_json"]) == data
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "x y" * 40_000])
+def test_a_name_that_nobody_knows_is_not_echoed_whole(name: str) -> None:
+    for fields in ({name: 1}, {"mask": {name: 1}}):
+        with pytest.raises(InvalidRequest) as error:
+            parse(ENDPOINTS[EDITS].body, json.dumps({"model": "m", **fields}).encode())
+        assert len(str(error.value)) < 200
+        assert len(error.value.param or "") < 100

@@ -28,6 +28,7 @@ FIELDS_MAX = 50_000  # each costs microseconds on the event loop, and every stre
 _LARGE_BODY_BYTES = 262_144
 _FIELD = re.compile(rb'(?<!\\)(?:\\\\)*"[ \t\r\n]*:')  # a quote that ends a name; not one inside a text
 _REASON_CHARS_MAX = 300
+_PARAM_CHARS_MAX = 64  # of a part of the name of a field, which its caller has made up
 
 Tier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 Extensions = Literal["llama.cpp", "vllm"]
@@ -226,10 +227,9 @@ def _param(location: tuple[int | str, ...]) -> str:
             text += f"[{part}]"
         elif part in _UNION_TAGS or (tagged and part in _DISCRIMINATORS):
             continue
-        elif part.isidentifier():
-            text += f".{part}" if text else part
-        elif not part.isidentifier() and "[" not in part:
-            text += f".{part[:64]}" if text else part[:64]
+        elif part.isidentifier() or "[" not in part:
+            shown = part[:_PARAM_CHARS_MAX]
+            text += f".{shown}" if text else shown
     return text
 
 
