@@ -327,6 +327,22 @@ async def test_lines_of_a_batch(server: Server) -> None:
     await until_nothing_is_left(server)
 
 
+async def test_a_line_that_is_cancelled_leaves_no_files(server: Server) -> None:
+    before = len(await pictures_of(server))
+    body = {"model": "painter", "prompt": SLOW, "size": "64x48", "n": 5, "steps": 2, "response_format": "file_id"}
+    line = {"custom_id": "new", "method": "POST", "url": GENERATIONS, "body": body}
+    batch = await submit(server, [line], endpoint=GENERATIONS)
+
+    async def begun() -> bool:
+        return len(await pictures_of(server)) > before
+
+    await eventually(begun, what="the first picture of the line")
+    await server.post(f"/v1/batches/{batch['id']}/cancel")
+    assert (await finished(server, batch["id"]))["status"] == "cancelled"
+    await until_nothing_is_left(server)
+    assert len(await pictures_of(server)) == before
+
+
 async def test_lines_for_new_pictures(server: Server) -> None:
     body = {"model": "painter", "prompt": "a cat", "size": "64x48", "seed": 7}
     line = {"custom_id": "new", "method": "POST", "url": GENERATIONS, "body": body}

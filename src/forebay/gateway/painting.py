@@ -4,26 +4,25 @@ It refuses to paint on for a caller who has gone, and to hold more finished pict
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from starlette.types import Send
 
 from forebay.blobs.blobs import Blobs
-from forebay.blobs.shielded import shielded
 from forebay.config import ImageSettings
 from forebay.dialects.answer import Progress
 from forebay.dialects.imaging import ImageTask, Painted
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.image_events import Delivered, PictureShape, written
-from forebay.errors import CallerError, InsufficientStorage, InvalidRequest, NotFound, StoreUnavailable
+from forebay.errors import CallerError, InvalidRequest
 from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer, Visit, Waiting
 from forebay.gateway.picture_jobs import ANSWER_BYTES_MAX
 from forebay.gateway.places import Room, Share
 from forebay.gateway.signed import Signer
-from forebay.jobs.picture_files import keep_as_file
+from forebay.jobs.picture_files import kept_files
 from forebay.media.pictures import Inputs, Pictures
 from forebay.replicas.catalog import Catalog
 from forebay.scheduler.painter import Painter, Painting, Pixels
@@ -62,35 +61,20 @@ class Frame:
 
         What it calls raises InsufficientStorage and StoreUnavailable.
         """
-        found: list[Delivered] = []
+        easels, delivery = self.easels, self.task.delivery
+        seconds = easels.settings.url_seconds if delivery == "url" else easels.settings.keep_seconds
 
         async def deliver(picture: Painted) -> Delivered:
-            found.append(await self._deliver(picture))
-            return found[-1]
+            if delivery == "b64_json":
+                return Delivered(picture)
+            file, stored = await keep(picture), replace(picture, data=b"")
+            if delivery == "file_id":
+                return Delivered(stored, file_id=file.id)
+            url = await easels.signer.address(self.beginning, file.id, seconds)
+            return Delivered(stored, url=url, file_id=file.id)
 
-        try:
+        async with kept_files(easels.files, easels.blobs, self.project, seconds) as keep:
             yield deliver
-        except BaseException:
-            await shielded(self._remove(found))
-            raise
-
-    async def _deliver(self, picture: Painted) -> Delivered:
-        easels, delivery = self.easels, self.task.delivery
-        if delivery == "b64_json":
-            return Delivered(picture)
-        seconds = easels.settings.url_seconds if delivery == "url" else easels.settings.keep_seconds
-        file = await keep_as_file(easels.files, easels.blobs, self.project, picture, seconds)
-        stored = replace(picture, data=b"")
-        if delivery == "file_id":
-            return Delivered(stored, file_id=file.id)
-        url = await easels.signer.address(self.beginning, file.id, seconds)
-        return Delivered(stored, url=url, file_id=file.id)
-
-    async def _remove(self, delivered: Sequence[Delivered]) -> None:
-        for each in delivered:
-            if each.file_id is not None:
-                with suppress(NotFound, StoreUnavailable, InsufficientStorage):  # it expires
-                    await self.easels.files.delete(self.easels.blobs, self.project, each.file_id)
 
 
 class _Told:

@@ -4,15 +4,18 @@ It refuses to leave the bytes of a picture behind that has not become a file.
 """
 
 import hashlib
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 from forebay.blobs.blobs import Blobs
 from forebay.blobs.shielded import shielded
 from forebay.dialects.imaging import Painted
 from forebay.dialects.openai.files import IMAGE_RESULT
-from forebay.errors import InsufficientStorage, StoreUnavailable
+from forebay.errors import InsufficientStorage, NotFound, StoreUnavailable
 from forebay.store.files import File, FileStore
+
+Keep = Callable[[Painted], Awaitable[File]]
 
 
 async def keep_as_file(files: FileStore, blobs: Blobs, project: str, picture: Painted, keep_seconds: float) -> File:
@@ -28,6 +31,32 @@ async def keep_as_file(files: FileStore, blobs: Blobs, project: str, picture: Pa
         with suppress(StoreUnavailable, InsufficientStorage):
             await shielded(files.discard(blobs, file))
         raise
+
+
+@asynccontextmanager
+async def kept_files(files: FileStore, blobs: Blobs, project: str, keep_seconds: float) -> AsyncIterator[Keep]:
+    """Makes files of pictures, for a block that tells somebody where they are; if it fails, nothing of them is left.
+
+    What it calls raises what `keep_as_file` does.
+    """
+    made: list[str] = []
+
+    async def keep(picture: Painted) -> File:
+        file = await keep_as_file(files, blobs, project, picture, keep_seconds)
+        made.append(file.id)
+        return file
+
+    try:
+        yield keep
+    except BaseException:
+        await shielded(_remove(files, blobs, project, made))
+        raise
+
+
+async def _remove(files: FileStore, blobs: Blobs, project: str, file_ids: Sequence[str]) -> None:
+    for file_id in file_ids:
+        with suppress(NotFound, StoreUnavailable, InsufficientStorage):  # it expires
+            await files.delete(blobs, project, file_id)
 
 
 async def store_blob(blobs: Blobs, key: str, data: bytes) -> None:

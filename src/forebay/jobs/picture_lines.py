@@ -14,7 +14,7 @@ from forebay.dialects.imaging import ImageTask, Painted
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.image_events import Delivered, PictureShape, written
 from forebay.errors import InvalidRequest, Preempted
-from forebay.jobs.picture_files import keep_as_file
+from forebay.jobs.picture_files import Keep, kept_files
 from forebay.media.pictures import Inputs, Pictures
 from forebay.scheduler.gather import Gathered
 from forebay.scheduler.painter import Compute, Painter, Pixels
@@ -50,17 +50,22 @@ class PictureLines:
                 param="response_format",
                 code="invalid_value",
             )
-        async with self._places, self._pictures.fetched(Inputs(), task, call.request.project, patient=True) as inputs:
-            painted = await self._painted(call, task, inputs, compute)
-        delivered = [await self._delivered(task, each, call.request.project) for each in painted]
-        body = await asyncio.to_thread(written, shape.answer(delivered, int(self._clock.now())))
-        if len(body) > self._bytes_max:
-            raise self._too_long()
+        files = kept_files(self._files, self._blobs, call.request.project, self._keep_seconds)
+        async with self._places, files as keep:
+            async with self._pictures.fetched(Inputs(), task, call.request.project, patient=True) as inputs:
+                delivered = await self._delivered(call, task, inputs, compute, keep)
+            body = await asyncio.to_thread(written, shape.answer(delivered, int(self._clock.now())))
+            if len(body) > self._bytes_max:
+                raise self._too_long()
         return Gathered(body, None)
 
-    async def _painted(self, call: Call, task: ImageTask, inputs: Inputs, compute: Compute) -> list[Painted]:
-        bytes_max = int(self._bytes_max / _BASE64_OF) if task.delivery == "b64_json" else None
-        finished = _Finished(bytes_max, self._too_long())
+    async def _delivered(
+        self, call: Call, task: ImageTask, inputs: Inputs, compute: Compute, keep: Keep
+    ) -> list[Delivered]:
+        if task.delivery == "b64_json":
+            finished = _Finished(None, int(self._bytes_max / _BASE64_OF), self._too_long())
+        else:
+            finished = _Finished(keep, 0, self._too_long())
         painting = await self._painter.prepare(call, inputs)
         while True:
             try:
@@ -68,12 +73,6 @@ class PictureLines:
             except Preempted:
                 continue
             return [finished.pictures[image] for image in range(task.n)]
-
-    async def _delivered(self, task: ImageTask, picture: Painted, project: str) -> Delivered:
-        if task.delivery == "b64_json":
-            return Delivered(picture)
-        file = await keep_as_file(self._files, self._blobs, project, picture, self._keep_seconds)
-        return Delivered(replace(picture, data=b""), file_id=file.id)
 
     def _too_long(self) -> InvalidRequest:
         return InvalidRequest(
@@ -85,10 +84,14 @@ class PictureLines:
 
 
 class _Finished:
-    """Keeps what is finished while the line runs, so that nothing of it is done again when a place is taken back."""
+    """Has what is finished while the line runs, so that nothing of it is done again when a place is taken back.
 
-    def __init__(self, bytes_max: int | None, too_long: InvalidRequest) -> None:
-        self.pictures: dict[int, Painted] = {}
+    With `keep` each picture becomes a file, and is not held. Without, all have at most `bytes_max` bytes.
+    """
+
+    def __init__(self, keep: Keep | None, bytes_max: int, too_long: InvalidRequest) -> None:
+        self.pictures: dict[int, Delivered] = {}
+        self._keep = keep
         self._bytes_max = bytes_max
         self._too_long = too_long
 
@@ -102,7 +105,14 @@ class _Finished:
         """Nobody sees one before the end."""
 
     async def kept(self, image: int, picture: Painted) -> None:
-        """A picture is finished. Raises InvalidRequest where those of the line are too many bytes, before the next."""
-        self.pictures[image] = picture
-        if self._bytes_max is not None and sum(len(each.data) for each in self.pictures.values()) > self._bytes_max:
+        """A picture is finished.
+
+        Raises InvalidRequest where those of the line are too many bytes, before the next, and what `keep` raises.
+        """
+        if self._keep is not None:
+            file = await self._keep(picture)
+            self.pictures[image] = Delivered(replace(picture, data=b""), file_id=file.id)
+            return
+        self.pictures[image] = Delivered(picture)
+        if sum(len(each.picture.data) for each in self.pictures.values()) > self._bytes_max:
             raise self._too_long
