@@ -161,6 +161,20 @@ async def test_a_blob_is_replaced_whole(blobs: Blobs) -> None:
     assert await blobs.read("files/one") == b"now"
 
 
+async def test_what_is_read_is_never_of_two_blobs(blobs: Blobs) -> None:
+    """One that is replaced while it is read: the old one to its end, or nothing that could be taken for a blob."""
+    await blobs.put("files/a", b"old" * 3 * MIB)
+    stream, read = blobs.stream("files/a"), b""
+    try:
+        async for piece in stream:
+            if not read:
+                await blobs.put("files/a", b"new" * 3 * MIB)
+            read += piece
+    except StoreUnavailable:
+        return
+    assert read == b"old" * 3 * MIB
+
+
 async def test_a_write_that_raises_leaves_nothing(blobs: Blobs, settings: Settings) -> None:
     with pytest.raises(ZeroDivisionError):
         async with blobs.write("files/one") as writer:

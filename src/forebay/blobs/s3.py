@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import obstore
@@ -19,6 +20,9 @@ from forebay.blobs.shielded import shielded
 from forebay.clock import new_id
 from forebay.config import StoreSettings
 from forebay.errors import InsufficientStorage, NotFound, SetupError, StoreUnavailable
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
 
 _PIECE_BYTES = 4 * 2**20  # of a read
 _PART_BYTES = 5 * 2**20  # the least that S3 takes; a writer holds up to four: gathered, queued, cut and on the way
@@ -103,18 +107,28 @@ class S3Blobs:
             raise
 
     async def stream(self, key: str, offset: int = 0, length: int | None = None) -> AsyncGenerator[bytes, None]:
-        """The bytes in pieces, each fetched when it is wanted: a slow reader holds no connection to the store."""
-        size = await self.size(key)
-        end = size if length is None else min(size, offset + length)
+        """The bytes in pieces, each fetched when it is wanted: a slow reader holds no connection to the store.
+
+        Raises StoreUnavailable at its end if the blob was replaced meanwhile: what was read is then of two of them.
+        """
+        found = await self._head(key)
+        end = found["size"] if length is None else min(found["size"], offset + length)
+        several = end - offset > _PIECE_BYTES
         while offset < end:
             piece = await self._range(key, offset, min(_PIECE_BYTES, end - offset))
             offset += len(piece)
             yield piece
+        with suppress(NotFound):  # all of it was read before it went
+            if several and (await self._head(key))["e_tag"] != found["e_tag"]:
+                raise StoreUnavailable
 
     async def size(self, key: str) -> int:
         """How many bytes it has."""
+        return (await self._head(key))["size"]
+
+    async def _head(self, key: str) -> "ObjectMeta":
         with _translated():
-            return (await obstore.head_async(self._store, self._checked(key)))["size"]
+            return await obstore.head_async(self._store, self._checked(key))
 
     async def delete(self, key: str) -> None:
         """Remove a blob."""
