@@ -177,6 +177,10 @@ class DiffusionModel(ModelSettings):
     """A diffusion model in a diffusers process of ours."""
 
     engine: Literal["diffusion"]
+    slots: Annotated[int, Field(ge=1, le=1024)] = Field(
+        1, description="Requests that one engine process works on at once."
+    )
+    queue_timeout_seconds: Seconds = Field(600, description="Longest wait in line; then 429.")
     options: DiffusionOptions = DiffusionOptions()
 
     @model_validator(mode="after")

@@ -52,6 +52,7 @@ def test_a_diffusion_model_serves_its_task(task: str, served: set[Capability], *
     model = _model(engine="diffusion", source=HUB, options={"task": task})
     assert capabilities_of(model) == served
     assert picture_rules(model, "f").needs_mask is needs_mask
+    assert (model.slots, model.queue_timeout_seconds) == (1, 600), "whoever waits does so where batch work makes way"
 
 
 def test_rules_are_what_the_options_say() -> None:
