@@ -120,3 +120,4 @@ async def test_some_of_them_over_http(cases: list[Case]) -> None:
         assert status == 200, text
         assert "Traceback" not in server.log
         assert "request.bug" not in server.log
+        assert "engine.died" not in server.log
