@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,13 @@ class Case:
     asked: dict[str, Any]
     path: str = EDITS
     mask: bool = True
+
+    @property
+    def header(self) -> dict[str, Any]:
+        said = {key: value for key, value in self.asked.items() if key != "seed"}
+        images = [{"width": WIDTH, "height": HEIGHT}] if self.path == EDITS else []
+        more = {"seeds": [self.asked["seed"]], "images": images, "mask": self.mask, "reproducible": True}
+        return asked(**said) | more
 
     @property
     def direct(self) -> dict[str, Any]:
@@ -181,10 +189,7 @@ def fill(started: dict[str, Any]) -> Engine:
 @pytest.mark.parametrize("name", CASES)
 def test_it_paints_what_diffusers_paints_by_itself_and_tells_of_every_step(started: dict[str, Any], name: str) -> None:
     case = CASES[name]
-    said = {key: value for key, value in case.asked.items() if key != "seed"}
-    images = [{"width": WIDTH, "height": HEIGHT}] if case.path == EDITS else []
-    header = asked(**said) | {"seeds": [case.asked["seed"]], "images": images, "mask": case.mask, "reproducible": True}
-    records = painted(started[case.kind], header, case.path)
+    records = painted(started[case.kind], case.header, case.path)
     assert picture(records) == started["direct"][name]
     assert len(set(picture(records))) > 10, "a picture of one colour shows nothing"
     computed = int(case.asked["steps"] * case.asked.get("strength", 1.0) + 0.5 * ("Flux" in case.pipeline))
@@ -193,6 +198,36 @@ def test_it_paints_what_diffusers_paints_by_itself_and_tells_of_every_step(start
     assert image == {"type": "image", "image": 0, "used": {"steps_computed": computed, "notices": []}}
     assert done["used"]["pipeline"] == case.pipeline
     assert done["used"] | {"engine": "diffusion", "device": "cpu", "dtype": "float32"} == done["used"]
+
+
+def test_the_larger_pipelines_paint_the_same_as_well(prove: bool, tmp_path: Path) -> None:
+    if not prove:
+        pytest.skip("two more engines take long to start")
+    shutil.copytree(folder("flux"), tmp_path, dirs_exist_ok=True)
+    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxKontextPipeline"}))
+    said = {"prompt": "a cat", "seed": 3, "steps": 4, "strength": 0.5}
+    cases = [
+        (folder("xl"), Case("sd", "StableDiffusionXLInpaintPipeline", said)),
+        (folder("xl"), Case("sd", "StableDiffusionXLImg2ImgPipeline", said, mask=False)),
+        (
+            folder("xl"),
+            Case("sd", "StableDiffusionXLPipeline", {"prompt": "a cat", "seed": 3}, GENERATIONS, mask=False),
+        ),
+    ]
+    wishes = [case.direct for _, case in cases]
+    direct = paint(
+        [wish | {"folder": str(path), "scheduler": None} for wish, (path, _) in zip(wishes, cases, strict=True)]
+    )
+    with ready("diffusion", {"name": "xl", "model_path": str(folder("xl")), "threads": 1, "steps": 50}) as engine:
+        for (_, case), wanted in zip(cases, direct, strict=True):
+            assert picture(painted(engine, case.header, case.path)) == wanted, case.pipeline
+    with ready("diffusion", {"name": "kontext", "model_path": str(tmp_path), "threads": 1}) as engine:
+        header = asked(mask=False, steps=3, partial_images=1)
+        records = painted(engine, header)
+        assert steps(records) == [(1, 3), (2, 3), (3, 3)]
+        assert records[-1]["used"]["pipeline"] == "FluxKontextPipeline"
+        assert len(set(picture(records))) > 10
 
 
 def test_the_same_seed_gives_the_same_bytes_whoever_else_asks(fill: Engine) -> None:

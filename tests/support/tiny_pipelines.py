@@ -16,7 +16,7 @@ from forebay.bench import painters
 
 BUILDER = Path(painters.__file__).with_name("tiny_pipelines.py")
 CACHE = Path(__file__).parents[2] / ".cache" / "tiny-pipelines"
-KINDS = ("flux-fill", "flux", "sd", "sd-inpaint")
+KINDS = ("flux-fill", "flux", "sd", "sd-inpaint", "xl")
 FACTOR = 8
 
 

@@ -123,6 +123,11 @@ def test_a_model_is_not_asked_for_what_it_cannot_do() -> None:
         read({"negative_prompt": "a dog"}, model=rules(takes_negative=False))
 
 
+def test_an_empty_negative_prompt_is_another_than_none() -> None:
+    assert read({"negative_prompt": ""}).settings.has_negative
+    assert not read({}).settings.has_negative
+
+
 def test_so_much_strength_as_one_step_takes_is_enough() -> None:
     assert read({"strength": 0.05}).settings.strength == 0.05
     assert read({"strength": 0.04}, model=rules(rounds_down=False)).settings.strength == 0.04

@@ -8,10 +8,17 @@ import os
 import sys
 from typing import Any, TextIO
 
-KINDS = ("flux-fill", "flux", "sd", "sd-inpaint")
+KINDS = ("flux-fill", "flux", "sd", "sd-inpaint", "xl")
 _FACTOR = 8
 _LATENTS = {"flux": 16, "sd": 4}
 _TEXT_WIDTH = 32
+_XL = {
+    "cross_attention_dim": 2 * _TEXT_WIDTH,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": _TEXT_WIDTH + 6 * 8,
+    "use_linear_projection": True,
+}
 _LETTERS = [chr(code) for code in range(33, 127)]
 
 
@@ -40,6 +47,11 @@ def _build(kind: str, folder: str, width: int = 16) -> None:
         parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), **_t5()}
         parts["transformer"] = _transformer(diffusers, 0 if kind == "flux" else 4 * _FACTOR**2, width)
         pipeline: Any = diffusers.FluxPipeline if kind == "flux" else diffusers.FluxFillPipeline
+    elif kind == "xl":
+        parts |= {"scheduler": _ddim(diffusers), **_second(_clip(with_projection=True))}
+        parts["unet"] = _unet(diffusers, 4, width, **_XL)
+        parts["add_watermarker"] = False
+        pipeline = diffusers.StableDiffusionXLPipeline
     else:
         parts |= {"scheduler": _ddim(diffusers), "safety_checker": None, "feature_extractor": None}
         parts |= {"image_encoder": None, "requires_safety_checker": False}
@@ -65,9 +77,13 @@ def _vae(diffusers: Any, latents: int) -> Any:
     )
 
 
-def _clip() -> dict[str, Any]:
+def _second(parts: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}_2": part for name, part in parts.items()}
+
+
+def _clip(*, with_projection: bool = False) -> dict[str, Any]:
     from tokenizers.pre_tokenizers import ByteLevel  # noqa: PLC0415
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: PLC0415
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: PLC0415
 
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -84,7 +100,8 @@ def _clip() -> dict[str, Any]:
         pad_token_id=len(words) - 1,
     )
     tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)
-    return {"text_encoder": CLIPTextModel(config), "tokenizer": tokenizer}
+    encoder = CLIPTextModelWithProjection if with_projection else CLIPTextModel
+    return {"text_encoder": encoder(config), "tokenizer": tokenizer}
 
 
 def _t5() -> dict[str, Any]:
@@ -116,7 +133,8 @@ def _transformer(diffusers: Any, mask_channels: int, width: int) -> Any:
     )
 
 
-def _unet(diffusers: Any, in_channels: int, width: int) -> Any:
+def _unet(diffusers: Any, in_channels: int, width: int, **more: Any) -> Any:
+    settings = {"cross_attention_dim": _TEXT_WIDTH, **more}
     return diffusers.UNet2DConditionModel(
         block_out_channels=(width, 2 * width),
         layers_per_block=1,
@@ -125,9 +143,9 @@ def _unet(diffusers: Any, in_channels: int, width: int) -> Any:
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=_TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=8,
+        **settings,
     )
 
 

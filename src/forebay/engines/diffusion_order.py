@@ -47,6 +47,8 @@ class Settings:
     guidance: float | None
     strength: float | None
     partials: int
+    has_negative: bool = False
+    """Whether there is a negative prompt; to some models an empty one is another than none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ def read_order(body: bytes, rules: Rules, *, edits: bool) -> Order:
         guidance=_given(header, "guidance", rules.guidance, 0, rules.guidance_max),
         strength=_given(header, "strength", rules.strength, 0, 1) if kind in rules.strength_kinds else None,
         partials=whole(0, _PARTIALS_MAX)("partial_images", header.get("partial_images", 0)),
+        has_negative=header.get("negative_prompt") is not None,
     )
     _check_strength(settings, rules)
     return Order(

@@ -210,8 +210,12 @@ def _scheduler(found: Any, name: str) -> Any:
 
 def _like(pipe: Any, kind: Any) -> Any:
     """A pipeline of another kind with the same parts."""
-    wanted, _ = kind._get_signature_keys(kind)  # noqa: SLF001  `from_pipe` would change the type of all weights
-    made = pipe if isinstance(pipe, kind) else kind(**{name: getattr(pipe, name, None) for name in wanted})
+    if isinstance(pipe, kind):
+        made = pipe
+    else:
+        wanted, settings = kind._get_signature_keys(kind)  # noqa: SLF001  `from_pipe` would change the type of all weights
+        said = {name: pipe.config[name] for name in settings if name in pipe.config}
+        made = kind(**{name: getattr(pipe, name, None) for name in wanted}, **said)
     made.set_progress_bar_config(disable=True)
     made.encode_prompt = Remembered(made.encode_prompt)
     return made

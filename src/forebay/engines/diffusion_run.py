@@ -168,7 +168,7 @@ class _Painting:
         settings, orders = self._settings, [row.order for row in self._rows]
         said = {
             "prompt": [order.prompt for order in orders],
-            "negative_prompt": None if self._model.is_flux else [order.negative_prompt for order in orders],
+            "negative_prompt": [order.negative_prompt for order in orders] if settings.has_negative else None,
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance,
             "strength": settings.strength,
