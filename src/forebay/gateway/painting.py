@@ -19,7 +19,7 @@ from forebay.dialects.openai.image_events import Delivered, PictureShape, writte
 from forebay.errors import CallerError, InvalidRequest
 from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer, Visit, Waiting
-from forebay.gateway.picture_jobs import ANSWER_BYTES_MAX
+from forebay.gateway.picture_jobs import ANSWER_BYTES_MAX, BYTES_OF_ANSWER
 from forebay.gateway.places import Room, Share
 from forebay.gateway.signed import Signer
 from forebay.jobs.picture_files import kept_files
@@ -29,8 +29,6 @@ from forebay.scheduler.painter import Painter, Painting, Pixels
 from forebay.store.files import FileStore
 
 Kept = Callable[[int, Painted], Awaitable[None]]
-
-_BYTES_OF_ANSWER = 3  # for each of a picture in an answer: itself, and its base64 while that is put together
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,7 @@ class PictureAnswer(OnlineAnswer):
         async def kept(image: int, picture: Painted) -> None:
             self._count(frame.task, picture)
             await self._tell(visit, send)
-            with share.more(_BYTES_OF_ANSWER * len(picture.data)):
+            with share.more(BYTES_OF_ANSWER * len(picture.data)):
                 async with frame.delivering() as deliver:
                     delivered = await deliver(picture)
                     await self._send_event(visit, send, lambda: shape.completed(image, delivered, self._now()))
@@ -171,7 +169,7 @@ class PictureAnswer(OnlineAnswer):
                 async def kept(_image: int, picture: Painted) -> None:
                     self._count(frame.task, picture)
                     if frame.task.delivery == "b64_json":
-                        held.enter_context(share.more(_BYTES_OF_ANSWER * len(picture.data)))
+                        held.enter_context(share.more(BYTES_OF_ANSWER * len(picture.data)))
                     made.append(await deliver(picture))
 
                 await self._paint(visit, send, _Told(shape, kept, streams=False))

@@ -4,7 +4,6 @@ It refuses to paint again what is kept, to show a picture before all of them are
 request longer than its job. A new attempt fetches and makes ready anew, and goes on after the last picture that was kept.
 """
 
-import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.ledger import FETCHING, Ledger, Plan
 from forebay.jobs.media_work import WAITS, MediaRooms, gone, later
 from forebay.jobs.outcome import Cancelled, Done, Outcome
-from forebay.jobs.picture_files import file_name, store_blob
+from forebay.jobs.picture_files import file_name, sha256_of, store_blob
 from forebay.jobs.retry import Delay
 from forebay.media.objects import Objects
 from forebay.media.pictures import Inputs, Pictures
@@ -315,7 +314,7 @@ class _Gallery(Ledger):
 
     async def _stored(self, file_id: str, data: bytes, content_type: str) -> KeptFile:
         await self.insist(lambda: store_blob(self._rooms.blobs, blob_key(file_id), data))
-        return KeptFile(file_id, len(data), hashlib.sha256(data).hexdigest(), content_type)
+        return KeptFile(file_id, len(data), await sha256_of(data), content_type)
 
     def _done_of(self, share: float) -> int:
         """How far all of it is when the picture that is painted is so far."""

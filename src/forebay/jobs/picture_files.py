@@ -3,6 +3,7 @@
 It refuses to leave the bytes of a picture behind that has not become a file.
 """
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -24,13 +25,19 @@ async def keep_as_file(files: FileStore, blobs: Blobs, project: str, picture: Pa
     file = replace(begun, filename=file_name(begun.id, picture.content_type), purpose=IMAGE_RESULT)
     try:
         await store_blob(blobs, file.blob_key, picture.data)
-        digest = hashlib.sha256(picture.data).hexdigest()
+        digest = await sha256_of(picture.data)
         async with files.database.begin() as transaction:
             return await files.finish(transaction, file, len(picture.data), digest, keep_seconds)
-    except BaseException:  # it is a file, or nothing is left of it; what cannot be removed now, a sweep removes
-        with suppress(StoreUnavailable, InsufficientStorage):
-            await shielded(files.discard(blobs, file))
+    except BaseException:
+        await shielded(_give_up(files, blobs, file))
         raise
+
+
+async def _give_up(files: FileStore, blobs: Blobs, file: File) -> None:
+    """Leave nothing of a file, which may be one by now: who is cancelled while it is committed hears of no end."""
+    with suppress(StoreUnavailable, InsufficientStorage):  # what cannot be removed now, a sweep removes
+        await files.discard(blobs, file)
+    await _remove(files, blobs, file.project_id, [file.id])
 
 
 @asynccontextmanager
@@ -63,6 +70,11 @@ async def store_blob(blobs: Blobs, key: str, data: bytes) -> None:
     """Store a blob of which nothing is left when this is cancelled."""
     async with blobs.write(key) as writer:
         await writer.write(data)
+
+
+async def sha256_of(data: bytes) -> str:
+    """The digest of a picture, beside the event loop: one may have megabytes."""
+    return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
 
 
 def file_name(file_id: str, content_type: str) -> str:
