@@ -37,6 +37,7 @@ _FIELDS = frozenset(  # named by engines as callers know them
     {
         *("dimensions", "documents", "input", "query"),
         *("language", "model", "segments", "speakers_min", "suppress_tokens", "vad_offset"),
+        *("guidance", "mask", "negative_prompt", "size", "steps", "strength"),
     }
 )
 
