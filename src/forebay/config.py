@@ -402,7 +402,7 @@ class ImageSettings(Section):
     )
     held_bytes_max: Bytes = Field(
         1024 * 2**20,
-        description="Pixels of all requests at the front door, before and after, three bytes each; a further one gets 429.",
+        description="Pixels of all requests at the front door, before and after, and pictures in answers until they are sent; more gets 429.",
     )
     prepares_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
         2, description="Images that are decoded, cut out or put together at once, each in a process of its own."
