@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 from forebay.blobs.blobs import Blobs
+from forebay.blobs.disk import PIECE_BYTES
 from forebay.blobs.shielded import shielded
 from forebay.dialects.imaging import Painted
 from forebay.dialects.openai.files import IMAGE_RESULT
@@ -73,8 +74,12 @@ async def store_blob(blobs: Blobs, key: str, data: bytes) -> None:
 
 
 async def sha256_of(data: bytes) -> str:
-    """The digest of a picture, beside the event loop: one may have megabytes."""
-    return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+    """The digest of a picture, piece by piece: one call over megabytes holds up the event loop."""
+    digest = hashlib.sha256()
+    for start in range(0, len(data), PIECE_BYTES):
+        digest.update(memoryview(data)[start : start + PIECE_BYTES])
+        await asyncio.sleep(0)
+    return digest.hexdigest()
 
 
 def file_name(file_id: str, content_type: str) -> str:
