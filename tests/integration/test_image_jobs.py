@@ -58,6 +58,10 @@ allowed_networks = ["127.0.0.2/32"]
 engine = "fake"
 preload = true
 slots = 4
+[models.broken]
+engine = "fake"
+fallback = ["painter"]
+options.fail_start = "exit"
 """
 CANCEL_SECONDS = 2.0
 SLOW = "[[fake token_ms=400]]"  # a step takes so long
@@ -163,6 +167,13 @@ async def test_what_is_painted_online_is_painted_in_the_background(server: Serve
         found = await made(server, job_id, "b64_json")
         assert base64.b64decode(found["data"][0]["b64_json"]) == painted
         assert found["data"][0]["used"] == online["data"][0]["used"]
+
+
+async def test_another_model_stands_in_for_one_that_cannot_start(server: Server) -> None:
+    expected = await made(server, await handed_in(server), "b64_json")
+    found = await made(server, await handed_in(server, model="broken"), "b64_json")
+    assert found["data"][0]["b64_json"] == expected["data"][0]["b64_json"]
+    assert found["data"][0]["used"]["model"] == "painter"
 
 
 async def test_a_result_in_every_form(server: Server, keys: dict[str, str]) -> None:

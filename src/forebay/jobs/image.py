@@ -18,7 +18,7 @@ from forebay.dialects.imaging import ImageTask, Painted
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.files import IMAGE_RESULT
 from forebay.dialects.pubsub import ObjectNames
-from forebay.errors import NotFound, Preempted
+from forebay.errors import ForebayError, NotFound, Overloaded, Preempted
 from forebay.inference import Priority
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.ledger import FETCHING, Ledger, Plan
@@ -161,10 +161,8 @@ class ImageWork:
             pictures=asked.pictures,
             with_mask=asked.with_mask,
         )
-        assert call.picture is not None, "these endpoints are about pictures"
         try:
-            self._rooms.admission.expect([call.request.model])
-            gallery = await self._worked_on(lease, run, job, asked, call, call.picture)
+            gallery = await self._worked_on(lease, run, job, asked, self._expected(call))
         except WAITS as trouble:
             return later(trouble)
         reach("image.finished")
@@ -178,21 +176,47 @@ class ImageWork:
             reach("image.settled")
             await self._rooms.close(job.id)
 
-    async def _worked_on(
-        self, lease: Lease, run: Run, job: MediaJob, asked: Asked, call: Call, task: ImageTask
-    ) -> "_Gallery":
+    def _expected(self, call: Call) -> Call:
+        """The call for a model that is up or comes up: the one that was asked for, or who stands in for it."""
+        while True:
+            try:
+                self._rooms.admission.expect([call.request.model])
+            except ForebayError as error:
+                call = self._stand_in(call, error)
+            else:
+                return call
+
+    def _stand_in(self, call: Call, error: ForebayError) -> Call:
+        """The call for another model. Raises `error` where there is none; a full line is waited for."""
+        other = None if call.otherwise is None or isinstance(error, Overloaded) else call.otherwise(error)
+        if other is None:
+            raise error
+        self._rooms.metrics.fallbacks.labels(call.request.model, other.request.model).inc()
+        return other
+
+    async def _worked_on(self, lease: Lease, run: Run, job: MediaJob, asked: Asked, call: Call) -> "_Gallery":
+        task = call.picture
+        assert task is not None, "these endpoints are about pictures"
         gallery = _Gallery(self._rooms, lease, run, task.n, await self._rooms.store.parts(lease.id))
         if gallery.next is None:  # whoever has seen the results may have removed what they are made of
             return gallery
         async with gallery.telling():
             gallery.stage(FETCHING, 0)
             async with self._inputs(job, asked, task) as inputs:
-                gallery.stage(PREPARING, 0)
-                painting = await self._painter.prepare(call, inputs, preview=True)
-                while (image := gallery.next) is not None:
-                    with suppress(Preempted):  # then it begins anew
-                        await painting.paint([image], self._rooms.compute, gallery)
+                while gallery.next is not None:
+                    try:
+                        await self._painted(call, inputs, gallery)
+                    except ForebayError as error:
+                        call = self._stand_in(call, error)
         return gallery
+
+    async def _painted(self, call: Call, inputs: Inputs, gallery: "_Gallery") -> None:
+        """All pictures that are not there yet, by one model."""
+        gallery.stage(PREPARING, 0)
+        painting = await self._painter.prepare(call, inputs, preview=True)
+        while (image := gallery.next) is not None:
+            with suppress(Preempted):  # then it begins anew
+                await painting.paint([image], self._rooms.compute, gallery)
 
     @asynccontextmanager
     async def _inputs(self, job: MediaJob, asked: Asked, task: ImageTask) -> AsyncIterator[Inputs]:
