@@ -306,8 +306,14 @@ class DiffusionOptions(PainterOptions):
         "LCMScheduler",
         "PNDMScheduler",
         "UniPCMultistepScheduler",
-    ] = Field("model", description="How steps follow each other; `model` is the folder's own.")
-    compile: bool = Field(False, description="Compile the model: the start takes minutes longer, and so does the first picture of another size.")
+    ] = Field(
+        "model",
+        description="How steps follow each other; `model` is the folder's own. Heun and PNDM compute, and tell, more steps than are asked for.",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the model: the start takes minutes longer, and so does the first picture of another size.",
+    )
     batch_images: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="Pictures that are painted at once; 1 is best on a CPU."
     )
