@@ -322,7 +322,7 @@ async def test_closing_the_stream_stops_the_engine(server: Server, client: anthr
 async def test_an_engine_that_dies_in_the_middle_is_an_error(client: anthropic.AsyncAnthropic) -> None:
     texts = []
     with pytest.raises(anthropic.APIStatusError) as raised:
-        async with client.messages.stream(**asking("[[fake tokens=9 crash_at=3]]")) as stream:
+        async with client.messages.stream(**asking("[[fake tokens=9 token_ms=20 crash_at=3]]")) as stream:
             async for text in stream.text_stream:
                 texts.append(text)
     assert texts == ["tok0 ", "tok1 ", "tok2 "]

@@ -106,7 +106,7 @@ async def test_a_job_as_it_goes(server: Server, jobs: JobStore) -> None:
     assert found == {
         "id": job_id, "object": "job", "kind": KIND, "status": "available", "priority": 1, "model": "fake",
         "started_at": None, "finished_at": None, "cancel_requested_at": None, "queue_position": 0, "eta_seconds": None,
-        "progress": {"total": 4, "completed": 0, "failed": 0, "stage": "sending", "percent": 0.0},
+        "progress": {"total": 4, "completed": 0, "failed": 0, "stage": "sending", "percent": 0.0, "step": None, "steps": None},
         "attempts": [], "error": None,
     }  # fmt: skip
     held = await lease(jobs, job_id)

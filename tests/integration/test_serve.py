@@ -5,6 +5,7 @@ import signal
 import ssl
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from tests.support.models import smollm2_path
@@ -56,8 +57,11 @@ async def test_https_with_a_certificate_of_ones_own() -> None:
         assert server.url.startswith("https://127.0.0.1:")
 
         async def healthy() -> bool:
-            async with server.session.get(f"{server.url}/ready", ssl=trust) as response:
-                return response.status == 200
+            try:
+                async with server.session.get(f"{server.url}/ready", ssl=trust) as response:
+                    return response.status == 200
+            except aiohttp.ClientConnectorError:
+                return False  # it has told its address, and is about to listen there
 
         await eventually(healthy, what="readiness over HTTPS")
         body = {"model": "fake", "messages": [{"role": "user", "content": "[[fake tokens=2]]"}], "stream": True}
