@@ -525,7 +525,8 @@ def _for_engines(settings: Settings, environment: Mapping[str, str]) -> dict[str
 
 def _limits(catalog: Catalog, name: str) -> Limits:
     model = catalog.get(name)
-    return Limits(model.slots * model.replicas, model.queue_places, model.queue_timeout_seconds)
+    slots = model.slots * model.replicas
+    return Limits(slots, model.queue_places, model.queue_timeout_seconds, model.cancel_grace_seconds)
 
 
 def _is_loopback(host: str) -> bool:

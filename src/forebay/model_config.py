@@ -49,6 +49,10 @@ class ModelSettings(Section):
     )
     queue_timeout_seconds: Seconds = Field(60, description="Longest wait in line; then 429.")
     request_timeout_seconds: Seconds = Field(600, description="Longest run of one request; then 504.")
+    cancel_grace_seconds: Seconds | None = Field(
+        None,
+        description="Time for an engine to stop a cancelled request, where it is another than `supervisor.cancel_grace_seconds`.",
+    )
     max_tokens: Annotated[int, Field(ge=1, le=4_194_304)] = Field(
         1024, description="Completion tokens when the request does not say."
     )
@@ -181,6 +185,10 @@ class DiffusionModel(ModelSettings):
         1, description="Requests that one engine process works on at once."
     )
     queue_timeout_seconds: Seconds = Field(600, description="Longest wait in line; then 429.")
+    cancel_grace_seconds: Seconds | None = Field(
+        60,
+        description="Time for an engine to stop a cancelled request, where it is another than `supervisor.cancel_grace_seconds`.",
+    )
     options: DiffusionOptions = DiffusionOptions()
 
     @model_validator(mode="after")

@@ -176,6 +176,19 @@ async def test_an_engine_that_does_not_stop_is_replaced_once_the_others_on_it_ar
         await server.until_load(0, 0)
 
 
+async def test_a_model_may_take_longer_to_stop_than_others() -> None:
+    config = CONFIG.replace("slots = 4", "slots = 1\ncancel_grace_seconds = 30")
+    async with serving(config, environment=DEBUG) as server:
+        engine = server.engine_pid()
+        response = await server.send(chat_body("[[fake refuse_stop=1 tokens=120 token_ms=10]]", stream=True))
+        await first_bytes(response)
+        response.close()
+        assert (await ask(server, "Next.")).whole
+        assert server.engine_pid() == engine
+        assert server.named("engine.condemned") == []
+        assert await _deaths(server) == 0
+
+
 async def test_rubbish_and_cut_answers_are_one_caller_s_trouble() -> None:
     async with serving(CONFIG, environment=DEBUG) as server:
         engine = server.engine_pid()

@@ -59,11 +59,12 @@ class Fleet(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The bounds of one model's line."""
+    """The bounds of one model's line; without a grace of its own its engines have that of all."""
 
     slots: int
     queue_places: int
     queue_timeout_seconds: float
+    cancel_grace_seconds: float | None = None
 
 
 @dataclass(slots=True)
@@ -248,7 +249,8 @@ class Scheduler:
 
     def _permit(self, hall: _Hall, ticket: Ticket, request: Request, replica: Replica, place: int) -> Permit:
         waited = self._clock.monotonic() - ticket.joined_at
-        permit = Permit(request, replica, place, waited, self._grace_seconds, self._fleet.condemn)
+        grace = self._grace_seconds if hall.limits.cancel_grace_seconds is None else hall.limits.cancel_grace_seconds
+        permit = Permit(request, replica, place, waited, grace, self._fleet.condemn)
         if not ticket.batch:
             self._metrics.queue_wait.labels(ticket.model).observe(waited)
         elif ticket.preempted:
