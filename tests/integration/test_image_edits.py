@@ -553,8 +553,8 @@ async def test_many_at_once_are_all_answered_alike(server: Server) -> None:
 
 
 async def test_of_pictures_that_become_files_one_is_held_at_a_time(server: Server) -> None:
-    """Grain that JPEG has thrown much of away takes 20 times as many bytes as PNG, each of the five."""
-    edge, count = 2000, 5
+    """Grain that JPEG has thrown much of away takes 20 times as many bytes as PNG, each of the nine."""
+    edge, count = 2000, 9
     grain = Image.frombytes("RGB", (edge, edge), random.Random(1).randbytes(3 * edge * edge))
     written = io.BytesIO()
     grain.save(written, "JPEG", quality=5)
