@@ -22,7 +22,9 @@ chat: $(STAMP) ## Talk to a running server (ARGS='MODEL')
 	@exec $(BIN)/forebay chat $(ARGS)
 
 # What looks at a clock has the machine for itself; all the rest shares its cores.
-ALONE := tests/faults tests/integration/test_cli_bench.py tests/integration/test_auth.py
+ALONE := tests/faults $(wildcard tests/integration/test_cli_*.py) $(addprefix tests/integration/,test_auth.py \
+	test_audio.py test_image_edits.py test_image_jobs.py test_jobs_api.py test_serve.py test_transcription_jobs.py \
+	test_whisper_engine.py)
 
 test: gates $(DIFFUSION) ## Every gate and every test (ARGS='tests/unit' for some)
 ifeq ($(strip $(ARGS)),)

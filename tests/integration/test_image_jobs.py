@@ -109,7 +109,7 @@ async def made(server: Server, job_id: str, form: str | None = None) -> dict[str
 async def test_from_the_upload_to_the_files(server: Server, url: str | None) -> None:
     async with receiving("127.0.0.2") as receiver:
         status, job, location = await post(
-            server, n=2, webhook_url=receiver.url, prompt="a cat [[fake token_ms=80]]", backdrop="opaque"
+            server, n=2, webhook_url=receiver.url, prompt="a cat [[fake token_ms=250]]", backdrop="opaque"
         )
         assert (status, location) == (202, f"/v1/jobs/{job['id']}")
         assert (job["kind"], job["status"], job["model"]) == ("image", "available", "painter")
