@@ -171,8 +171,7 @@ class Sink:
         left = (self._samples_max + SAMPLE_RATE - self.samples) * SAMPLE_BYTES
         view = samples[:left]
         self.samples += len(view) // SAMPLE_BYTES
-        while view:
-            view = view[os.write(self._descriptor, view) :]
+        fence.write(self._descriptor, view)
         if self.samples > self._samples_max:
             raise Refused(TOO_LONG)
 

@@ -7,7 +7,7 @@ import errno
 import io
 import os
 
-from forebay.engines.fence import Refused
+from forebay.engines.fence import Refused, write
 
 
 class Source:
@@ -48,10 +48,8 @@ class Sink:
 
     def write(self, data: bytes) -> int:
         """Add them all. Raises Refused, and OSError for a file that would become too long."""
-        view = memoryview(data)
         try:
-            while view:
-                view = view[os.write(self._descriptor, view) :]
+            write(self._descriptor, data)
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise Refused(self._no_room) from None

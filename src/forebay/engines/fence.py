@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 # Verdicts that are the same in every program; what lies between and above is its own.
 OK, BROKEN, TOO_COSTLY = 0, 2, 5
+_PIECE_BYTES = 65_536
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 _BY_CLOCK = frozenset({signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL})
@@ -52,6 +53,28 @@ def fork(look: Callable[[int], None], cost: Cost, libc: Any) -> tuple[int, int]:
         _live(look, writer, cost, libc)
     os.close(writer)
     return child, reader
+
+
+def told(look: Callable[[int], None], cost: Cost, libc: Any, *, highest: int, bytes_max: int) -> tuple[int, bytes]:
+    """Let a child `look`, and wait for its end: its verdict as `verdict` has it, and what it has written.
+
+    One that writes more than `bytes_max` is ended.
+    """
+    child, reader = fork(look, cost, libc)
+    said = bytearray()
+    with os.fdopen(reader, "rb", buffering=0) as source:
+        while len(said) <= bytes_max and (piece := source.read(_PIECE_BYTES)):
+            said += piece
+    if len(said) > bytes_max:
+        os.kill(child, signal.SIGKILL)
+    return verdict(child, highest), bytes(said)
+
+
+def write(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of it. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 def verdict(child: int, highest: int) -> int:

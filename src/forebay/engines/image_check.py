@@ -10,8 +10,6 @@ output, for each: `>BI` verdict and length, and for verdict 0 a `data:` URL. Lim
 import base64
 import io
 import json
-import os
-import signal
 import struct
 import sys
 import warnings
@@ -36,7 +34,6 @@ _SIDES_RATIO_MAX = 200  # some engines fall over a picture that is nothing but a
 _PNG_BYTES_MAX = 4 * 2**20  # a photograph is no loss as JPEG, and a quarter of the size
 _JPEG_QUALITY = 92
 _OUT_BYTES_MAX = 32 * 2**20
-_PIECE_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +89,16 @@ def _read_task(source: BinaryIO) -> Task | None:
 def _run(task: Task, limits: Limits, libc: Any) -> tuple[int, bytes]:
     """Look at one image in a child; this process only passes bytes on."""
     cost = fence.Cost(limits.memory_bytes_max, limits.seconds_max)
-    child, reader = fence.fork(lambda writer: _look(task, limits, writer), cost, libc)
-    out = bytearray()
-    with os.fdopen(reader, "rb", buffering=0) as source:
-        while len(out) <= _OUT_BYTES_MAX and (piece := source.read(_PIECE_BYTES)):
-            out += piece
-    if len(out) > _OUT_BYTES_MAX:
-        os.kill(child, signal.SIGKILL)
-    verdict = fence.verdict(child, NOT_BASE64)
+    verdict, out = fence.told(
+        lambda writer: fence.write(writer, _picture(task, limits)),
+        cost,
+        libc,
+        highest=NOT_BASE64,
+        bytes_max=_OUT_BYTES_MAX,
+    )
     if verdict != OK or not out:
         return verdict or BROKEN, b""
-    return OK, bytes(out)
-
-
-def _look(task: Task, limits: Limits, writer: int) -> None:
-    """What the child does."""
-    out = memoryview(_picture(task, limits))
-    while out:
-        out = out[os.write(writer, out) :]
+    return OK, out
 
 
 def _picture(task: Task, limits: Limits) -> bytes:

@@ -41,7 +41,6 @@ whole. Facts of a refusal: `{"file": "image", "number": count from 0}` or `{"fil
 import contextlib
 import json
 import os
-import signal
 import socket
 import struct
 import sys
@@ -58,7 +57,6 @@ _FILES_MAX = 64
 _FILE_BYTES_MAX = 2**30  # of what is written
 _HEAD_BYTES_MAX = 65_536
 _FACTS_BYTES_MAX = 65_536
-_PIECE_BYTES = 4096
 
 
 def main() -> None:
@@ -107,15 +105,10 @@ def _received(server: socket.socket, count: int) -> bytes:
 def _run(order: "Order", settings: "Settings", libc: Any) -> tuple[int, bytes]:
     """Carry out one order in a child; this process only passes facts on."""
     cost = fence.Cost(settings.memory_bytes_max, settings.seconds_max, _FILE_BYTES_MAX)
-    child, reader = fence.fork(lambda writer: _work(order, settings, writer), cost, libc)
-    told = bytearray()
-    with os.fdopen(reader, "rb", buffering=0) as source:
-        while len(told) <= _FACTS_BYTES_MAX and (piece := source.read(_PIECE_BYTES)):
-            told += piece
-    if len(told) > _FACTS_BYTES_MAX:
-        os.kill(child, signal.SIGKILL)
-    verdict = fence.verdict(child, _HIGHEST)
-    lines = bytes(told).split(b"\n")[:-1]  # what follows the last of them is not whole
+    verdict, told = fence.told(
+        lambda writer: _work(order, settings, writer), cost, libc, highest=_HIGHEST, bytes_max=_FACTS_BYTES_MAX
+    )
+    lines = told.split(b"\n")[:-1]  # what follows the last of them is not whole
     return verdict, lines[-1] if lines else b"{}"
 
 
@@ -123,13 +116,7 @@ def _work(order: "Order", settings: "Settings", writer: int) -> None:
     """What the child does: facts go to `writer`, the last line being those of the answer."""
     from forebay.engines.image_orders import carry_out
 
-    carry_out(order, settings, lambda facts: _say(writer, facts))
-
-
-def _say(writer: int, facts: Any) -> None:
-    line = memoryview(json.dumps(facts).encode() + b"\n")
-    while line:
-        line = line[os.write(writer, line) :]
+    carry_out(order, settings, lambda facts: fence.write(writer, json.dumps(facts).encode() + b"\n"))
 
 
 if __name__ == "__main__":
