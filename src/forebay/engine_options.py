@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from forebay.inference import Capability
+from forebay.pipelines import Scheduler
 
 Seconds = Annotated[float, Field(gt=0, le=604_800)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -295,18 +296,7 @@ class DiffusionOptions(PainterOptions):
     loras: Annotated[tuple[Lora, ...], Field(max_length=8)] = Field(
         (), description="Changes to the weights, each `{ file = …, weight = … }`."
     )
-    scheduler: Literal[
-        "model",
-        "DDIMScheduler",
-        "DPMSolverMultistepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "LCMScheduler",
-        "PNDMScheduler",
-        "UniPCMultistepScheduler",
-    ] = Field(
+    scheduler: Scheduler = Field(
         "model",
         description="How steps follow each other; `model` is the folder's own. Heun and PNDM compute, and tell, more steps than are asked for.",
     )

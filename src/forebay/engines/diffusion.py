@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from forebay.engines import picture_records, reports
 from forebay.engines.compute import Failed, StepFailed
 from forebay.engines.connection import Answer, Refused, Route, Visit
-from forebay.engines.diffusion_folder import SCHEDULERS, Folder, Unusable, check, check_file
+from forebay.engines.diffusion_folder import Folder, Unusable, check, check_file
 from forebay.engines.diffusion_order import read_order
 from forebay.engines.reports import one_line
 from forebay.engines.serving import OutOfMemory, Service, run
 from forebay.engines.start import check_types, read_spec, refuse_to_start
 from forebay.engines.threads import cores
-from forebay.pipelines import AUTO, PIPELINES
+from forebay.pipelines import AUTO, PIPELINES, SCHEDULERS
 from forebay.pixels import Size
 
 if TYPE_CHECKING:

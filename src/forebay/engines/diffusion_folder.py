@@ -11,19 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forebay.pipelines import AUTO, PIPELINES
-
-SCHEDULERS = (
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LCMScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
+from forebay.pipelines import AUTO, PIPELINES, SCHEDULERS, denoiser_of, parts_in
 
 _WEIGHTS = {
     ("diffusers", "AutoencoderKL"),
@@ -45,7 +33,6 @@ _OTHER_PARTS = {
     ("transformers", "T5TokenizerFast"),
 }
 _CODE = ("auto_map", "custom_pipelines", "_custom_pipeline")
-_DENOISERS = ("transformer", "unet")
 _JSON_BYTES_MAX = 16 * 2**20  # the index of the weights of a large model has a line for each tensor
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -84,8 +71,8 @@ def check(path: Path, *, variant: str | None = None, replaced: bool = False) -> 
         raise Unusable(f"The pipeline {pipeline!r} is not served. Take one of {', '.join(PIPELINES)}.")
     if code := [name for name in _CODE if name in said]:
         raise Unusable(f"model_index.json has `{code[0]}`, and code that a model brings along is never run. Remove it.")
-    parts = {name: part for name, part in said.items() if isinstance(part, list) and part != [None, None]}
-    denoiser = next((name for name in _DENOISERS if name in parts), None)
+    parts = parts_in(said)
+    denoiser = denoiser_of(parts)
     if denoiser is None:
         raise Unusable("model_index.json names neither a transformer nor a unet. Get the whole folder again.")
     for name, part in parts.items():

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from forebay.errors import SetupError
-from forebay.pipelines import PIPELINES
+from forebay.pipelines import PIPELINES, denoiser_of, parts_in
 
 INDEX = "model_index.json"
 INDEX_BYTES_MAX = 2**20
@@ -24,7 +24,6 @@ _MANIFEST_BYTES_MAX = 4 * 2**20
 _FILES_MAX = 1000
 _SUFFIXES = frozenset({".json", ".txt", ".model", ".safetensors", ".gguf"})
 _UNSAFE = frozenset({".bin", ".pt", ".pth", ".ckpt", ".msgpack"})
-_DENOISERS = ("transformer", "unet")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SHARD = r"(?:-[0-9]{5}-of-[0-9]{5})?"
 _WEIGHTS = re.compile(
@@ -83,7 +82,7 @@ def parts_of(index: bytes, repository: str) -> frozenset[str]:
     try:
         said = json.loads(index)
         pipeline = said.get("_class_name")
-        parts = frozenset(name for name, part in said.items() if isinstance(part, list) and part != [None, None])
+        parts = frozenset(parts_in(said))
     except (ValueError, AttributeError, RecursionError):
         pipeline, parts = None, frozenset()
     if not parts or not all(_NAME.fullmatch(name) for name in parts):
@@ -103,7 +102,7 @@ def choose(found: Iterable[Entry], parts: frozenset[str], wanted: Wanted, bytes_
             chosen.append(entry)
         elif part in inside and _NAME.fullmatch(name):
             inside[part].append(entry)
-    denoiser = next((name for name in _DENOISERS if name in parts), None)
+    denoiser = denoiser_of(parts)
     for part, files in inside.items():
         chosen += _of_part(part, files, wanted, weights=not (wanted.replaced and part == denoiser))
     total = sum(entry.size_bytes for entry in chosen)
