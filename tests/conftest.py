@@ -1,6 +1,8 @@
 """Options of the whole suite."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,3 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def prove(pytestconfig: pytest.Config) -> bool:
     """Whether this is a long run; a test picks its counts by it and asserts the same either way."""
     return bool(pytestconfig.getoption("--prove"))
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    """For a test that measures how long we compute at once: a collection stands still for what all tests before it left."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

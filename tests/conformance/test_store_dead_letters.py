@@ -1,7 +1,6 @@
 """One suite for dead letters, over SQLite and PostgreSQL."""
 
 import asyncio
-import gc
 import itertools
 import time
 from dataclasses import replace
@@ -161,10 +160,9 @@ async def test_a_message_that_quotes_a_nul_is_kept_without_it(store: DeadLetterS
     assert letter.error_message == "Unknown field `a\ufffdb`."
 
 
+@pytest.mark.usefixtures("no_collections")
 async def test_many_lost_lines_let_others_go_on(store: DeadLetterStore) -> None:
     real = DeadLetterStore(store.database, SystemClock())
-    gc.collect()
-    gc.disable()  # a collection stands still for whatever all tests before this one have left behind
     turns = [time.thread_time()]  # of this thread alone, whatever else the machine does
 
     async def others() -> None:
@@ -176,7 +174,6 @@ async def test_many_lost_lines_let_others_go_on(store: DeadLetterStore) -> None:
     try:
         await add(real, FakeClock(), *(lost(str(number)) for number in range(20_000)))
     finally:
-        gc.enable()
         going.cancel()
     longest = max(later - earlier for earlier, later in itertools.pairwise(turns))
     assert longest < (turns[-1] - turns[0]) / 5

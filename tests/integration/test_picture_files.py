@@ -70,6 +70,7 @@ async def test_a_cancel_at_any_moment_leaves_no_file(
     assert not blobs_of_files(tmp_path)
 
 
+@pytest.mark.usefixtures("no_collections")
 async def test_a_large_picture_holds_up_nobody(files: FileStore, blobs: Blobs, project: str) -> None:
     picture = Painted(bytes(200 * 2**20), "image/png", Size(1, 1), {})
     began = perf_counter()

@@ -228,6 +228,7 @@ async def test_many_items_are_computed_in_parts() -> None:
     assert [len(part) for part in engine.asked] == [2048]
 
 
+@pytest.mark.usefixtures("no_collections")
 @pytest.mark.parametrize("form", ["float", "base64"])
 async def test_a_large_answer_is_made_in_slices(form: str) -> None:
     """By the thread's own time, so that a busy machine says little about us: 0.1 s of work for 16 MB, 4 to 26 ms at once."""

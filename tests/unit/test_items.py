@@ -143,6 +143,7 @@ def test_no_answer_of_an_engine_breaks_the_reader(raw: bytes) -> None:
             continue
 
 
+@pytest.mark.usefixtures("no_collections")
 def test_lists_of_numbers_are_read_one_by_one() -> None:
     """By the thread's own time: an answer of 2 million numbers is looked at at once, and each list by itself."""
     raw = answer([[number / 7 for number in range(1024)]] * 2048, usage={"prompt_tokens": 5})
