@@ -368,10 +368,10 @@ async def test_files_on_their_way_in_are_limited(server: Server) -> None:
             line = await stack.enter_async_context(wire(server.url))
             await line.send(head)
 
-        async def refuses() -> bool:
-            return (await send(server, upload(b"x"), key=key)).status == 429
+        def on_their_way() -> bool:
+            return [state for _, state in rows_of(server)].count("uploading") == 32
 
-        await eventually(refuses, what="the limit")
+        await eventually(on_their_way, what="all of them to be let in")
         refused(await send(server, upload(b"x"), key=key), 429, "too_many_uploads")
         assert (await send(server, upload(b"x"), key=other)).status == 200
 
