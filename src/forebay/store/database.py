@@ -5,7 +5,7 @@ It refuses to know what is stored: tables and statements are kept beside their n
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from typing import Self, TypeAlias, TypeVar
 
 import sqlalchemy as sa
@@ -186,22 +186,11 @@ class Database:
                 await self._places.acquire()
         except TimeoutError:
             raise StoreUnavailable from None
-        with ExitStack() as place:
-            place.callback(self._places.release)
+        async with AsyncExitStack() as held:
+            held.callback(self._places.release)
             try:
-                connection = await self._engine.connect()
+                # Its own way out goes on to its end, however often the caller is cut off there.
+                connection = await held.enter_async_context(self._engine.connect())
             except (SQLAlchemyError, OSError) as error:  # whatever it is: without a connection there is no database
                 raise StoreUnavailable from error
-            place.pop_all()  # from here on it is given back with the connection
-        try:
             yield connection
-        finally:
-            # Whoever is cut off once more on the way out leaves; the connection is given back behind him.
-            returning = asyncio.create_task(connection.close())
-            returning.add_done_callback(self._returned)
-            await asyncio.shield(returning)
-
-    def _returned(self, returning: asyncio.Task[None]) -> None:
-        self._places.release()
-        if not returning.cancelled():
-            returning.exception()  # read, for the case that nobody waits for it
