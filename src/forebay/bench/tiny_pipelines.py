@@ -8,10 +8,13 @@ import os
 import sys
 from typing import Any, TextIO
 
-KINDS = ("flux-fill", "flux", "sd", "sd-inpaint", "xl")
+KINDS = ("flux-fill", "flux", "sd", "sd-inpaint", "xl", "sd15")
+"""All but the last are tiny; that one is as large as Stable Diffusion 1.5, to see what the server adds to such a model."""
+
 _FACTOR = 8
 _LATENTS = {"flux": 16, "sd": 4}
 _TEXT_WIDTH = 32
+_LARGE_TEXT_WIDTH = 768
 _XL = {
     "cross_attention_dim": 2 * _TEXT_WIDTH,
     "addition_embed_type": "text_time",
@@ -23,7 +26,7 @@ _LETTERS = [chr(code) for code in range(33, 127)]
 
 
 def main() -> None:
-    """Make what each line of standard input asks for: `kind`, `folder`, and the `width` of what paints."""
+    """Make what each line of standard input asks for: `kind`, `folder`, and the `width` of what paints in a tiny one."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to standard error
     for line in sys.stdin:
@@ -42,7 +45,9 @@ def _build(kind: str, folder: str, width: int = 16) -> None:
 
     torch.manual_seed(len(kind))
     family = "flux" if kind.startswith("flux") else "sd"
-    parts = {"vae": _vae(diffusers, _LATENTS[family]), **_clip()}
+    large = kind == "sd15"
+    vae = _large_vae(diffusers) if large else _vae(diffusers, _LATENTS[family])
+    parts = {"vae": vae, **_clip(_LARGE_TEXT_WIDTH if large else _TEXT_WIDTH)}
     if family == "flux":
         parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), **_t5()}
         parts["transformer"] = _transformer(diffusers, 0 if kind == "flux" else 4 * _FACTOR**2, width)
@@ -55,8 +60,8 @@ def _build(kind: str, folder: str, width: int = 16) -> None:
     else:
         parts |= {"scheduler": _ddim(diffusers), "safety_checker": None, "feature_extractor": None}
         parts |= {"image_encoder": None, "requires_safety_checker": False}
-        parts["unet"] = _unet(diffusers, 4 if kind == "sd" else 9, width)
-        inpaint = kind == "sd-inpaint"
+        parts["unet"] = _large_unet(diffusers) if large else _unet(diffusers, 4 if kind == "sd" else 9, width)
+        inpaint = kind != "sd"
         pipeline = diffusers.StableDiffusionInpaintPipeline if inpaint else diffusers.StableDiffusionPipeline
     pipeline(**parts).save_pretrained(folder, safe_serialization=True)
 
@@ -77,11 +82,24 @@ def _vae(diffusers: Any, latents: int) -> Any:
     )
 
 
+def _large_vae(diffusers: Any) -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=4,
+        layers_per_block=2,
+        norm_num_groups=32,
+        sample_size=512,
+        scaling_factor=0.18215,
+    )
+
+
 def _second(parts: dict[str, Any]) -> dict[str, Any]:
     return {f"{name}_2": part for name, part in parts.items()}
 
 
-def _clip(*, with_projection: bool = False) -> dict[str, Any]:
+def _clip(width: int = _TEXT_WIDTH, *, with_projection: bool = False) -> dict[str, Any]:
     from tokenizers.pre_tokenizers import ByteLevel  # noqa: PLC0415
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: PLC0415
 
@@ -89,11 +107,11 @@ def _clip(*, with_projection: bool = False) -> dict[str, Any]:
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     config = CLIPTextConfig(
         vocab_size=len(words),
-        hidden_size=_TEXT_WIDTH,
-        intermediate_size=2 * _TEXT_WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
-        projection_dim=_TEXT_WIDTH,
+        projection_dim=width,
         max_position_embeddings=77,
         bos_token_id=len(words) - 2,
         eos_token_id=len(words) - 1,
@@ -146,6 +164,20 @@ def _unet(diffusers: Any, in_channels: int, width: int, **more: Any) -> Any:
         attention_head_dim=4,
         norm_num_groups=8,
         **settings,
+    )
+
+
+def _large_unet(diffusers: Any) -> Any:
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        sample_size=64,
+        in_channels=9,
+        out_channels=4,
+        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        attention_head_dim=8,
+        cross_attention_dim=_LARGE_TEXT_WIDTH,
     )
 
 
