@@ -185,7 +185,8 @@ def build_office(
     admission = Admission(machine.catalog, machine.scheduler, settings, clock)
     rooms = MediaRooms(stores.jobs, stores.media_jobs, stores.blobs, calls, admission, clock, metrics)
     transcriptions = TranscriptionWork(rooms, speech.recordings, speech.transcriber)
-    images = ImageWork(rooms, stores.files, imaging.pictures, Objects(stores.objects), settings.images)
+    objects = Objects(stores.objects)
+    images = ImageWork(rooms, stores.files, imaging.pictures, imaging.painter, objects, settings.images)
     kinds: list[Kind] = [
         _batch_kind(batches, settings),
         _chunk_kind(settings, stores, machine, calls, admission, speech, imaging, clock, metrics),
@@ -274,7 +275,7 @@ def _chunk_kind(
     metrics: Metrics,
 ) -> Kind:
     recorded = SpeechLines(speech.recordings, speech.transcriber, settings.audio)
-    painted = PictureLines(imaging.pictures, stores.files, stores.blobs, settings, clock)
+    painted = PictureLines(imaging.pictures, imaging.painter, stores.files, stores.blobs, settings, clock)
     segments = SegmentStore(stores.jobs, stores.batches, stores.dead_letters, stores.blobs, clock)
     lines = LineRunner(calls, admission, machine.assembler, recorded, painted, settings, clock, metrics)
     work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock)
@@ -327,7 +328,7 @@ class House:
         state.media_jobs, state.audio_places = stores.media_jobs, Places(settings.audio.uploads_at_once, "recordings")
         state.hearing = Hearing(self._speech.recordings, self._speech.transcriber, settings.audio)
         state.desk, state.clock = self._office.desk, self._clock
-        state.signer, state.pictures = Signer(stores.secrets, self._clock), self._imaging.pictures
+        state.signer = Signer(stores.secrets, self._clock)
         state.easels = Easels(
             self._imaging.pictures,
             self._imaging.painter,

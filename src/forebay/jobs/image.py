@@ -135,13 +135,19 @@ class ImageWork:
     """Makes attempts at pictures."""
 
     def __init__(
-        self, rooms: MediaRooms, files: FileStore, pictures: Pictures, objects: Objects, settings: ImageSettings
+        self,
+        rooms: MediaRooms,
+        files: FileStore,
+        pictures: Pictures,
+        painter: Painter,
+        objects: Objects,
+        settings: ImageSettings,
     ) -> None:
         self._rooms = rooms
         self._objects = objects
         self._files = files
         self._pictures = pictures
-        self._painter = Painter(pictures)
+        self._painter = painter
         self._keep_seconds = settings.keep_seconds
 
     async def perform(self, lease: Lease, run: Run) -> Outcome:

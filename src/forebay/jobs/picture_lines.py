@@ -26,9 +26,17 @@ _BASE64_OF = 4 / 3  # of the bytes that it tells
 class PictureLines:
     """Answers calls for pictures whole, for all lines of one worker."""
 
-    def __init__(self, pictures: Pictures, files: FileStore, blobs: Blobs, settings: Settings, clock: Clock) -> None:
+    def __init__(
+        self,
+        pictures: Pictures,
+        painter: Painter,
+        files: FileStore,
+        blobs: Blobs,
+        settings: Settings,
+        clock: Clock,
+    ) -> None:
         self._pictures = pictures
-        self._painter = Painter(pictures)
+        self._painter = painter
         self._files = files
         self._blobs = blobs
         self._keep_seconds = settings.images.keep_seconds
