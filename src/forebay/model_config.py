@@ -40,6 +40,14 @@ class ModelSettings(Section):
     size_bytes: Bytes | None = Field(None, description="Size of the file, shown before it is pulled.")
     description: str = Field("", description="A sentence for people.")
     preload: bool = Field(False, description="Load it before the server calls itself ready.")
+    memory_bytes: Bytes | None = Field(
+        None,
+        description="Memory that one engine process of it takes where it runs; if absent what was measured, or what its file suggests.",
+    )
+    pinned: bool = Field(False, description="Whether it stays loaded although another model needs its memory.")
+    idle_unload_seconds: Seconds | None = Field(
+        None, description="Unload it when nobody has asked for it for so long; never if absent."
+    )
     replicas: Annotated[int, Field(ge=1, le=64)] = Field(1, description="Engine processes.")
     slots: Annotated[int, Field(ge=1, le=1024)] = Field(
         8, description="Requests that one engine process works on at once."
