@@ -90,6 +90,11 @@ class ImageTask:
     background: bool = False
     rules: ImageRules = field(default_factory=ImageRules)
 
+    @property
+    def refs(self) -> tuple[ImageRef, ...]:
+        """Where all of them are, the mask last."""
+        return self.images if self.mask is None else (*self.images, self.mask)
+
 
 @dataclass(frozen=True, slots=True)
 class Painted:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from forebay.clock import Clock
 from forebay.config import Settings
@@ -33,7 +33,7 @@ from forebay.errors import (
 from forebay.gateway.answers import error_answer
 from forebay.gateway.auth import Principal
 from forebay.gateway.rates import Rates
-from forebay.gateway.streams import EVENT_STREAM
+from forebay.gateway.streams import EVENT_STREAM, in_pieces
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.connection import EngineStream
 from forebay.scheduler.assembly import Assembler
@@ -42,7 +42,6 @@ from forebay.scheduler.scheduler import Scheduler
 from forebay.telemetry import Log, Metrics
 
 _SWEEP_SECONDS = 1.0
-_PIECE_BYTES = 2**18  # of a body, so that a reader who takes it slowly is seen to go on
 _BYTES_PER_TOKEN = 4
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -283,10 +282,8 @@ class OnlineAnswer(Response):
         size = (b"content-length", str(len(body)).encode())
         head = [(b"content-type", content_type.encode()), size, *self._head_fields()]
         await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
-        # An empty body is a message too: without one the next request on the connection would have no answer.
-        for start in range(0, max(1, len(body)), _PIECE_BYTES):
-            piece, more = body[start : start + _PIECE_BYTES], start + _PIECE_BYTES < len(body)
-            await self._send(visit, send, {"type": "http.response.body", "body": piece, "more_body": more})
+        for message in in_pieces(body, ends=True):
+            await self._send(visit, send, message)
 
     async def _run(self, visit: Visit, call: Call, send: Send, *, further: bool = False) -> bytes:
         """Admit and run `call`, which is that of the visit or a part of it; the body, if it is not a stream."""
@@ -340,9 +337,8 @@ class OnlineAnswer(Response):
         if not self._started:
             head = [*EVENT_STREAM, *self._head_fields()]
             await self._send(visit, send, {"type": "http.response.start", "status": 200, "headers": head})
-        for start in range(0, len(events), _PIECE_BYTES):
-            piece = events[start : start + _PIECE_BYTES]
-            await self._send(visit, send, {"type": "http.response.body", "body": piece, "more_body": True})
+        for message in in_pieces(events, ends=False):
+            await self._send(visit, send, message)
 
     async def _gather(self, visit: Visit, call: Call, stream: EngineStream, send: Send) -> bytes:
         clock = self._door.clock
@@ -358,7 +354,7 @@ class OnlineAnswer(Response):
     async def _between_reads(self, visit: Visit, send: Send) -> None:
         """Send what an engine has said by the way; an answer that is gathered whole has nothing to send before its end."""
 
-    async def _send(self, visit: Visit, send: Send, message: dict[str, object]) -> None:
+    async def _send(self, visit: Visit, send: Send, message: Message) -> None:
         visit.waiting, visit.since = Waiting.CLIENT, self._door.clock.monotonic()
         self._started = True
         await send(message)

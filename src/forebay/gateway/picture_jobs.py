@@ -16,8 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from forebay.clock import new_id
 from forebay.config import Settings
-from forebay.dialects.images import ImageRef
-from forebay.dialects.imaging import Delivery, ImageTask, OutputPlan, Painted
+from forebay.dialects.imaging import Delivery, OutputPlan, Painted
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.image_events import Delivered, PictureShape, written
 from forebay.dialects.pubsub import ObjectNames
@@ -26,14 +25,15 @@ from forebay.gateway.auth import Principal
 from forebay.gateway.background import Handed, Limits, hand_in
 from forebay.gateway.places import Room
 from forebay.gateway.signed import Signer, beginning_of
+from forebay.gateway.streams import in_pieces
 from forebay.jobs.image import Asked, KeptPicture
 from forebay.media.pictures import Inputs
+from forebay.media.sources import is_address
 from forebay.store.jobs import Job
 from forebay.store.media_jobs import IMAGE, NewMediaJob, Result
 
 ANSWER_BYTES_MAX = 64 * 2**20  # of all pictures of one answer
 BYTES_OF_ANSWER = 3  # for each of a picture in an answer: itself, and its base64 while that is put together
-_PIECE_BYTES = 2**18
 _USUAL: Delivery = "file_id"
 
 
@@ -47,14 +47,10 @@ async def in_background(
     """
     state, task = request.app.state, call.picture
     assert task is not None, "these endpoints are about pictures"
-    for ref in _refs(task):
+    for ref in task.refs:
         state.easels.pictures.check(ref)
     handed = handed_of(state.settings, caller.project_id, call, path, raw, inputs)
     return await hand_in(request, caller, call, handed, raw)
-
-
-def _refs(task: ImageTask) -> list[ImageRef]:
-    return [*task.images, *([] if task.mask is None else [task.mask])]
 
 
 def handed_of(
@@ -71,7 +67,6 @@ def handed_of(
     shape, task = call.shape, call.picture
     assert isinstance(shape, PictureShape)
     assert task is not None
-    spools = [*inputs.images, *([] if inputs.mask is None else [inputs.mask])]
     mask = None if inputs.mask is None else inputs.mask.bytes
     asked = Asked(raw, tuple(each.bytes for each in inputs.images), mask, objects)
     shown = {
@@ -81,7 +76,7 @@ def handed_of(
         "quality": shape.quality,
         "delivery": body.get("response_format") or _USUAL,
     }
-    brings = any((ref.url or "")[:5].lower() == "data:" for ref in _refs(task))
+    brings = any(not is_address(ref.url or "") for ref in task.refs)
     new = NewMediaJob(
         new_id("job"),
         IMAGE,
@@ -89,11 +84,11 @@ def handed_of(
         path,
         asked.written(),
         to_json(shown),
-        has_media=bool(spools) or brings,
+        has_media=bool(inputs.spools) or brings,
     )
 
     async def parcel() -> AsyncIterator[bytes]:
-        for spool in spools:
+        for spool in inputs.spools:
             async for piece in spool.pieces():
                 yield piece
 
@@ -103,8 +98,8 @@ def handed_of(
         Limits(images.live_per_project_max, images.background_seconds_max),
         call.request.model,
         body.get("webhook_url"),
-        tuple(ref.file_id for ref in _refs(task) if ref.file_id is not None),
-        parcel if spools else None,
+        tuple(ref.file_id for ref in task.refs if ref.file_id is not None),
+        parcel if inputs.spools else None,
     )
 
 
@@ -141,10 +136,8 @@ class PictureResult(Response):
             body = await _rendered(request, self._job, asked, made, pictures, delivery)
             self.headers["content-length"] = str(len(body))
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            for start in range(0, len(body), _PIECE_BYTES):
-                await send(
-                    {"type": "http.response.body", "body": body[start : start + _PIECE_BYTES], "more_body": True}
-                )
+            for message in in_pieces(body, ends=False):
+                await send(message)
             await send({"type": "http.response.body", "body": b""})
 
 

@@ -1,18 +1,27 @@
-"""Streams of server-sent events that nobody but their reader waits for.
+"""Answers in pieces, and streams of server-sent events that nobody but their reader waits for.
 
-It refuses to go on once the reader is gone.
+It refuses to go on with events once the reader is gone.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+_PIECE_BYTES = 2**18  # of a body, so that a reader who takes it slowly is seen to go on
+
+
+def in_pieces(body: bytes, *, ends: bool) -> Iterator[Message]:
+    """The messages of a body, the last of which is that of the answer if it `ends` there."""
+    # An empty body is a message too: without one the next request on the connection would have no answer.
+    for start in range(0, max(1, len(body)), _PIECE_BYTES):
+        end = start + _PIECE_BYTES
+        yield {"type": "http.response.body", "body": body[start:end], "more_body": not ends or end < len(body)}
 
 
 async def send_while_there(events: AsyncIterator[bytes], receive: Receive, send: Send) -> None:

@@ -17,6 +17,7 @@ from forebay.dialects.openai.audio_formats import Look, written
 from forebay.dialects.openai.call import Call
 from forebay.gateway.auth import Principal
 from forebay.gateway.background import OF_THE_DOOR, Handed, Limits, hand_in
+from forebay.media.sources import is_address
 from forebay.media.spool import Spool
 from forebay.speech import Transcript, transcript_from_wire
 from forebay.store.media_jobs import TRANSCRIPTION, NewMediaJob, Result
@@ -73,7 +74,7 @@ def _handed(settings: Settings, caller: Principal, call: Call, path: str, raw: b
 
 def _brings_sound(body: dict[str, Any]) -> bool:
     """Whether there is sound in the body itself."""
-    return bool(body.get("known_speaker_references")) or str(body.get("url", ""))[:5].lower() == "data:"
+    return bool(body.get("known_speaker_references")) or not is_address(str(body.get("url", "")))
 
 
 def rendered(found: Result, form: str | None) -> tuple[str, bytes]:
