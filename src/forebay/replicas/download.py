@@ -113,6 +113,12 @@ def note_path(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 
 
+def hub_of(settings: PullSettings) -> tuple[str, str | None]:
+    """The address of the model hub, to which paths are added, and the token for it."""
+    token = settings.hub_token
+    return settings.hub_url.rstrip("/"), None if token is None else token.get_secret_value()
+
+
 async def in_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """Run a short blocking call in a thread, and when cancelled wait for its end: no write outlives its lock."""
     call = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))

@@ -13,7 +13,17 @@ from urllib.parse import quote, urljoin, urlsplit
 from forebay.clock import Clock
 from forebay.config import PullSettings
 from forebay.errors import SetupError
-from forebay.replicas.download import Progress, Remote, check_room, discard, download, fetch_page, flush, in_thread
+from forebay.replicas.download import (
+    Progress,
+    Remote,
+    check_room,
+    discard,
+    download,
+    fetch_page,
+    flush,
+    hub_of,
+    in_thread,
+)
 from forebay.replicas.repository import (
     INDEX,
     INDEX_BYTES_MAX,
@@ -101,11 +111,11 @@ async def _bring_file(order: FolderOrder, entry: Entry, before: int, total: int)
         return
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(path.name + ".part")
-    token = order.settings.hub_token
+    hub, token = hub_of(order.settings)
     remote = Remote(
-        url=f"{order.settings.hub_url.rstrip('/')}/{order.source.repository}/resolve/{order.source.revision}/{quote(entry.path)}",
+        url=f"{hub}/{order.source.repository}/resolve/{order.source.revision}/{quote(entry.path)}",
         sha256=entry.sha256,
-        token=None if token is None else token.get_secret_value(),
+        token=token,
         size_bytes=entry.size_bytes,
         bytes_max=entry.size_bytes,
     )
@@ -150,8 +160,7 @@ def remove_folder(target: Path) -> bool:
 
 async def _entries(source: HubSource, settings: PullSettings, clock: Clock) -> list[Entry]:
     """Every file of the repository. Raises SetupError."""
-    hub = settings.hub_url.rstrip("/")
-    token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
+    hub, token = hub_of(settings)
     url: str | None = f"{hub}/api/models/{source.repository}/tree/{source.revision}?recursive=true"
     found: list[Entry] = []
     for _ in range(_PAGES_MAX):

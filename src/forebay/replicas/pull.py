@@ -20,7 +20,7 @@ from forebay.config import PullSettings
 from forebay.errors import SetupError
 from forebay.replicas import gguf, sources, wheel
 from forebay.replicas.catalog import Catalog, PulledFile
-from forebay.replicas.download import Progress, Remote, check_room, discard, download, flush, in_thread
+from forebay.replicas.download import Progress, Remote, check_room, discard, download, flush, hub_of, in_thread
 from forebay.replicas.folder import FolderOrder, bring_folder, remove_folder
 from forebay.replicas.repository import manifest
 from forebay.replicas.sources import FileSource, HubSource, JoinedSource, PackageSource, WebSource
@@ -374,12 +374,11 @@ async def _fetch(order: _Order, remote: Remote) -> None:
 
 
 def _hub_remote(order: _Order, source: HubSource) -> Remote:
-    hub = order.settings.hub_url.rstrip("/")
-    token = order.settings.hub_token
+    hub, token = hub_of(order.settings)
     return Remote(
         url=f"{hub}/{source.repository}/resolve/{source.revision}/{quote(source.file or '')}",
         sha256=order.sha256,
-        token=None if token is None else token.get_secret_value(),
+        token=token,
         size_bytes=order.size_bytes,
     )
 
