@@ -22,6 +22,7 @@ from forebay.server_config import (
     EmbeddingSettings,
     HttpSettings,
     LogSettings,
+    MemorySettings,
     RehearsalSettings,
     SchedulerSettings,
     SupervisorSettings,
@@ -460,6 +461,7 @@ class Settings(Section):
     http: HttpSettings = HttpSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     supervisor: SupervisorSettings = SupervisorSettings()
+    memory: MemorySettings = MemorySettings()
     auth: AuthSettings = AuthSettings()
     pull: PullSettings = PullSettings()
     jobs: JobSettings = JobSettings()

@@ -3,9 +3,9 @@
 It refuses unknown keys, and knows neither files nor the environment: `config` reads the tree.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from forebay.engine_options import Bytes, Count, Seconds, Section
 
@@ -89,6 +89,54 @@ class SupervisorSettings(Section):
     quarantine_entries_max: Count = Field(10_000, description="How many suspect inputs are remembered.")
     log_lines_max: Count = Field(200, description="Lines of an engine's output that are kept for its post-mortem.")
     log_line_bytes_max: Bytes = Field(2048, description="Longest engine line; the rest is cut.")
+
+
+class MemorySettings(Section):
+    """The memory of the machine: how much models may take of it, and who leaves for whom."""
+
+    host_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="Share of the machine's memory, or of the container's limit, that engines may take in all."
+    )
+    host_bytes: Bytes | None = Field(None, description="Memory that engines may take in all, in place of a share.")
+    gpu_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Share of a GPU's memory that engines may take in all; what others hold there is taken off."
+    )
+    residency_seconds: Seconds = Field(
+        10, description="A model that was used stays loaded for this long at least before it leaves for another."
+    )
+    swap_wait_seconds: Seconds = Field(
+        20,
+        description="Whoever has waited for memory this long makes a model leave that is at work or has a line: it "
+        "finishes what it runs and gets nothing new.",
+    )
+    online_seconds: Seconds = Field(
+        60, description="Batch work never makes a model leave that had online traffic in this long."
+    )
+    measure_seconds: Seconds = Field(2, description="How often the memory of engines and of the machine is measured.")
+    peak_days: Annotated[int, Field(ge=1, le=3650)] = Field(
+        30, description="How long it counts what a model once came to, if it has not come to it again."
+    )
+    available_min_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05,
+        description="With less than this share of its memory available, the machine loads nothing; batch work waits.",
+    )
+    available_resume_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.08, description="Share of available memory at which the machine loads again."
+    )
+    gpu_celsius_max: Annotated[float, Field(gt=0, le=150)] = Field(
+        90, description="With a GPU hotter than this, the machine loads nothing; batch work waits."
+    )
+    gpu_celsius_resume: Annotated[float, Field(gt=0, le=150)] = Field(
+        83, description="Temperature of the hottest GPU at which the machine loads again."
+    )
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if self.available_resume_share < self.available_min_share:
+            raise ValueError("`available_resume_share` is at least `available_min_share`")
+        if self.gpu_celsius_resume > self.gpu_celsius_max:
+            raise ValueError("`gpu_celsius_resume` is at most `gpu_celsius_max`")
+        return self
 
 
 class AuthSettings(Section):
