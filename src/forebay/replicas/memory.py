@@ -57,15 +57,17 @@ class Holding:
     last_online_at: float | None  # now, while anything online runs or waits for it; None if there never was any
     yielding: bool = False  # it gets no new work, because a plan said so
     leaving: bool = False  # it was told to go; its bytes are held until its process is gone
+    batch_alone: bool = False  # what is in flight on it and in line for it is batch work, which makes way for others
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A replica that somebody waits for."""
+    """A replica that somebody waits for. An `extra` one has a sister that serves already: nobody leaves for it."""
 
     need: Need
     for_batch: bool = False
     waited_seconds: float = 0.0
+    extra: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +93,14 @@ class Yield:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Ask again when something changes, at the latest at `until`, if that is known."""
+    """Ask again when something changes, at the latest at `until`, if that is known.
+
+    `promised`: those who are leaving make room for it.
+    """
 
     reason: str
     until: float | None
+    promised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +138,7 @@ def agenda(
     """
     claimed: dict[str, int] = {}
     plans: list[tuple[Wish, Plan]] = []
-    for wish in sorted(wishes, key=lambda wish: (wish.for_batch, -wish.waited_seconds)):
+    for wish in sorted(wishes, key=lambda wish: (wish.extra, wish.for_batch, -wish.waited_seconds)):
         verdict = plan(
             wish.need,
             holdings,
@@ -141,13 +147,14 @@ def agenda(
             rules,
             for_batch=wish.for_batch,
             waited_seconds=wish.waited_seconds,
+            extra=wish.extra,
             claimed=claimed,
         )
         plans.append((wish, verdict))
         if isinstance(verdict, Evict | Yield):
             holdings = [replace(one, leaving=True) if one in verdict.victims else one for one in holdings]
-        patient = wish.waited_seconds >= rules.swap_wait_seconds
-        if not isinstance(verdict, Never) and (patient or not isinstance(verdict, Wait)):
+        patient = wish.waited_seconds >= rules.swap_wait_seconds and not wish.extra
+        if not isinstance(verdict, Never) and (patient or not isinstance(verdict, Wait) or verdict.promised):
             for device, count in wish.need.bytes.items():
                 claimed[device] = claimed.get(device, 0) + count
     return plans
@@ -162,6 +169,7 @@ def plan(
     *,
     for_batch: bool = False,
     waited_seconds: float = 0.0,
+    extra: bool = False,
     claimed: Bytes | None = None,
 ) -> Plan:
     """What has to happen before `need` can be loaded. `claimed` is what others ahead of it will take.
@@ -176,7 +184,9 @@ def plan(
         return Fits()
     leaving = tuple(one for one in holdings if one.leaving)
     if case.fits_without(leaving):
-        return Wait(f"{need.model} starts when {_names(leaving)} is gone.", None)
+        return Wait(f"{need.model} starts when {_names(leaving)} is gone.", None, promised=True)
+    if extra:
+        return Wait(f"Another replica of {need.model} waits for memory that nobody needs.", None)
     victims = case.fewest([one for one in case.candidates() if case.evictable(one)])
     if victims is not None:
         return Evict(victims, f"{_names(victims)} leaves for {need.model}.")
@@ -230,7 +240,7 @@ class _Case:
     def candidates(self) -> list[Holding]:
         """Who could leave, the one that is missed least first: those who yield already, so that plans are stable."""
         return sorted(
-            (one for one in self.holdings if not one.pinned and not one.leaving),
+            (one for one in self.holdings if not (one.pinned or one.leaving or one.model == self.need.model)),
             key=lambda one: (
                 not one.yielding,
                 one.busy or one.awaited,
@@ -246,6 +256,8 @@ class _Case:
         return 0 if one.busy else int(log2(1 + max(0.0, self.now - one.idle_since)))
 
     def evictable(self, one: Holding) -> bool:
+        if one.batch_alone and not self.for_batch:
+            return True
         return not one.busy and (one.yielding or (not one.awaited and self.obstacle_ends(one) <= self.now))
 
     def may_yield(self, one: Holding) -> bool:
