@@ -9,6 +9,7 @@ ForebayError
 │   │   └── ModelNotFound       404
 │   ├── Conflict                409  something else is there already
 │   ├── PayloadTooLarge         413
+│   ├── QuotaExceeded           429  the project has used up what it may use in a day, in a month or at all
 │   └── Quarantined             422  this input was in flight at two engine deaths
 ├── Overloaded                  429  the line for the model is full, or the wait in it too long
 │   └── RateLimited             429  the key has used up its rate
@@ -32,6 +33,8 @@ ForebayError
 The gateway turns one of these into one HTTP answer, and the command line turns a SetupError into one sentence.
 Nothing else looks at the type of an error. The docstring of a class is its default message.
 """
+
+from collections.abc import Mapping
 
 
 class ForebayError(Exception):
@@ -118,6 +121,15 @@ class Quarantined(CallerError):
 
     status = 422
     code = "quarantined"
+
+
+class QuotaExceeded(CallerError):
+    """This project has used up its quota."""
+
+    status = 429
+    code = "insufficient_quota"
+    type = "insufficient_quota"
+    headers: Mapping[str, str] = {}  # what is left of each quota
 
 
 class Overloaded(ForebayError):

@@ -16,7 +16,7 @@ from forebay.dialects.anthropic import errors as anthropic_errors
 from forebay.dialects.anthropic.events import Messages
 from forebay.dialects.anthropic.messages import PATH as MESSAGES_PATH
 from forebay.dialects.openai.events import GENERATION
-from forebay.errors import ForebayError, PayloadTooLarge, Quarantined, RequestCancelled
+from forebay.errors import ForebayError, PayloadTooLarge, Quarantined, QuotaExceeded, RequestCancelled
 
 RETRY_AFTER_SECONDS_MAX = 120
 
@@ -39,10 +39,13 @@ def json_answer(content: Any, status: int = 200, headers: Mapping[str, str] | No
 def error_answer(error: ForebayError, headers: Mapping[str, str] | None = None, shape: Shape = GENERATION) -> Response:
     """`error` in the caller's dialect, with what a client needs to decide whether to try again."""
     fields = dict(headers or {})
-    if error.retry_after_seconds is not None or error.status in {429, 503}:
+    spent = isinstance(error, QuotaExceeded)
+    if isinstance(error, QuotaExceeded):
+        fields |= error.headers
+    if error.retry_after_seconds is not None or (error.status in {429, 503} and not spent):
         seconds = min(RETRY_AFTER_SECONDS_MAX, max(1, math.ceil(error.retry_after_seconds or 1)))
         fields["retry-after"] = str(seconds)
-    if isinstance(error, Quarantined):
+    if isinstance(error, Quarantined) or (spent and "retry-after" not in fields):
         fields["x-should-retry"] = "false"
     if error.status == 401:
         fields["www-authenticate"] = "Bearer"

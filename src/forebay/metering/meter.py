@@ -1,0 +1,295 @@
+"""What each project may still use: reserved before the work, settled after it, given back where nothing came of it.
+
+It refuses a reservation that could go beyond a quota, and counts in memory alone: what it starts from, and what other
+processes use, the books bring it. Between a look and what is taken nothing awaits, so a hundred callers at once get
+exactly what is there.
+"""
+
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from forebay.clock import Clock
+from forebay.errors import QuotaExceeded
+from forebay.quotas import NOTHING, Account, Amounts, Period, ProjectLimits, Quota, Resource, Use, parts_of
+
+Record = Callable[[Account, Use], None]
+Estimate = Callable[[], Amounts]
+_RETRY_SECONDS_MAX = 60.0  # clients wait no longer
+_NOUNS = {
+    Resource.REQUESTS: "requests",
+    Resource.TOKENS: "tokens",
+    Resource.AUDIO_SECONDS: "seconds of sound",
+    Resource.MEGAPIXEL_STEPS: "megapixel-steps of pictures",
+    Resource.STORED_BYTES: "bytes in files",
+    Resource.QUEUED_LINES: "lines of batches in line",
+}
+
+
+@dataclass(slots=True)
+class _Window:
+    """What was used in one day or month: `base` is in the database, `moving` on its way there, `fresh` came after."""
+
+    name: str
+    base: Amounts = NOTHING
+    moving: Amounts = NOTHING
+    fresh: Amounts = NOTHING
+
+    @property
+    def used(self) -> Amounts:
+        return self.base + self.moving + self.fresh
+
+
+@dataclass(slots=True)
+class _Balance:
+    """The windows of one project, and what work under way may come to use."""
+
+    windows: dict[Period, _Window] = field(default_factory=dict)
+    reserved: Amounts = NOTHING
+
+    def at(self, period: Period, now: float) -> _Window:
+        name = period.window(now)
+        window = self.windows.get(period)
+        if window is None or window.name != name:
+            window = self.windows[period] = _Window(name)
+        return window
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What the database holds of one project: of the day and of the month with these names."""
+
+    day: str
+    month: str
+    of_day: Amounts
+    of_month: Amounts
+
+
+class Reservation:
+    """What one piece of work may use until it is settled or released; later calls of either do nothing."""
+
+    def __init__(self, meter: "Meter", account: Account, estimate: Amounts) -> None:
+        self._meter = meter
+        self.account = account
+        self._estimate = estimate
+        self.open = True
+
+    def raise_to(self, estimate: Estimate) -> None:
+        """Reserve more, now that it is known how much it takes. Raises QuotaExceeded and keeps what it had."""
+        if self.open and self._meter.counts(self.account.project):
+            more = estimate()
+            self._meter.take(self.account.project, more - self._estimate)
+            self._estimate = more
+
+    def settle(self, use: Use) -> None:
+        """The work is done: write down what it has used, and give the rest back."""
+        if self.open:
+            self.release()
+            self._meter.record(self.account, use)
+
+    def settled_elsewhere(self, use: Use) -> None:
+        """The same for what was written into the database together with its result."""
+        if self.open:
+            self.release()
+            self._meter.note(self.account.project, use.amounts)
+
+    def release(self) -> None:
+        """Nothing came of it."""
+        if self.open:
+            self.open = False
+            self._meter.give_back(self.account.project, self._estimate)
+
+
+class Meter:
+    """The balances of the projects that one process works for, and their shares."""
+
+    def __init__(self, defaults: Sequence[Quota], clock: Clock) -> None:
+        self._defaults = tuple(defaults)
+        self._clock = clock
+        self._limits: Mapping[str, ProjectLimits] = {}
+        self._quotas: dict[str, tuple[Quota, ...]] = {}
+        self._balances: dict[str, _Balance] = {}
+        self._known: set[str] = set()  # whose balances the books have brought
+        self._load: Callable[[str], Awaitable[None]] | None = None
+        self._record: Record | None = None
+
+    def attach(self, load: Callable[[str], Awaitable[None]], record: Record) -> None:
+        """Tell it where balances come from, and who writes down what is used."""
+        self._load, self._record = load, record
+
+    # What a project may do.
+
+    def weight(self, project: str) -> float:
+        """The share of a project where several want the same; 1 where nobody has said."""
+        found = self._limits.get(project)
+        return 1.0 if found is None else found.weight
+
+    def quotas(self, project: str) -> tuple[Quota, ...]:
+        """The quotas of a project that are in force."""
+        quotas = self._quotas.get(project)
+        if quotas is None:
+            quotas = self._limits.get(project, ProjectLimits()).over(self._defaults)
+            self._quotas[project] = quotas
+        return quotas
+
+    def counts(self, project: str) -> bool:
+        """Whether the project has a quota of a day or a month."""
+        return any(quota.period is not None for quota in self.quotas(project))
+
+    def level(self, project: str, resource: Resource) -> int | None:
+        """How much there may be at once of stored bytes or of queued lines; None for no bound."""
+        return next((quota.limit for quota in self.quotas(project) if quota.resource is resource), None)
+
+    def check_level(self, project: str, resource: Resource, held: int, wanted: int) -> None:
+        """Raise QuotaExceeded if `wanted` more beside the `held` are too many; decide it where both cannot change."""
+        check_level(resource, self.level(project, resource), held, wanted)
+
+    # What is used.
+
+    async def reserve(self, project: str, key_id: str, model: str, capability: str, estimate: Estimate) -> Reservation:
+        """Take what a piece of work may use at most. Raises QuotaExceeded, and StoreUnavailable for a first look.
+
+        `estimate` is asked only where the project has a quota.
+        """
+        account = Account(project, key_id, model, capability)
+        if not self.counts(project):
+            return Reservation(self, account, NOTHING)
+        if project not in self._known and self._load is not None:
+            await self._load(project)
+        amounts = estimate()
+        self.take(project, amounts)
+        return Reservation(self, account, amounts)
+
+    async def require(self, project: str) -> None:
+        """Raise QuotaExceeded where nothing is left of a quota, and take nothing: for work that comes before."""
+        (await self.reserve(project, "", "", "", lambda: Amounts(requests=1))).release()
+
+    def headers(self, project: str) -> dict[str, str]:
+        """What is left of each quota, for an answer; of a day's and a month's of one resource that with less."""
+        told: dict[Resource, tuple[int, Quota]] = {}
+        for quota, left in self._left(project):
+            if quota.resource not in told or left < told[quota.resource][0]:
+                told[quota.resource] = (left, quota)
+        headers: dict[str, str] = {}
+        for resource, (left, quota) in told.items():
+            name = resource.replace("_", "-")
+            headers[f"x-quota-limit-{name}"] = str(quota.limit)
+            headers[f"x-quota-remaining-{name}"] = str(max(0, left) // parts_of(resource))
+            headers[f"x-quota-reset-{name}"] = f"{self._seconds_left(quota)}s"
+        return headers
+
+    def take(self, project: str, amounts: Amounts) -> None:
+        """Reserve `amounts`. Raises QuotaExceeded and takes nothing if they could go beyond a quota."""
+        for quota, left in self._left(project):
+            if amounts.of(quota.resource) > max(0, left):
+                raise self._exceeded(project, quota, amounts)
+        balance = self._balance(project)
+        balance.reserved += amounts
+
+    def give_back(self, project: str, amounts: Amounts) -> None:
+        """What was reserved is free again."""
+        self._balance(project).reserved -= amounts
+
+    def record(self, account: Account, use: Use) -> None:
+        """Count what was used and have it written down."""
+        if self._record is not None:
+            self._record(account, use)
+        self.note(account.project, use.amounts)
+
+    def note(self, project: str, amounts: Amounts) -> None:
+        """Count what is written down already."""
+        if self.counts(project):
+            for window in self._windows(project):
+                window.fresh += amounts
+
+    # What the books bring.
+
+    def set_limits(self, limits: Mapping[str, ProjectLimits]) -> None:
+        """The limits of all projects that have some of their own."""
+        if limits != self._limits:
+            self._limits, self._quotas = limits, {}
+
+    def watched(self) -> list[str]:
+        """The projects whose balances have to be kept up to date."""
+        return sorted(project for project in self._balances if self.counts(project))
+
+    def begin_fold(self) -> None:
+        """What is noted up to now will be in what `counted` brings, or `fold_failed` is told."""
+        for window in self._every_window():
+            window.moving += window.fresh
+            window.fresh = NOTHING
+
+    def counted(self, found: Mapping[str, Counted]) -> None:
+        """What the database holds by now, everything that was moving included."""
+        now = self._clock.now()
+        for project, counted in found.items():
+            for period, name, base in (
+                (Period.DAY, counted.day, counted.of_day),
+                (Period.MONTH, counted.month, counted.of_month),
+            ):
+                window = self._balance(project).at(period, now)
+                if window.name == name:
+                    window.base, window.moving = base, NOTHING
+            self._known.add(project)
+
+    def fold_failed(self) -> None:
+        """Nobody knows what the database holds; what was moving counts on."""
+        for window in self._every_window():
+            window.fresh += window.moving
+            window.moving = NOTHING
+
+    # The inside.
+
+    def _balance(self, project: str) -> _Balance:
+        return self._balances.setdefault(project, _Balance())
+
+    def _windows(self, project: str) -> Iterator[_Window]:
+        now = self._clock.now()
+        for period in Period:
+            yield self._balance(project).at(period, now)
+
+    def _every_window(self) -> Iterator[_Window]:
+        for balance in self._balances.values():
+            yield from balance.windows.values()
+
+    def _left(self, project: str) -> Iterator[tuple[Quota, int]]:
+        quotas = [quota for quota in self.quotas(project) if quota.period is not None]
+        if not quotas:
+            return
+        now, balance = self._clock.now(), self._balance(project)
+        for quota in quotas:
+            assert quota.period is not None, "chosen above"
+            taken = balance.at(quota.period, now).used + balance.reserved
+            yield quota, (quota.parts or 0) - taken.of(quota.resource)
+
+    def _seconds_left(self, quota: Quota) -> int:
+        assert quota.period is not None, "levels are in no header"
+        now = self._clock.now()
+        return math.ceil(quota.period.ends_at(now) - now)
+
+    def _exceeded(self, project: str, quota: Quota, wanted: Amounts) -> QuotaExceeded:
+        parts, noun = parts_of(quota.resource), _NOUNS[quota.resource]
+        seconds = self._seconds_left(quota)
+        needed = math.ceil(wanted.of(quota.resource) / parts)
+        error = QuotaExceeded(
+            f"This project may use {quota.limit} {noun} in a {quota.period}, and what is left is less than the {needed} that"
+            f" this may take. Ask for less, wait for the next {quota.period}, or ask the operator for more.",
+            retry_after_seconds=seconds if seconds <= _RETRY_SECONDS_MAX else None,
+        )
+        error.headers = self.headers(project)
+        return error
+
+
+def check_level(resource: Resource, limit: int | None, held: int, wanted: int) -> None:
+    """Raise QuotaExceeded if `wanted` more beside the `held` are more than `limit`."""
+    if limit is not None and held + wanted > limit:
+        name = resource.replace("_", "-")
+        error = QuotaExceeded(
+            f"This project may have {limit} {_NOUNS[resource]} at once, has {held}, and this would be {wanted} more."
+            " Remove some or wait until they are done, or ask the operator for more."
+        )
+        error.headers = {
+            f"x-quota-limit-{name}": str(limit),
+            f"x-quota-remaining-{name}": str(max(0, limit - held)),
+        }
+        raise error
