@@ -16,11 +16,13 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Bytes = Annotated[int, Field(ge=1, le=2**50)]
 HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 HeaderValue = Annotated[str, Field(pattern=r"^[ -~]{0,4096}$")]
+Device = Annotated[str, Field(pattern=r"^(cpu|gpu[0-9]{1,3})$")]
 _TEXT = (Capability.CHAT, Capability.COMPLETION)
 _SPEECH = frozenset({Capability.TRANSCRIPTION, Capability.TRANSLATION, Capability.ALIGNMENT, Capability.DIARIZATION})
 _PICTURES = frozenset({Capability.IMAGE_EDIT, Capability.IMAGE_GENERATION})
 _REQUEST_BYTES_MAX = 60 * 2**20  # what our engines take at once, less a prompt
 _SERVED = "What it serves: `chat`, `completion`, `embedding`, `rerank`."
+_DEVICE = "Where it computes, `cpu`, `gpu0`, `gpu1`…: batch work makes way for requests to models of the same device."
 _LOGITS = "Its rerank scores are raw logits, and not between 0 and 1 already."
 
 
@@ -340,6 +342,11 @@ class CommandOptions(Section):
     logits: bool = Field(False, description=_LOGITS)
     remote_model: str | None = Field(None, description="Model name sent to the engine; the catalogue name if absent.")
     vision: bool = Field(False, description="Whether the model takes images in messages.")
+    device: Device = Field("cpu", description=_DEVICE)
+    pausable: bool = Field(
+        True,
+        description="Whether its processes may be stopped for minutes, so that batch work makes way for requests to other models of its device; `false` for one whose work runs elsewhere, as in a container.",
+    )
 
 
 class VllmOptions(Section):
@@ -416,6 +423,7 @@ class FakeOptions(PainterOptions):
     dimensions: Annotated[int, Field(ge=1, le=16_384)] = Field(384, description="Numbers of an embedding.")
     vision: bool = Field(False, description="Whether the model takes images in messages.")
     images_max: Annotated[int, Field(ge=1, le=16)] = Field(4, description="Images that one request may bring.")
+    device: Device = Field("cpu", description=_DEVICE)
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(4, description="Steps where a request does not say.")
     guidance: Annotated[float, Field(ge=0, le=100)] | None = Field(
         5, description="How closely it would keep to the prompt; none for a model that knows no such thing."

@@ -1,11 +1,12 @@
 """Keep one child process group alive only as long as the server that asked for it.
 
-A plain script on the standard library alone: `python -I -S guard.py -- program arguments…`. It never restarts the child,
-reads nothing it is sent and decides nothing about the child's health.
+A plain script on the standard library alone: `python -I -S guard.py -- program arguments…`. It never restarts the child
+and decides nothing about the child's health.
 
 The server holds the other end of standard input. When that closes, also by `kill -9` of the server, the child's group gets
 SIGTERM and, half a second later, everything the child ever started gets SIGKILL. SIGTERM to the guard is passed on.
-The guard ends as the child ended: with its exit code, or by the same signal.
+A `P` on standard input stops the child and everything it ever started, in whatever group or session; an `R` lets all of
+that go on, and so does whatever asks it to end. The guard ends as the child ended: with its exit code, or by the same signal.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ import time
 _GRACE_SECONDS = 0.5
 _SWEEP_SECONDS = 1.0
 _CANNOT_START = 78
+_PAUSE, _RESUME = b"P", b"R"
+_LOOKS_MAX = 8
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
@@ -97,16 +100,24 @@ def _wait(child: int, wakeup: int) -> int:
     poll = select.poll()
     poll.register(wakeup, select.POLLIN)
     poll.register(0, select.POLLIN)
-    deadline = None
+    deadline, paused = None, False
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
         ready = {descriptor for descriptor, _ in poll.poll(left)}
-        if wakeup in ready and signal.SIGTERM in os.read(wakeup, 4096):
+        to_end = wakeup in ready and signal.SIGTERM in os.read(wakeup, 4096)
+        if 0 in ready:
+            said = _hear()
+            if said:
+                paused = said.endswith(_PAUSE)  # of several words that come together the last one counts
+                _signal_all(child, signal.SIGSTOP if paused else signal.SIGCONT)
+            else:
+                poll.unregister(0)
+                to_end, deadline = True, time.monotonic() + _GRACE_SECONDS
+        if to_end:
             _kill_group(child, signal.SIGTERM)
-        if 0 in ready and not _server_is_there():
-            poll.unregister(0)
-            _kill_group(child, signal.SIGTERM)
-            deadline = time.monotonic() + _GRACE_SECONDS
+            if paused:  # or it would not hear of it
+                paused = False
+                _signal_all(child, signal.SIGCONT)
         if (status := _reap(child)) is not None:
             return status
         if deadline is not None and time.monotonic() >= deadline:
@@ -114,11 +125,12 @@ def _wait(child: int, wakeup: int) -> int:
             deadline = time.monotonic() + _GRACE_SECONDS
 
 
-def _server_is_there() -> bool:
+def _hear() -> bytes:
+    """What the server says; nothing once it is gone."""
     try:
-        return bool(os.read(0, 4096))
+        return os.read(0, 4096)
     except OSError:
-        return False
+        return b""
 
 
 def _reap(child: int) -> int | None:
@@ -144,6 +156,20 @@ def _kill_group(child: int, number: int) -> None:
         return
 
 
+def _signal_all(child: int, number: int) -> None:
+    """Signal the group at once, then whoever is elsewhere, until a look finds nobody new: who is stopped starts nobody."""
+    _kill_group(child, number)
+    reached: set[int] = set()
+    for _ in range(_LOOKS_MAX):
+        found = _family() - reached
+        if not found:
+            return
+        for each in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(each, number)
+        reached |= found
+
+
 def _sweep(child: int) -> None:
     """Kill what the child left behind: its group, then whatever has become our own child by its death."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -164,15 +190,29 @@ def _sweep(child: int) -> None:
 
 
 def _own_children() -> list[int]:
-    found = []
+    return [each for each, parent in _parents().items() if parent == os.getpid()]
+
+
+def _family() -> set[int]:
+    """Everything that the child has started, directly or not, and the child."""
+    children: dict[int, list[int]] = {}
+    for each, parent in _parents().items():
+        children.setdefault(parent, []).append(each)
+    found: set[int] = set()
+    next_ones = children.get(os.getpid(), [])
+    while next_ones:
+        found.update(next_ones)
+        next_ones = [grandchild for each in next_ones for grandchild in children.get(each, ())]
+    return found
+
+
+def _parents() -> dict[int, int]:
+    """Every process and its parent; none where the kernel does not tell, and the process group has to do."""
+    found = {}
     for name in os.listdir("/proc") if sys.platform == "linux" else ():
-        try:
-            with open(f"/proc/{name}/stat", "rb") as stat:
-                fields = stat.read().rpartition(b")")[2].split()
-        except OSError:
-            continue
-        if name.isdigit() and int(fields[1]) == os.getpid():
-            found.append(int(name))
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as stat:
+                found[int(name)] = int(stat.read().rpartition(b")")[2].split()[1])
     return found
 
 

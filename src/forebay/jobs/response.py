@@ -38,6 +38,7 @@ from forebay.jobs.retry import Delay
 from forebay.replicas.calls import RESPONSES, Calls
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.connection import EngineStream
+from forebay.replicas.pauses import Pauses
 from forebay.scheduler.gather import read_on
 from forebay.scheduler.permit import Permit
 from forebay.scheduler.scheduler import Scheduler
@@ -192,27 +193,28 @@ class ResponseWork:
         assert isinstance(call.shape, ResponseShape)
         relay = call.shape.relay(call, rename=permit.replica.traits.remote_model is not None)
         model = self._catalog.get(call.request.model)
+        pauses, seconds = permit.replica.pauses, model.request_timeout_seconds
         try:
-            async with self._clock.timeout(model.request_timeout_seconds), permit.run() as stream:
+            async with pauses.limit(self._clock.timeout(seconds)), permit.run() as stream:
                 if log is None:
-                    await self._read(stream, relay, None)
+                    await self._read(stream, relay, None, pauses)
                 else:
                     async with log:
-                        await self._read(stream, relay, log)
+                        await self._read(stream, relay, log, pauses)
         except TimeoutError:
             raise EngineTimeout from None
         if call.shape.result is None:
             raise EngineGarbled
         return call.shape.result
 
-    async def _read(self, stream: EngineStream, relay: ResponseRelay, log: "EventLog | None") -> None:
+    async def _read(self, stream: EngineStream, relay: ResponseRelay, log: "EventLog | None", pauses: Pauses) -> None:
         """Read to the end. Before the first bytes only the limit of the whole counts: a long prompt looks like a hang."""
         data = await stream.read()
         while data:
             events = relay.take(data)
             if log is not None:
                 log.add(events)
-            data = await read_on(stream, self._settings.supervisor.stall_seconds, self._clock)
+            data = await read_on(stream, pauses.limit(self._clock.timeout(self._settings.supervisor.stall_seconds)))
 
 
 class EventLog:

@@ -29,6 +29,7 @@ from forebay.model_config import (
     WhisperModel,
 )
 from forebay.replicas import gguf
+from forebay.replicas.devices import llama_cpp_has_gpu
 from forebay.replicas.launcher import EngineCommand
 
 TOKENIZER = "tokenizer.json"
@@ -50,6 +51,7 @@ class Traits:
     `counts_items`: it tells the tokens of each input or document;
     `truncation` is its field that lets it cut one that is too long; `logits`: it scores documents by logits;
     `input_types`: it reads queries in another way than documents. `metrics_path`: where it tells figures of its own.
+    `pausable`: it takes no harm from being stopped for minutes at any point.
     """
 
     probe_path: str
@@ -67,6 +69,7 @@ class Traits:
     logits: bool = False
     input_types: bool = False
     metrics_path: str = ""
+    pausable: bool = True
 
 
 def traits_of(model: Model) -> Traits:
@@ -109,6 +112,7 @@ def traits_of(model: Model) -> Traits:
                 extensions="vllm",
                 sees_images=vllm.vision,
                 truncation=("truncate_prompt_tokens", -1),
+                pausable=False,  # its processes watch each other by the clock
             )
         case CommandModel(options=options):
             return Traits(
@@ -119,6 +123,7 @@ def traits_of(model: Model) -> Traits:
                 remote_model=options.remote_model,
                 sees_images=options.vision,
                 logits=options.logits,
+                pausable=options.pausable,
             )
         case UpstreamModel(options=upstream):
             return Traits(
@@ -127,9 +132,39 @@ def traits_of(model: Model) -> Traits:
                 remote_model=upstream.remote_model,
                 sees_images=upstream.vision,
                 logits=upstream.logits,
+                pausable=False,
             )
         case _:
             assert_never(model)
+
+
+def device_of(model: Model) -> str:
+    """What a model computes on: `cpu`, or the first of its GPUs as `gpu0`, `gpu1`…; empty for what runs elsewhere.
+
+    llama.cpp takes a GPU where there is one; with `gpu_layers = 0` it does not.
+    """
+    match model:
+        case CommandModel(options=named) | FakeModel(options=named):
+            return named.device
+        case LlamaCppModel(options=llama):
+            on_gpu = llama.gpu_layers != 0 and llama_cpp_has_gpu()
+            return f"gpu{_first_gpu(llama)}" if on_gpu else "cpu"
+        case OnnxModel(options=onnx):
+            return "cpu" if onnx.provider == "cpu" else "gpu0"
+        case WhisperModel(options=options) | DiffusionModel(options=options):
+            return "cpu" if options.device == "cpu" else f"gpu{options.device_index}"
+        case VllmModel():
+            return "gpu0"
+        case UpstreamModel():
+            return ""
+        case _:
+            return "cpu"
+
+
+def _first_gpu(llama: LlamaCppOptions) -> int:
+    """The one that is named, unless the model is split over others."""
+    shares = [number for number, share in enumerate(llama.tensor_split) if share > 0]
+    return llama.main_gpu if llama.main_gpu in shares or not shares else shares[0]
 
 
 def capabilities_of(model: Model) -> frozenset[Capability]:
@@ -215,7 +250,10 @@ def command_for(
             spec = _options(diffusion, _OF_MASKS) | {"name": name, "slots": slots, "model_path": str(path or "")}
             return _ours("diffusion", spec | cooldown, key)
         case FakeModel(options=fake):
-            spec = _options(fake, {*PainterOptions.model_fields, "images_max"}) | {"name": name, "slots": slots}
+            spec = _options(fake, {*PainterOptions.model_fields, "images_max", "device"}) | {
+                "name": name,
+                "slots": slots,
+            }
             return _ours("fake", spec | _tokens_max(model), key)
         case CommandModel(options=command):
             return _command(command, str(path or ""), key, port)

@@ -127,6 +127,7 @@ class Keeper:
     def _leave(self) -> None:
         if self.replica is not None and self.replica.ready:
             self.replica.state = ReplicaState.DRAINING
+            self.replica.resume()
             self._changed()
         self._leaving.set()
 
@@ -180,13 +181,14 @@ class Keeper:
         """(1) launch, (2) wait until it answers, (3) serve, (4) drain, (5) stop, (6) bury."""
         replica = self._new_replica()
         oom_before = kernel_oom_kills()
-        process = await self._launch(replica)
+        replica.process = process = await self._launch(replica)
         self.replica = replica
         cause: Cause | None = None
         try:
             cause = await self._start(replica, process) or await self._work(replica, process)
         finally:
             replica.state = ReplicaState.STOPPED
+            replica.resume()
             self._changed()
             exit_code = await self._stop(process, kill=cause is not None or self._condemned is not None)
             self._bury(replica, process, cause, exit_code, kernel_oom_kills() - oom_before)
@@ -308,14 +310,15 @@ class Keeper:
         return Cause.CRASH if exited.done() else Cause.STALL
 
     async def _probe(self, replica: Replica) -> None:
-        """Return once the engine has answered no probe for the stall limit."""
-        clock, stall = self._shop.clock, self._shop.limits.stall_seconds
+        """Return once the engine has answered no probe for the stall limit; one that is paused is not asked."""
+        clock, stall, pauses = self._shop.clock, self._shop.limits.stall_seconds, replica.pauses
         period = min(5.0, stall / 4)
-        answered = clock.monotonic()
+        answered, known = clock.monotonic(), pauses.count
         while clock.monotonic() - answered < stall:
             await clock.sleep(period)
-            if await self._answers(replica, replica.traits.probe_path, seconds=period):
-                answered = clock.monotonic()
+            still = pauses.paused or await self._answers(replica, replica.traits.probe_path, seconds=period)
+            if still or pauses.count != known:  # one that paused meanwhile has all of the limit again
+                answered, known = clock.monotonic(), pauses.count
 
     async def _answers(self, replica: Replica, path: str, seconds: float = 1.0) -> bool:
         session = self._shop.session(self._name, replica.traits, self._model)

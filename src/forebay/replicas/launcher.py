@@ -41,8 +41,16 @@ class EngineProcess(Protocol):
         """The last lines that it printed."""
         ...
 
+    def pause(self) -> None:
+        """Stop it where it is, and all its children: they compute nothing until `resume`. Does not wait for that."""
+        ...
+
+    def resume(self) -> None:
+        """Let it go on after `pause`."""
+        ...
+
     def terminate(self) -> None:
-        """Ask it to end (SIGTERM)."""
+        """Ask it to end (SIGTERM), also while it is paused."""
         ...
 
     def kill(self) -> None:

@@ -18,11 +18,12 @@ from forebay.replicas.launcher import ANNOUNCEMENT, EngineCommand
 _GUARD = Path(forebay.__file__).parent / "engines" / "guard.py"
 _READ_BYTES = 16_384
 _PIPE_GRACE_SECONDS = 1.0
+_PAUSE, _RESUME = b"P", b"R"  # as the guard knows them
 _LEASH_SECONDS = 4.0  # the guard itself needs two at most
 
 
 class LocalProcess:
-    """An engine under its guard. The guard's standard input is the leash: closing it kills the engine."""
+    """An engine under its guard. The guard's standard input is the leash: a pull pauses the engine, closing it kills it."""
 
     def __init__(
         self,
@@ -69,6 +70,14 @@ class LocalProcess:
         """The last lines that it printed."""
         return tuple(self._lines)
 
+    def pause(self) -> None:
+        """Stop it where it is, and all its children."""
+        self._say(_PAUSE)
+
+    def resume(self) -> None:
+        """Let it go on after `pause`."""
+        self._say(_RESUME)
+
     def terminate(self) -> None:
         """Ask it to end."""
         with contextlib.suppress(ProcessLookupError):
@@ -80,6 +89,11 @@ class LocalProcess:
             self._guard.stdin.close()
         if self._last_resort is None and self._guard.returncode is None:
             self._last_resort = asyncio.get_running_loop().call_later(_LEASH_SECONDS, self._kill_guard)
+
+    def _say(self, word: bytes) -> None:
+        leash = self._guard.stdin
+        if leash is not None and not leash.is_closing() and self._guard.returncode is None:
+            leash.write(word)
 
     def _kill_guard(self) -> None:
         """It is stopped, or waits for an engine that hangs inside the kernel; the kernel kills its child with it."""

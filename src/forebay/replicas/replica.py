@@ -1,6 +1,7 @@
 """One engine as the server sees it: its state, its places, the requests in flight on it, and how to run one there.
 
-Its state is written by the supervisor alone. It refuses to give a place back before the engine has stopped.
+Its state is written by the supervisor alone. It refuses to give a place back before the engine has stopped, and to stand
+still while anything but batch work is in flight on it.
 """
 
 import asyncio
@@ -12,9 +13,11 @@ import aiohttp
 
 from forebay.dialects.openai.errors import from_engine
 from forebay.errors import EngineGarbled, EngineUnavailable, ForebayError, Quarantined
-from forebay.inference import Capability, Request
+from forebay.inference import Capability, Priority, Request
 from forebay.replicas.commands import Traits
 from forebay.replicas.connection import EngineStream
+from forebay.replicas.launcher import EngineProcess
+from forebay.replicas.pauses import Pauses
 from forebay.replicas.postmortem import Death, Quarantine
 
 _VERDICT_SECONDS = 0.9
@@ -55,6 +58,8 @@ class Replica:
         self.death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self.idle = asyncio.Event()
         self.idle.set()
+        self.process: EngineProcess | None = None
+        self.pauses = Pauses()
         self._session = session
         self._quarantine = quarantine
         self._stops: set[asyncio.Task[None]] = set()
@@ -69,6 +74,39 @@ class Replica:
     def only_refusals_left(self) -> bool:
         """Whether nothing but requests that refuse to stop is in flight."""
         return len(self.refusing) == len(self.in_flight)
+
+    @property
+    def paused(self) -> bool:
+        """Whether it stands still."""
+        return self.pauses.paused
+
+    @property
+    def paused_seconds(self) -> float:
+        """How long it has stood still in all."""
+        return self.pauses.seconds
+
+    @property
+    def pausable(self) -> bool:
+        """Whether it may stand still now: it is ours, it serves, all that it runs is batch work, and none of it is stopping."""
+        return (
+            self.process is not None
+            and self.traits.pausable
+            and self.ready
+            and not self._stops
+            and all(request.priority is Priority.BATCH for request in self.in_flight.values())
+        )
+
+    def pause(self) -> None:
+        """Let it stand still until `resume`, if it is pausable. Whatever needs it resumes it by itself."""
+        if self.process is not None and self.pausable and not self.paused:
+            self.pauses.begin()
+            self.process.pause()
+
+    def resume(self) -> None:
+        """Let it go on, if it is paused."""
+        if self.process is not None and self.paused:
+            self.process.resume()
+            self.pauses.end()
 
     @asynccontextmanager
     async def run(
@@ -87,6 +125,8 @@ class Replica:
         number = self._sequence
         self.in_flight[number] = request
         self.idle.clear()
+        if request.priority is not Priority.BATCH:
+            self.resume()
         stream = self._stream_for(request)
         try:
             await self._open(stream, request)
@@ -103,6 +143,7 @@ class Replica:
                 stream.release()
                 self._forget(number, on_stopped)
             else:
+                self.resume()
                 stop = asyncio.create_task(self._stop(stream, number, grace_seconds, on_refusal, on_stopped))
                 self._stops.add(stop)
                 stop.add_done_callback(self._stops.discard)

@@ -156,12 +156,12 @@ class Supervisor:
         return {"done_bytes": state.done_bytes, "total_bytes": state.total_bytes}
 
     async def engine_figures(self) -> bytes:
-        """What ready engines count themselves, as text for Prometheus; one that does not answer is left out."""
+        """What ready engines count themselves, as text for Prometheus; without those that are paused or do not answer."""
         return await figures.gather(
             (replica, self._session(name, replica.traits, record.settings))
             for name, record in self._models.items()
             for replica in self.replicas(name)
-            if replica.traits.metrics_path
+            if replica.traits.metrics_path and not replica.paused
         )
 
     def summon(self, model: str) -> None:

@@ -1,6 +1,7 @@
 """Runs a permit to the whole answer, for whoever does not relay it as it comes.
 
-It refuses to wait for ever: the whole answer has a deadline, and so has every step of it after the first.
+It refuses to wait for ever: the whole answer has a deadline, and so has every step of it after the first. While the engine
+is paused, neither comes nearer.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from forebay.dialects.openai.call import Call
 from forebay.errors import EngineTimeout
 from forebay.inference import Usage
 from forebay.replicas.connection import EngineStream
+from forebay.replicas.pauses import Limit
 from forebay.scheduler.permit import Permit
 
 
@@ -41,22 +43,23 @@ async def gather(
     either limit, and whatever else becomes of the run.
     """
     gatherer = call.shape.gatherer(call)
+    pauses = permit.replica.pauses
     try:
-        async with clock.timeout(timeout_seconds), permit.run() as stream:
+        async with pauses.limit(clock.timeout(timeout_seconds)), permit.run() as stream:
             data = await stream.read()
             on_first()
             while data:
                 gatherer.feed(data)
-                data = await read_on(stream, stall_seconds, clock)
+                data = await read_on(stream, pauses.limit(clock.timeout(stall_seconds)))
     except TimeoutError:
         raise EngineTimeout from None
     return Gathered(gatherer.body(), gatherer.progress.usage)
 
 
-async def read_on(stream: EngineStream, stall_seconds: float, clock: Clock) -> bytes:
+async def read_on(stream: EngineStream, stall: Limit) -> bytes:
     """The next bytes of a stream that has begun. Raises EngineTimeout when none come for so long."""
     try:
-        async with clock.timeout(stall_seconds):
+        async with stall:
             return await stream.read()
     except TimeoutError:
         raise EngineTimeout("The engine stopped making progress on this request.") from None

@@ -1,0 +1,84 @@
+"""When a replica stood still, so that nobody counts that time.
+
+It refuses to pause anything: it is told when a pause begins and ends.
+"""
+
+import asyncio
+from types import TracebackType
+
+
+class Pauses:
+    """The pauses of one replica. `count` is of those that have begun."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._since: float | None = None
+        self._ended_seconds = 0.0
+        self._limits: dict[asyncio.Timeout, float | None] = {}
+
+    @property
+    def paused(self) -> bool:
+        """Whether there is one now."""
+        return self._since is not None
+
+    @property
+    def seconds(self) -> float:
+        """How long all of them took together."""
+        return self._ended_seconds + (0.0 if self._since is None else _now() - self._since)
+
+    def begin(self) -> None:
+        """A pause begins: every limit stands still."""
+        self.count += 1
+        self._since = _now()
+        for timeout in self._limits:
+            self._hold(timeout)
+
+    def end(self) -> None:
+        """The pause ends: every limit goes on with what was left of it."""
+        self._ended_seconds, self._since = self.seconds, None
+        for timeout, left in self._limits.items():
+            if left is not None and not timeout.expired():
+                timeout.reschedule(_now() + left)
+            self._limits[timeout] = None
+
+    def limit(self, timeout: asyncio.Timeout) -> "Limit":
+        """`timeout`, which then does not count the pauses."""
+        return Limit(self, timeout)
+
+    def follow(self, timeout: asyncio.Timeout) -> None:
+        """Let `timeout`, whose block has begun, stand still in every pause."""
+        self._limits[timeout] = None
+        if self.paused:
+            self._hold(timeout)
+
+    def forget(self, timeout: asyncio.Timeout) -> None:
+        """Its block is about to end."""
+        self._limits.pop(timeout, None)
+
+    def _hold(self, timeout: asyncio.Timeout) -> None:
+        when = timeout.when()
+        if when is not None and not timeout.expired():
+            self._limits[timeout] = max(0.0, when - _now())
+            timeout.reschedule(None)
+
+
+class Limit:
+    """A timeout that stands still while a replica does. Used once, as the timeout itself would be."""
+
+    def __init__(self, pauses: Pauses, timeout: asyncio.Timeout) -> None:
+        self._pauses = pauses
+        self._timeout = timeout
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        self._pauses.follow(self._timeout)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pauses.forget(self._timeout)
+        await self._timeout.__aexit__(kind, error, trace)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
