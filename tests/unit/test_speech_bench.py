@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from forebay.bench.processes import resident_bytes, spent_seconds
-from forebay.bench.speech import words_of, wrong_words
+from forebay.bench.recordings import words_of
+from forebay.bench.speech import wrong_words
 
 
 @pytest.mark.parametrize(

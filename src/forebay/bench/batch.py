@@ -65,7 +65,7 @@ async def run(database_url: str | None, seeds: int, size: Size, say: Callable[[s
         for seed in range(1, seeds + 1):
             async with (
                 staged(_MODEL, model, None, _settings(database_url)) as stage,
-                calling(stage, _ENDPOINT) as caller,
+                calling(stage.url, stage.key, _ENDPOINT) as caller,
             ):
                 say(f"seed {seed}: hand in {size.lines_handed_in} lines, {_bytes(large) / 1e6:.0f} MB")
                 await _hand_in(stage, caller, large, report)

@@ -11,7 +11,6 @@ from typing import Any
 
 import aiohttp
 
-from forebay.bench.stage import Stage
 from forebay.errors import SetupError
 
 ENDED = frozenset({"completed", "failed", "cancelled", "expired"})
@@ -29,10 +28,10 @@ class Caller:
         self._session = session
         self._endpoint = endpoint
 
-    async def upload(self, path: Path) -> str:
+    async def upload(self, path: Path, purpose: str = "batch") -> str:
         """The id of the file."""
         head = (
-            f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n{purpose}\r\n'
             f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="lines.jsonl"\r\n\r\n'
         ).encode()
         tail = f"\r\n--{_BOUNDARY}--\r\n".encode()
@@ -90,9 +89,9 @@ async def _form(head: bytes, path: Path, tail: bytes) -> AsyncIterator[bytes]:
 
 
 @asynccontextmanager
-async def calling(stage: Stage, endpoint: str) -> AsyncIterator[Caller]:
-    """A user of the stage's server, who has batches for `endpoint` made."""
-    headers = {"Authorization": f"Bearer {stage.key}"}
+async def calling(url: str, key: str, endpoint: str) -> AsyncIterator[Caller]:
+    """A user of the server at `url`, who has batches for `endpoint` made."""
+    headers = {"Authorization": f"Bearer {key}"}
     timeout = aiohttp.ClientTimeout(total=_WAIT_SECONDS)
-    async with aiohttp.ClientSession(stage.url, headers=headers, timeout=timeout) as session:
+    async with aiohttp.ClientSession(url, headers=headers, timeout=timeout) as session:
         yield Caller(session, endpoint)

@@ -104,7 +104,7 @@ async def run(
     async with (
         _reference(settings, reference_python, report, say) as reference,
         staged(_MODEL, model, path, _toml(model, database_url), _ENDPOINT) as stage,
-        calling(stage, PATH) as caller,
+        calling(stage.url, stage.key, PATH) as caller,
     ):
         await _online(stage.engine, _texts(0, _WARM_UP_TEXTS, _TEXT_WORDS))
         await _online(stage.server, _texts(0, _WARM_UP_TEXTS, _TEXT_WORDS))

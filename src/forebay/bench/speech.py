@@ -6,10 +6,8 @@ It refuses to compare what is not alike: both get the same files, decode them, a
 import asyncio
 import json
 import os
-import re
 import sys
 import tempfile
-import wave
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -20,35 +18,20 @@ import aiohttp
 
 from forebay.bench.processes import Memory, spent_seconds, watched
 from forebay.bench.program import Program, running
+from forebay.bench.recordings import LEAD_SECONDS, Recording, cut, seconds_of, telephone_call, words_of
 from forebay.bench.report import Measure, Report
 from forebay.bench.stage import config_of, of_engine, served
 from forebay.bench.wire import now
-from forebay.clock import SystemClock, seeded
+from forebay.clock import seeded
 from forebay.config import Settings
 from forebay.dialects.openai.audio import TRANSCRIPTIONS
-from forebay.model_config import ModelFile, OnnxModel, WhisperModel
-from forebay.replicas.catalog import Catalog
-from forebay.replicas.pull import pull
+from forebay.model_config import WhisperModel
 
 _AT_ONCE = 8
-_LEAD_SECONDS = 6.0  # nobody speaks before; a file begins somewhere in it, so that no two are alike
 _ANSWER_SECONDS = 900.0
 _LANGUAGE = "en"
 _OPTIONS = {"beam_size": 5, "language": _LANGUAGE, "vad_filter": True, "word_timestamps": True}
 _REMEDY = "Look at what it said."
-_SAMPLE_NAME = "a-telephone-call"
-_SAMPLE_SOURCE = "pypi:pyannote-audio==4.0.7/pyannote/audio/sample/sample"
-_SAMPLE = OnnxModel(  # only for its files: no engine ever runs it
-    engine="onnx",
-    source=f"{_SAMPLE_SOURCE}.wav",
-    sha256="c319b4abca767b124e41432d364fd7df006cb26bb79d09326c487d606a134e6e",
-    files={
-        "sample.stm": ModelFile(
-            source=f"{_SAMPLE_SOURCE}.stm",
-            sha256="f861f3004927e1c4429199f9695bfd252def75d7d5e4bdf735d3d85fd4a667f7",
-        )
-    },
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +73,8 @@ def measures(size: Size) -> dict[str, Measure]:
 async def run(settings: Settings, name: str, seeds: int, size: Size, say: Callable[[str], None]) -> Report:
     """Measure everything once for each seed, with the model of that name."""
     report = Report(f"speech-{name}", seeds, measures(size))
-    model, folder = _model(settings, name)
-    sample = await _sample(settings)
+    model, folder = model_of(settings, name)
+    sample = await telephone_call(settings)
     async with (
         served(config_of({name: model})) as (url, key, pid),
         _directly(model, folder) as program,
@@ -114,14 +97,6 @@ async def run(settings: Settings, name: str, seeds: int, size: Size, say: Callab
         "Memory is the sum over the processes of a side, and counts libraries that they share more than once.",
     ]
     return report
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """A recording whose words are known."""
-
-    path: Path
-    words: list[str]
 
 
 @dataclass(slots=True)
@@ -164,7 +139,7 @@ Ask = Callable[[Path], Awaitable[_Heard]]
 
 @dataclass(slots=True)
 class _Bench:
-    sample: _Sample
+    sample: Recording
     through: Ask
     program: Program
     report: Report
@@ -193,7 +168,7 @@ class _Bench:
     async def _round(self, part: _Part, begin: Callable[[], float], count: int, *, first: int) -> None:
         """The same files on both sides, in turns."""
         with _files(self.sample, begin, count) as files:
-            seconds_of_audio = sum(map(_seconds, files))
+            seconds_of_audio = sum(map(seconds_of, files))
             for name in ("through", "direct") if first else ("direct", "through"):
                 side: _Side = getattr(part, name)
                 pid = self.server_pid if name == "through" else self.program.pid
@@ -243,12 +218,7 @@ def _together(one: _Side, many: _Side) -> float:
     return 100 * (one.wrong + many.wrong) / (one.words + many.words)
 
 
-# The words of a text, and how many of them are wrong.
-
-
-def words_of(text: str) -> list[str]:
-    """Its words, without case and punctuation."""
-    return re.sub(r"[^\w\s]", "", text.lower()).split()
+# How many words of a text are wrong.
 
 
 def wrong_words(reference: Sequence[str], heard: Sequence[str]) -> int:
@@ -264,45 +234,23 @@ def wrong_words(reference: Sequence[str], heard: Sequence[str]) -> int:
 # Files.
 
 
-async def _sample(settings: Settings) -> _Sample:
-    """The telephone call; it is pulled if it is not here."""
-    catalog = Catalog(settings.model_copy(update={"models": {_SAMPLE_NAME: _SAMPLE}}))
-    path = await pull(_SAMPLE_NAME, catalog, settings.pull, SystemClock(), lambda _done, _total: None)
-    lines = path.with_name("sample.stm").read_text(encoding="utf-8").splitlines()
-    return _Sample(path, [word for line in lines for word in words_of(line.split(maxsplit=5)[5])])
-
-
 @contextmanager
-def _files(sample: _Sample, begin: Callable[[], float], count: int) -> Iterator[list[Path]]:
+def _files(sample: Recording, begin: Callable[[], float], count: int) -> Iterator[list[Path]]:
     """So many files of the sample, each beginning elsewhere before its first word; gone at the end."""
     with tempfile.TemporaryDirectory(prefix="forebay-bench-") as folder:
-        yield [_cut(sample, Path(folder) / f"{number}.wav", begin()) for number in range(count)]
+        yield [cut(sample, Path(folder) / f"{number}.wav", begin()) for number in range(count)]
 
 
 def _anywhere(seed: int) -> Callable[[], float]:
     """Where the next file begins, in seconds."""
     chance = seeded(seed)
-    return lambda: chance.uniform(0, _LEAD_SECONDS)
-
-
-def _cut(sample: _Sample, path: Path, begin: float) -> Path:
-    with wave.open(str(sample.path)) as whole, wave.open(str(path), "wb") as cut:
-        cut.setparams(whole.getparams())
-        whole.setpos(round(begin * whole.getframerate()))
-        cut.writeframes(whole.readframes(whole.getnframes()))
-    return path
-
-
-def _seconds(path: Path) -> float:
-    with wave.open(str(path)) as file:
-        frames, rate = int(file.getnframes()), int(file.getframerate())
-        return frames / rate
+    return lambda: chance.uniform(0, LEAD_SECONDS)
 
 
 # The two sides.
 
 
-def _model(settings: Settings, name: str) -> tuple[WhisperModel, Path]:
+def model_of(settings: Settings, name: str) -> tuple[WhisperModel, Path]:
     """The model as it is run here, and its folder. Raises SetupError."""
     model, path = of_engine(settings, name, WhisperModel)
     folder = path if path.is_dir() else path.parent
