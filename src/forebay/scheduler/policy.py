@@ -1,16 +1,21 @@
 """Who goes next, and who has to make room: pure decisions over those who wait, those who run and the places there are.
 
 It refuses to starve anybody: online, each `ageing_seconds` in line count as one level of priority; batch work stands
-behind all of it, and has a floor.
+behind all of it, and has a floor. It refuses as well to let anybody wait behind all that another project has in line:
+of one level, projects take turns.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from forebay.scheduler.queue import Ticket
 from forebay.scheduler.router import Seats, pick_replica
+from forebay.scheduler.shares import Shares
 
 _SPARE_PLACES = 1
+_NEW_SHARES = Shares()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +32,58 @@ class Background:
 
 
 def rank(ticket: Ticket, now: float, ageing_seconds: float) -> tuple[float, int]:
-    """The lower goes first: priority less the levels gained by waiting, then order of arrival."""
+    """The lower goes first in one project: priority less the levels gained by waiting, then order of arrival."""
     gained = (now - ticket.joined_at) // ageing_seconds
     return (ticket.priority - gained, ticket.number)
 
 
+def in_order(
+    waiting: Iterable[Ticket], now: float, ageing_seconds: float, shares: Shares = _NEW_SHARES
+) -> Iterator[Ticket]:
+    """Those who wait in the order in which they go, if nobody comes.
+
+    Of each project the first in rank stands for it. Among these (1) the lower level goes first: its priority, less what
+    it has gained by waiting if its project is due. One that has had its turn gains nothing: it waits for its own kind,
+    and a long line would otherwise lift all of it over whoever comes. (2) Then the lower start tag; (3) then the
+    earlier.
+    """
+    lines: dict[str, list[tuple[tuple[float, int], Ticket]]] = {}
+    for ticket in waiting:
+        lines.setdefault(ticket.project, []).append((rank(ticket, now, ageing_seconds), ticket))
+    for line in lines.values():
+        heapq.heapify(line)
+    trial = shares.copy()
+
+    def claim(project: str) -> tuple[float, float, int]:
+        (level, number), ticket = lines[project][0]
+        return (level if trial.is_due(project) else ticket.priority, trial.start(project), number)
+
+    while lines:
+        first = min(lines, key=claim)
+        _, ticket = heapq.heappop(lines[first])
+        if not lines[first]:
+            del lines[first]
+        yield ticket
+        trial.serve(first, ticket.places)
+
+
 def next_grant(
-    online: Iterable[Ticket], background: Background, seats: list[Seats], now: float, ageing_seconds: float
+    online: Iterable[Ticket],
+    background: Background,
+    seats: list[Seats],
+    now: float,
+    ageing_seconds: float,
+    shares: Shares = _NEW_SHARES,
 ) -> tuple[Ticket, Seats] | None:
     """The ticket that goes next and the replica it goes to, or None.
 
-    (1) Batch work that starves; (2) the first in rank of those online; (3) batch work, if nobody waits online and
+    (1) Batch work that starves; (2) the first in order of those online; (3) batch work, if nobody waits online and
     enough places stay free. Nobody but the one so chosen is looked at: one that needs several places holds up the line
     behind it until they are free, or those who need one place would overtake it for ever.
     """
     first = background.head if background.starves else None
     if first is None:
-        first = min(online, key=lambda ticket: rank(ticket, now, ageing_seconds), default=None)
+        first = next(in_order(online, now, ageing_seconds, shares), None)
     if first is None and background.head is not None and _leaves_enough(background.head, background, seats):
         first = background.head
     if first is None:
@@ -64,17 +104,18 @@ def to_preempt(
     seats: list[Seats],
     now: float,
     ageing_seconds: float,
+    shares: Shares = _NEW_SHARES,
 ) -> list[Ticket]:
     """Those of `running`, newest first, whose places are needed for tickets that wait online.
 
-    For each that waits, in rank: (1) places that are free or on their way back (`returning`, by replica) will do;
+    For each that waits, in order: (1) places that are free or on their way back (`returning`, by replica) will do;
     (2) otherwise the fewest of the newest on one replica go; (3) if that is not enough, neither it nor anybody behind it
     is helped by anybody going.
     """
     room = {seat.replica_id: seat.free + returning.get(seat.replica_id, 0) for seat in seats}
     left = [ticket for ticket in running if ticket.replica_id in room]
     gone: list[Ticket] = []
-    for ticket in sorted(online, key=lambda one: rank(one, now, ageing_seconds)):
+    for ticket in in_order(online, now, ageing_seconds, shares):
         options = [(_room_for(ticket, seat, room, left), seat) for seat in seats]
         chosen = min(
             ((going, seat) for going, seat in options if going is not None),
@@ -90,10 +131,34 @@ def to_preempt(
     return gone
 
 
-def position(ticket: Ticket, waiting: Iterable[Ticket], now: float, ageing_seconds: float) -> int:
+def position(
+    ticket: Ticket, waiting: Iterable[Ticket], now: float, ageing_seconds: float, shares: Shares = _NEW_SHARES
+) -> int:
     """How many go before `ticket`, plus one."""
-    mine = rank(ticket, now, ageing_seconds)
-    return 1 + sum(rank(other, now, ageing_seconds) < mine for other in waiting)
+    place = 1
+    for other in in_order(waiting, now, ageing_seconds, shares):
+        if other is ticket:
+            break
+        place += 1
+    return place
+
+
+def to_turn_away(
+    newcomer: Ticket, waiting: Sequence[Ticket], now: float, ageing_seconds: float, shares: Shares
+) -> Ticket:
+    """Who leaves a line that is too long by `newcomer`, which is in it.
+
+    (1) Of the project with the most in line by its weight the last in rank, if it has more than that of the newcomer;
+    (2) otherwise the newcomer. Those who are `further` stay.
+    """
+    in_line = Counter(ticket.project for ticket in waiting)
+
+    def length(ticket: Ticket) -> float:
+        return in_line[ticket.project] / shares.weight(ticket.project)
+
+    movable = [ticket for ticket in waiting if not ticket.further]
+    last = max(movable, key=lambda one: (length(one), rank(one, now, ageing_seconds)), default=newcomer)
+    return last if length(last) > length(newcomer) else newcomer
 
 
 def retry_after_seconds(waiting: int, slots: int, mean_run_seconds: float, longest: float) -> float:

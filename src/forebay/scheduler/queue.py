@@ -1,4 +1,4 @@
-"""A model's line: who waits, in order of arrival.
+"""A model's line: who waits, in order of arrival, and what their projects have been served of it.
 
 It refuses to know time, replicas and bounds: whoever lets tickets join sees to those.
 """
@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from forebay.inference import Priority
+from forebay.scheduler.shares import Shares, Weights, equal
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
     """One caller's place in line and then on a replica. `number` grows with each arrival; times are monotonic seconds.
 
+    One that is `further` belongs to something that was let in before, and keeps its place in a full line.
     `taken` is how many places it fills on `replica_id` once it has been granted. Of batch work only: `spared` has its
     place for good, `preempted` gives it back as soon as the engine has stopped.
     """
@@ -26,6 +28,8 @@ class Ticket:
     taken: int = 0
     spared: bool = False
     preempted: bool = False
+    project: str = ""
+    further: bool = False
 
     @property
     def batch(self) -> bool:
@@ -34,10 +38,11 @@ class Ticket:
 
 
 class Line:
-    """Those who wait for one model, in order of arrival."""
+    """Those who wait for one model, in order of arrival, and the `shares` of their projects."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Weights = equal) -> None:
         self._tickets: dict[int, Ticket] = {}
+        self.shares = Shares(weights)
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -52,3 +57,11 @@ class Line:
     def leave(self, ticket: Ticket) -> None:
         """Take `ticket` out; nothing happens if it is not there."""
         self._tickets.pop(ticket.number, None)
+        if not self._tickets:
+            self.shares.clear()
+
+    def serve(self, ticket: Ticket) -> None:
+        """Take `ticket` out since it has got its places: on the account of its project, if others wait for some."""
+        self.leave(ticket)
+        if self._tickets:
+            self.shares.serve(ticket.project, ticket.taken)

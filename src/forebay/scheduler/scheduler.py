@@ -22,9 +22,19 @@ from forebay.inference import Priority, Request
 from forebay.replicas.replica import Replica
 from forebay.scheduler.demand import Demand
 from forebay.scheduler.permit import Permit
-from forebay.scheduler.policy import Background, next_grant, position, reserved, retry_after_seconds, to_preempt
+from forebay.scheduler.policy import (
+    Background,
+    in_order,
+    next_grant,
+    position,
+    reserved,
+    retry_after_seconds,
+    to_preempt,
+    to_turn_away,
+)
 from forebay.scheduler.queue import Line, Ticket
 from forebay.scheduler.router import Seats
+from forebay.scheduler.shares import Weights, equal
 from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
 
@@ -81,7 +91,7 @@ class _Hall:
     limits: Limits
     line: Line
     demand: Demand
-    backlog: Line = field(default_factory=Line)
+    backlog: Line
     grants: dict[int, asyncio.Future[Replica]] = field(default_factory=dict)
     running: dict[str, int] = field(default_factory=dict)
     batch: dict[int, Ticket] = field(default_factory=dict)
@@ -104,6 +114,7 @@ class Scheduler:
         grace_seconds: float,
         clock: Clock,
         metrics: Metrics,
+        weights: Weights = equal,
     ) -> None:
         self._fleet = fleet
         self._settings = settings
@@ -111,7 +122,7 @@ class Scheduler:
         self._clock = clock
         self._metrics = metrics
         window = settings.headroom_seconds
-        self._halls = {name: _Hall(limits, Line(), Demand(window)) for name, limits in models.items()}
+        self._halls = {name: _hall(limits, weights, window) for name, limits in models.items()}
         self._number = 0
         self._closed = False
         for name, hall in self._halls.items():
@@ -204,6 +215,7 @@ class Scheduler:
         self._number += 1
         now = self._clock.monotonic()
         ticket = Ticket(self._number, request.model, request.priority, request.places, now)
+        ticket.project, ticket.further = request.project, further
         hall.grants[ticket.number] = asyncio.get_running_loop().create_future()
         if ticket.batch:
             hall.backlog.join(ticket)
@@ -216,10 +228,8 @@ class Scheduler:
         if ticket.batch:
             return ticket, len(hall.line) + len(hall.backlog)
         if not further and self._overfull(hall):
-            self._quit(hall, ticket)
-            self._metrics.rejections.labels(request.model, "queue_full").inc()
-            raise Overloaded(retry_after_seconds=self._retry_after(hall))
-        return ticket, position(ticket, hall.line, now, self._settings.ageing_seconds)
+            self._turn_away(hall, ticket, now)
+        return ticket, position(ticket, hall.line, now, self._settings.ageing_seconds, hall.line.shares)
 
     def _let_in(self, request: Request) -> None:
         if self._closed:
@@ -231,6 +241,18 @@ class Scheduler:
         """Whether more wait than may. Those who are about to get places that batch work gives back do not count."""
         returning = _places(ticket for ticket in hall.leaving.values() if ticket.preempted)
         return len(hall.line) > hall.limits.queue_places + returning
+
+    def _turn_away(self, hall: _Hall, newcomer: Ticket, now: float) -> None:
+        """Raise Overloaded for the newcomer, or have whoever holds most of the line lose a place in it to him."""
+        self._metrics.rejections.labels(newcomer.model, "queue_full").inc()
+        full = Overloaded(retry_after_seconds=self._retry_after(hall))
+        waiting = _waiting(hall, hall.line)
+        last = to_turn_away(newcomer, waiting, now, self._settings.ageing_seconds, hall.line.shares)
+        if last is newcomer:
+            self._quit(hall, newcomer)
+            raise full
+        hall.line.leave(last)
+        hall.grants[last.number].set_exception(full)
 
     async def _wait(self, hall: _Hall, ticket: Ticket) -> Replica:
         granted = hall.grants[ticket.number]
@@ -304,9 +326,8 @@ class Scheduler:
         now, ageing = self._clock.monotonic(), self._settings.ageing_seconds
         while len(hall.line) or len(hall.backlog):
             seats = _seats(hall, replicas.values())
-            # A caller that left has a cancelled grant until its own clean-up runs.
-            online = [ticket for ticket in hall.line if not hall.grants[ticket.number].done()]
-            grant = next_grant(online, self._background(hall, seats, now), seats, now, ageing)
+            online = _waiting(hall, hall.line)
+            grant = next_grant(online, self._background(hall, seats, now), seats, now, ageing, hall.line.shares)
             if grant is None:
                 self._make_room(hall, online, seats, now)
                 break
@@ -317,19 +338,18 @@ class Scheduler:
         ticket.replica_id, ticket.taken = replica.id, min(ticket.places, replica.slots)
         hall.running[replica.id] = hall.running.get(replica.id, 0) + ticket.taken
         if ticket.batch:
-            hall.backlog.leave(ticket)
+            hall.backlog.serve(ticket)
             if not hall.batch and self._floor_at(hall) <= now:
                 ticket.spared, hall.preempted_since = True, None
             hall.batch[ticket.number], hall.kept_out_since = ticket, None
         else:
-            hall.line.leave(ticket)
+            hall.line.serve(ticket)
         hall.grants[ticket.number].set_result(replica)
 
     def _background(self, hall: _Hall, seats: list[Seats], now: float) -> Background:
-        if not len(hall.backlog):
-            return _NO_BATCH
-        head = next(iter(hall.backlog))
-        if hall.grants[head.number].done():  # its caller left, and makes way for the next when it cleans up
+        waiting = _waiting(hall, hall.backlog)
+        head = next(in_order(waiting, now, math.inf, hall.backlog.shares), None)
+        if head is None:
             return _NO_BATCH
         slots = sum(seat.slots for seat in seats)
         return Background(
@@ -350,7 +370,9 @@ class Scheduler:
         returning: Counter[str] = Counter()
         for ticket in hall.leaving.values():
             returning[ticket.replica_id] += ticket.taken
-        for ticket in to_preempt(online, running, returning, seats, now, self._settings.ageing_seconds):
+        for ticket in to_preempt(
+            online, running, returning, seats, now, self._settings.ageing_seconds, hall.line.shares
+        ):
             ticket.preempted = True
             hall.preempted_since = now if hall.preempted_since is None else hall.preempted_since
             hall.leaving[ticket.number] = ticket
@@ -401,6 +423,15 @@ class Scheduler:
     def _retry_after(self, hall: _Hall) -> float:
         longest = self._settings.retry_after_seconds_max
         return retry_after_seconds(len(hall.line), hall.limits.slots, hall.mean_run_seconds, longest)
+
+
+def _hall(limits: Limits, weights: Weights, window_seconds: float) -> _Hall:
+    return _Hall(limits, Line(weights), Demand(window_seconds), Line(weights))
+
+
+def _waiting(hall: _Hall, line: Line) -> list[Ticket]:
+    """Those in line, but not a caller that left: it has a cancelled grant until its own clean-up runs."""
+    return [ticket for ticket in line if not hall.grants[ticket.number].done()]
 
 
 def _places(tickets: Iterable[Ticket]) -> int:

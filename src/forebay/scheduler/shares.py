@@ -1,0 +1,58 @@
+"""Whose turn it is among projects: start-time fair queuing, where each gets places by its weight as long as it waits.
+
+It refuses to give credit for time in which a project asked for nothing, and to remember one that has had no more than
+its turn: its memory is as large as the number of projects served since the last one was.
+"""
+
+from collections.abc import Callable
+
+Weights = Callable[[str], float]
+
+
+def equal(_project: str) -> float:
+    """The weight of every project where nobody has said otherwise."""
+    return 1.0
+
+
+class Shares:
+    """The tags of the projects that wait in one line.
+
+    Virtual time is the start tag of what was served last. What is served begins at the end of what its project was
+    served before, but not before now, and ends so much later as it costs, divided by the weight of the project.
+    """
+
+    def __init__(self, weights: Weights = equal) -> None:
+        self._weights = weights
+        self._now = 0.0
+        self._ends: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def weight(self, project: str) -> float:
+        """How much of what there is a project gets, beside those of others."""
+        return self._weights(project)
+
+    def start(self, project: str) -> float:
+        """The start tag of what a project is served next: the lowest goes first."""
+        return max(self._now, self._ends.get(project, self._now))
+
+    def is_due(self, project: str) -> bool:
+        """Whether a project has had no more than its turn."""
+        return project not in self._ends
+
+    def serve(self, project: str, cost: float) -> None:
+        """A project is served so many places."""
+        self._now = self.start(project)
+        self._ends[project] = self._now + cost / self._weights(project)
+        self._ends = {each: end for each, end in self._ends.items() if end > self._now}
+
+    def clear(self) -> None:
+        """Nobody waits: whoever comes next begins anew."""
+        self._now, self._ends = 0.0, {}
+
+    def copy(self) -> "Shares":
+        """The same to try out what comes next."""
+        other = Shares(self._weights)
+        other._now, other._ends = self._now, dict(self._ends)
+        return other
