@@ -34,6 +34,10 @@ NAMES = {
     "image.delivered": "The results of a pushed message are in its store; the job is not settled.",
     "intake.taken": "A pushed message and its job are committed; its platform has no answer yet.",
     "image.settled": "An image job is settled and its files are there; what came with it still is.",
+    "usage.journaled": "What an answer used is in the journal; the end of the answer is not sent.",
+    "usage.folded": "What a journal holds is added up in the database; the process does not know it yet.",
+    "usage.left_folded": "The journal of a dead process is added up; it is not removed yet.",
+    "usage.journal_removed": "A journal is removed; the database does not know it yet.",
     "webhook.sent": "A receiver has answered; the delivery is not settled.",
 }
 

@@ -23,9 +23,11 @@ from forebay.server_config import (
     HttpSettings,
     LogSettings,
     MemorySettings,
+    QuotaSettings,
     RehearsalSettings,
     SchedulerSettings,
     SupervisorSettings,
+    UsageSettings,
 )
 
 _SECRET_BYTES_MAX = 65_536
@@ -476,6 +478,8 @@ class Settings(Section):
     audio: AudioSettings = AudioSettings()
     images: ImageSettings = ImageSettings()
     embeddings: EmbeddingSettings = EmbeddingSettings()
+    usage: UsageSettings = UsageSettings()
+    quotas: QuotaSettings = QuotaSettings()
     rehearsal: RehearsalSettings = RehearsalSettings()
     log: LogSettings = LogSettings()
     models: dict[Annotated[str, Field(pattern=MODEL_NAME)], Model] = Field(

@@ -132,6 +132,16 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
+class Counted:
+    """What a project has used on the day and in the month with these names."""
+
+    day: str
+    month: str
+    of_day: Amounts
+    of_month: Amounts
+
+
+@dataclass(frozen=True, slots=True)
 class Quota:
     """At most `limit` of a resource in each period, or at any time where there is none; None lifts a default."""
 

@@ -5,9 +5,11 @@ It refuses unknown keys, and knows neither files nor the environment: `config` r
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from forebay.engine_options import Bytes, Count, Seconds, Section
+from forebay.errors import InvalidRequest
+from forebay.quotas import Quota, parse_quotas
 
 
 class HttpSettings(Section):
@@ -54,6 +56,47 @@ class SchedulerSettings(Section):
     batch_floor_seconds: Seconds = Field(
         120, description="Batch work that has not been served for this long gets one place, and keeps it to the end."
     )
+
+
+class PaceSettings(Section):
+    """Online first: how batch work makes room on a device (`cpu`, `gpu0`, …) for the online work of all its models."""
+
+    enabled: bool = Field(
+        True, description="Bound batch work beside online work on the same device, and pause the engines that do it."
+    )
+    resume_seconds: Annotated[float, Field(ge=0, le=60)] = Field(
+        0.1, description="Engines that were paused go on when nobody has been online on their device for this long."
+    )
+    quiet_seconds: Seconds = Field(
+        2,
+        description="After this long, batch work is let in without a bound that cannot be paused: that of a model with online traffic of its own.",
+    )
+    tolerance_good: Annotated[float, Field(ge=1, le=10)] = Field(
+        1.1,
+        description="The bound grows while online tokens take at most so many times as long as without batch work.",
+    )
+    tolerance_bad: Annotated[float, Field(ge=1, le=10)] = Field(
+        1.25, description="The bound is halved when they take more than so many times as long."
+    )
+    probe_seconds_min: Seconds = Field(
+        5, description="Wait before a bound that did harm is tried again; it doubles each time that it does."
+    )
+    probe_seconds_max: Seconds = Field(300, description="Longest such wait.")
+    baseline_seconds: Seconds = Field(
+        600, description="How long it is remembered what online tokens took without batch work."
+    )
+    hold_seconds_max: Seconds = Field(
+        120, description="Batch work that has been held for this long runs for a while whoever is online."
+    )
+    floor_seconds: Annotated[float, Field(gt=0, le=600)] = Field(1, description="How long it then runs.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.tolerance_bad < self.tolerance_good:
+            raise ValueError("`tolerance_bad` has to be at least `tolerance_good`")
+        if self.probe_seconds_max < self.probe_seconds_min:
+            raise ValueError("`probe_seconds_max` has to be at least `probe_seconds_min`")
+        return self
 
 
 class SupervisorSettings(Section):
@@ -173,3 +216,39 @@ class LogSettings(Section):
         "info", description="Least severe level that is written."
     )
     access: bool = Field(True, description="One line for each request.")
+
+
+class UsageSettings(Section):
+    """What was used: how it is written down, and how long it is kept."""
+
+    fold_seconds: Annotated[float, Field(gt=0, le=60)] = Field(
+        1, description="How often the journal of a process is added up in the database, and limits are read there."
+    )
+    journal_bytes_max: Bytes = Field(
+        4 * 2**20, description="Size of a journal at which the next one is begun; it is removed when it is added up."
+    )
+    keep_days: Annotated[int, Field(ge=62, le=36_500)] = Field(400, description="How long the usage of a day is kept.")
+
+
+class QuotaSettings(Section):
+    """What a project may use, and hold, that has no quota of its own for it."""
+
+    defaults: Annotated[tuple[str, ...], Field(max_length=16)] = Field(
+        (),
+        description="Quotas such as `requests=10000/day`, `tokens=5000000/month`, `audio_seconds=36000/day`, "
+        "`megapixel_steps=100000/day`, `stored_bytes=10000000000` and `queued_lines=50000`. Without any there is no bound.",
+    )
+
+    @field_validator("defaults")
+    @classmethod
+    def _are_quotas(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            parse_quotas(value)
+        except InvalidRequest as error:
+            raise ValueError(str(error).rstrip(".")) from None
+        return value
+
+    @property
+    def parsed(self) -> tuple[Quota, ...]:
+        """The same as values."""
+        return parse_quotas(self.defaults)

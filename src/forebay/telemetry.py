@@ -34,6 +34,9 @@ EVENTS = {
     "engine.line": "A line that an engine printed, with the ids of the requests in flight on it.",
     "engine.no_tools_probe": "An engine did not say what its chat template can do.",
     "model.state": "A model changed its state.",
+    "model.waiting": "A model waits for memory, and for whom.",
+    "model.swapped": "A model leaves its memory to another.",
+    "model.idle": "A model is unloaded because nobody has asked for it.",
     "model.pulling": "A model's file is being fetched.",
     "model.pull_failed": "A model's file could not be fetched.",
     "upstream.circuit_opened": "A provider failed several times in a row and is left alone for a while.",
@@ -50,6 +53,9 @@ EVENTS = {
     "worker.store_away": "The database does not answer; the worker tries again.",
     "worker.store_back": "The database answers again.",
     "store.cut_off": "Sessions of processes that stand still in the middle of a statement were ended.",
+    "usage.journal_failed": "What was used cannot be appended to the journal; it waits in memory for the database.",
+    "usage.fold_failed": "What was used cannot be added up in the database; the next round tries again.",
+    "usage.torn": "The journal of a dead process ends in something that is no record.",
     "pruner.removed": "What had outlived its time was removed.",
     "pruner.failed": "A sweep met trouble; the next round tries again.",
 }
@@ -67,6 +73,7 @@ class Metrics:
         self.cancellations = self._counter("cancellations", "Requests stopped before their end.", "model", "reason")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens read.", "model")
         self.completion_tokens = self._counter("completion_tokens", "Tokens written.", "model")
+        self.swaps = self._counter("swaps", "Engines that left memory for another model.", "model")
         self.queue_wait = self._histogram("queue_wait_seconds", "Time in line, of online requests.", "model")
         self.first_token = self._histogram("time_to_first_token_seconds", "Admission to first content.", "model")
         self.token_time = self._histogram("time_per_output_token_seconds", "Mean gap between tokens.", "model")

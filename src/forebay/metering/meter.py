@@ -5,13 +5,14 @@ processes use, the books bring it. Between a look and what is taken nothing awai
 exactly what is there.
 """
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from forebay.clock import Clock
 from forebay.errors import QuotaExceeded
-from forebay.quotas import NOTHING, Account, Amounts, Period, ProjectLimits, Quota, Resource, Use, parts_of
+from forebay.quotas import NOTHING, Account, Amounts, Counted, Period, ProjectLimits, Quota, Resource, Use, parts_of
 
 Record = Callable[[Account, Use], None]
 Estimate = Callable[[], Amounts]
@@ -46,6 +47,7 @@ class _Balance:
 
     windows: dict[Period, _Window] = field(default_factory=dict)
     reserved: Amounts = NOTHING
+    freed: asyncio.Event = field(default_factory=asyncio.Event)  # something was given back
 
     def at(self, period: Period, now: float) -> _Window:
         name = period.window(now)
@@ -53,16 +55,6 @@ class _Balance:
         if window is None or window.name != name:
             window = self.windows[period] = _Window(name)
         return window
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """What the database holds of one project: of the day and of the month with these names."""
-
-    day: str
-    month: str
-    of_day: Amounts
-    of_month: Amounts
 
 
 class Reservation:
@@ -77,9 +69,15 @@ class Reservation:
     def raise_to(self, estimate: Estimate) -> None:
         """Reserve more, now that it is known how much it takes. Raises QuotaExceeded and keeps what it had."""
         if self.open and self._meter.counts(self.account.project):
-            more = estimate()
-            self._meter.take(self.account.project, more - self._estimate)
-            self._estimate = more
+            amounts = estimate()
+            self._meter.take(self.account.project, amounts - self._estimate)
+            self._estimate = amounts
+
+    def lower_to(self, use: Use) -> None:
+        """So much was used, which is written down later."""
+        if self.open and self._estimate != NOTHING:
+            self._meter.give_back(self.account.project, self._estimate - use.amounts)
+            self._estimate = use.amounts
 
     def settle(self, use: Use) -> None:
         """The work is done: write down what it has used, and give the rest back."""
@@ -160,6 +158,28 @@ class Meter:
         self.take(project, amounts)
         return Reservation(self, account, amounts)
 
+    async def reserve_in_turn(
+        self, project: str, key_id: str, model: str, capability: str, estimate: Estimate
+    ) -> Reservation:
+        """The same for work that can wait: as long as others of the project may yet give back what they do not use."""
+        while True:
+            freed = self._balance(project).freed if self.counts(project) else None
+            try:
+                return await self.reserve(project, key_id, model, capability, estimate)
+            except QuotaExceeded:
+                if freed is None or self._balance(project).reserved == NOTHING:
+                    return await self._reserve_after_look(project, key_id, model, capability, estimate)
+            freed.clear()
+            await freed.wait()
+
+    async def _reserve_after_look(
+        self, project: str, key_id: str, model: str, capability: str, estimate: Estimate
+    ) -> Reservation:
+        """A last look: what ended beside a look at the database is counted twice until the next."""
+        if self._load is not None:
+            await self._load(project)
+        return await self.reserve(project, key_id, model, capability, estimate)
+
     async def require(self, project: str) -> None:
         """Raise QuotaExceeded where nothing is left of a quota, and take nothing: for work that comes before."""
         (await self.reserve(project, "", "", "", lambda: Amounts(requests=1))).release()
@@ -188,7 +208,9 @@ class Meter:
 
     def give_back(self, project: str, amounts: Amounts) -> None:
         """What was reserved is free again."""
-        self._balance(project).reserved -= amounts
+        balance = self._balance(project)
+        balance.reserved -= amounts
+        balance.freed.set()
 
     def record(self, account: Account, use: Use) -> None:
         """Count what was used and have it written down."""
@@ -208,6 +230,7 @@ class Meter:
         """The limits of all projects that have some of their own."""
         if limits != self._limits:
             self._limits, self._quotas = limits, {}
+            self._known.clear()  # nothing was counted for whom had no quota
 
     def watched(self) -> list[str]:
         """The projects whose balances have to be kept up to date."""
