@@ -1,0 +1,177 @@
+"""Measures memory: what each engine's family of processes holds, and what the machine has, holds and can give.
+
+It refuses to decide anything, and to be asked on the event loop: every reading looks at files of the kernel and blocks,
+so it is made in a thread. What this machine does not tell is left out of a reading, never guessed.
+
+Memory that several processes share, such as the file of a model, is counted for each by its part (PSS).
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from forebay.replicas.memory import HOST
+from forebay.replicas.nvml import Gpu, Nvml
+from forebay.server_config import MemorySettings
+
+_PROCESSES_MAX = 4096  # of one engine
+_TOLD_MAX = 64  # bytes of a small file of the kernel
+_GONE = (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError)  # the latter two slip through psutil
+_UNLIMITED = 2**60  # what a control group says that has no limit is larger
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The machine at one moment.
+
+    `total_bytes` is what the machine or its container has; `available_bytes` what a program could take without anything
+    being swapped out. `held` has bytes by device for each family, by the id of its first process; a family that is gone
+    is not in it.
+    """
+
+    total_bytes: int
+    available_bytes: int
+    cpu_share: float
+    celsius: float | None
+    gpus: tuple[Gpu, ...]
+    held: Mapping[int, Mapping[str, int]]
+
+
+class Gauge:
+    """What measures. Without `gpus` the machine has none that we know of."""
+
+    def __init__(self, settings: MemorySettings, gpus: Nvml | None, root: Path = Path("/")) -> None:
+        self._settings = settings
+        self._gpus = gpus
+        self._root = root
+        psutil.cpu_percent()  # the first answer is for no time at all; later ones are for the time since the last
+
+    def read(self, families: Iterable[int] = ()) -> Reading:
+        """Measure the machine, and what is held by each of `families`: a process and all that it started. Blocks."""
+        total, available = self._host()
+        gpus = self._gpus.read() if self._gpus is not None else ()
+        found = {first: _family(self._root, first) for first in families}
+        return Reading(
+            total,
+            available,
+            psutil.cpu_percent() / 100,
+            _hottest(),
+            gpus,
+            {first: _held(members, gpus) for first, members in found.items() if members},
+        )
+
+    def totals(self, reading: Reading) -> dict[str, int]:
+        """What engines may take in all, by device. What others hold of a GPU is taken off its part."""
+        settings = self._settings
+        totals = {HOST: settings.host_bytes or int(reading.total_bytes * settings.host_share)}
+        for gpu in reading.gpus:
+            ours = sum(held.get(gpu.name, 0) for held in reading.held.values())
+            others = max(0, sum(gpu.processes.values()) - ours)
+            totals[gpu.name] = max(0, int(gpu.total_bytes * settings.gpu_share) - others)
+        return totals
+
+    def _host(self) -> tuple[int, int]:
+        """Total and available bytes of the machine, or of the narrowest control group that this process is in."""
+        memory = psutil.virtual_memory()
+        total, available = int(memory.total), int(memory.available)
+        for limit, used in _groups(self._root):
+            total = min(total, limit)
+            available = min(available, max(0, limit - used))
+        return total, available
+
+
+def _held(members: Iterable[int], gpus: Iterable[Gpu]) -> dict[str, int]:
+    """What a family holds. A GPU is left out on which the driver does not tell of it."""
+    family = tuple(members)
+    held = {HOST: sum(_resident(pid) for pid in family)}
+    for gpu in gpus:
+        told = [gpu.processes[pid] for pid in family if pid in gpu.processes]
+        if told:
+            held[gpu.name] = sum(told)
+    return held
+
+
+def _resident(pid: int) -> int:
+    """PSS of one process; what is resident where the kernel does not tell that; nothing if it has just ended."""
+    with contextlib.suppress(*_GONE):
+        process = psutil.Process(pid)
+        with contextlib.suppress(psutil.AccessDenied):
+            full = process.memory_full_info()
+            return int(getattr(full, "pss", full.uss))
+        with contextlib.suppress(psutil.AccessDenied):
+            return int(process.memory_info().rss)
+    return 0
+
+
+def _family(root: Path, first: int) -> tuple[int, ...]:
+    """A process and all that it started, as far as they live. Where the kernel lists children, nobody else is looked at."""
+    if not (root / "proc" / str(first) / "task" / str(first) / "children").exists():
+        return _searched(first)
+    found = [first]
+    for pid in found:  # it grows meanwhile
+        found += [child for child in _children(root, pid) if child not in found][: _PROCESSES_MAX - len(found)]
+    return tuple(found)
+
+
+def _children(root: Path, pid: int) -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for thread in (root / "proc" / str(pid) / "task").iterdir():
+            with contextlib.suppress(OSError):
+                yield from map(int, (thread / "children").read_text().split())
+
+
+def _searched(first: int) -> tuple[int, ...]:
+    with contextlib.suppress(*_GONE):
+        process = psutil.Process(first)
+        return first, *(child.pid for child in process.children(recursive=True)[:_PROCESSES_MAX])
+    return ()
+
+
+def _hottest() -> float | None:
+    """The hottest sensor of the machine, where psutil finds one."""
+    sensors = getattr(psutil, "sensors_temperatures", dict)()
+    return max((float(row.current) for rows in sensors.values() for row in rows), default=None)
+
+
+# Control groups: a container's limits. Each group from our own up to the mount counts, in both versions.
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use of every control group above this process that has a limit."""
+    for folder, newer in _group_folders(root):
+        limit = _number(folder / ("memory.max" if newer else "memory.limit_in_bytes"))
+        used = _number(folder / ("memory.current" if newer else "memory.usage_in_bytes"))
+        if limit is not None and used is not None and limit < _UNLIMITED:
+            yield limit, max(0, used - _reclaimable(folder, "inactive_file" if newer else "total_inactive_file"))
+
+
+def _group_folders(root: Path) -> Iterator[tuple[Path, bool]]:
+    """The folders of our groups, and whether they are of version 2. In a container the path may begin at the mount."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            if names in ("", "memory"):
+                mount = root / "sys/fs/cgroup" / names
+                inner = Path(path.lstrip("/"))
+                for part in dict.fromkeys((inner, *inner.parents, Path())):
+                    if ".." not in part.parts:
+                        yield mount / part, not names
+
+
+def _number(file: Path) -> int | None:
+    """The number in `file`; None if it holds a word, as for no limit, or is not there."""
+    with contextlib.suppress(OSError, ValueError), file.open() as opened:
+        return int(opened.read(_TOLD_MAX))
+    return None
+
+
+def _reclaimable(folder: Path, name: str) -> int:
+    """Bytes of files that the kernel can drop: they count as used by the group, and are available."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / "memory.stat").read_text().splitlines():
+            if line.startswith(name + " "):
+                return int(line.split()[1])
+    return 0
