@@ -27,8 +27,8 @@ SETTINGS = SchedulerSettings(batch_floor_seconds=30)
 PLACES = 4
 
 
-def request(number: int, priority: Priority = Priority.DEFAULT, places: int = 1) -> Request:
-    return Request(f"req_{number}", "default", MODEL, Capability.CHAT, "/", b"{}", priority, places)
+def request(number: int, priority: Priority = Priority.DEFAULT, places: int = 1, project: str = "default") -> Request:
+    return Request(f"req_{number}", project, MODEL, Capability.CHAT, "/", b"{}", priority, places)
 
 
 class Bench(Replica):

@@ -85,24 +85,29 @@ class Hallway(RuleBasedStateMachine):
         target=visitors,
         priority=st.sampled_from([*Priority, Priority.BATCH, Priority.BATCH]),
         places=st.sampled_from([1, 1, 1, 1, 1, 1, 1, 2, 5]),
+        project=st.sampled_from(["one", "one", "two"]),
         runs=st.sampled_from([True, True, True, False]),
     )
-    def join(self, priority: Priority, places: int, *, runs: bool) -> Visitor:
+    def join(self, priority: Priority, places: int, project: str, *, runs: bool) -> Visitor:
         self.number += 1
 
         async def come() -> Visitor:
-            return Visitor(self.scheduler, request(self.number, priority, places), runs=runs)
+            return Visitor(self.scheduler, request(self.number, priority, places, project), runs=runs)
 
+        before = self.online_waiting
         visitor: Visitor = self.drive(come())
         self.everybody.append(visitor)
         self.came += not visitor.batch
-        if isinstance(visitor.error, Overloaded):
+        gone = [other for other in [*before, visitor] if isinstance(other.error, Overloaded)]
+        assert len(gone) <= 1, "one comes, one goes"
+        for other in gone:
             assert len(self.online_waiting) >= PLACES, "turned away by batch work"
+            assert self.in_line(other.wanted.project) + 1 >= self.in_line(project), "turned away for one who has more"
         return visitor
 
     @rule(target=visitors, size=st.integers(3, 7), priority=st.sampled_from([Priority.DEFAULT, Priority.BATCH]))
     def crowd(self, size: int, priority: Priority) -> Any:
-        return multiple(*(self.join(priority, 1, runs=True) for _ in range(size)))
+        return multiple(*(self.join(priority, 1, "one", runs=True) for _ in range(size)))
 
     @rule(visitor=consumes(visitors))
     def leave(self, visitor: Visitor) -> None:
@@ -195,6 +200,9 @@ class Hallway(RuleBasedStateMachine):
     @property
     def online_waiting(self) -> list[Visitor]:
         return [visitor for visitor in self.everybody if visitor.waits and not visitor.batch]
+
+    def in_line(self, project: str) -> int:
+        return sum(visitor.wanted.project == project for visitor in self.online_waiting)
 
     @property
     def only_single_places(self) -> bool:
@@ -310,6 +318,55 @@ async def test_a_full_line_turns_away_with_a_time_to_come_back(hall: tuple[Room,
         visitor.leave()
         await settle()
     assert scheduler.load(MODEL) == (0, 0)
+
+
+async def test_one_project_that_fills_the_line_keeps_no_other_out_and_no_other_waits_behind_all_of_it(
+    hall: tuple[Room, Scheduler, FakeClock],
+) -> None:
+    _, scheduler, _ = hall
+    flood = [Visitor(scheduler, request(n, project="flood")) for n in range(3)]
+    await settle()
+    light = Visitor(scheduler, request(9, project="light"))
+    await settle()
+    assert isinstance(flood[2].error, Overloaded), "the last of those who have most of the line"
+    assert scheduler.load(MODEL) == (1, 2)
+    flood[0].leave()
+    await settle()
+    assert light.permit is not None
+    assert flood[1].waits
+    light.leave()
+    await settle()
+    assert flood[1].permit is not None
+    flood[1].leave()
+    await settle()
+    assert scheduler.load(MODEL) == (0, 0)
+
+
+async def test_batch_lines_of_projects_take_turns_by_weight() -> None:
+    async with aiohttp.ClientSession() as session:
+        clock = FakeClock()
+        room = Room(clock)
+        weights = {"heavy": 3.0}
+        scheduler = Scheduler(
+            room, {MODEL: Limits(1, 2, QUEUE_SECONDS)}, SETTINGS, 1.0, clock, Metrics(), lambda p: weights.get(p, 1.0)
+        )
+        room.open(1, session)
+        first = Visitor(scheduler, request(0, Priority.BATCH, project="light"))
+        waiting = [Visitor(scheduler, request(n, Priority.BATCH, project="light")) for n in range(1, 10)]
+        waiting += [Visitor(scheduler, request(n, Priority.BATCH, project="heavy")) for n in range(10, 20)]
+        await settle()
+        order: list[str] = []
+        running = first
+        while waiting:
+            running.leave()
+            await settle()
+            (running,) = [visitor for visitor in waiting if visitor.permit is not None]
+            waiting.remove(running)
+            order.append(running.wanted.project)
+        running.leave()
+        await settle()
+        assert abs(order[:12].count("heavy") - 9) <= 1
+        assert scheduler.load(MODEL) == (0, 0)
 
 
 async def test_a_further_part_finds_room_in_a_full_line(hall: tuple[Room, Scheduler, FakeClock]) -> None:

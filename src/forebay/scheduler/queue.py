@@ -3,6 +3,7 @@
 It refuses to know time, replicas and bounds: whoever lets tickets join sees to those.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ class Line:
     def __init__(self, weights: Weights = equal) -> None:
         self._tickets: dict[int, Ticket] = {}
         self.shares = Shares(weights)
+        self._served: Counter[str] = Counter()  # by project those who have their places
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -57,11 +59,21 @@ class Line:
     def leave(self, ticket: Ticket) -> None:
         """Take `ticket` out; nothing happens if it is not there."""
         self._tickets.pop(ticket.number, None)
-        if not self._tickets:
-            self.shares.clear()
+        self._forget()
 
     def serve(self, ticket: Ticket) -> None:
-        """Take `ticket` out since it has got its places: on the account of its project, if others wait for some."""
-        self.leave(ticket)
-        if self._tickets:
-            self.shares.serve(ticket.project, ticket.taken)
+        """Take `ticket` out since it has got its places, on the account of its project."""
+        self._tickets.pop(ticket.number, None)
+        self.shares.serve(ticket.project, ticket.taken)
+        self._served[ticket.project] += 1
+
+    def end(self, ticket: Ticket) -> None:
+        """One that was served has given its places back."""
+        self._served[ticket.project] -= 1
+        if not self._served[ticket.project]:
+            del self._served[ticket.project]
+        self._forget()
+
+    def _forget(self) -> None:
+        if not self._tickets:
+            self.shares.keep(self._served)

@@ -1,10 +1,10 @@
 """Whose turn it is among projects: start-time fair queuing, where each gets places by its weight as long as it waits.
 
 It refuses to give credit for time in which a project asked for nothing, and to remember one that has had no more than
-its turn: its memory is as large as the number of projects served since the last one was.
+its turn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 Weights = Callable[[str], float]
 
@@ -47,9 +47,11 @@ class Shares:
         self._ends[project] = self._now + cost / self._weights(project)
         self._ends = {each: end for each, end in self._ends.items() if end > self._now}
 
-    def clear(self) -> None:
-        """Nobody waits: whoever comes next begins anew."""
-        self._now, self._ends = 0.0, {}
+    def keep(self, projects: Container[str]) -> None:
+        """Forget all others: nobody waits, so what they have had is no matter."""
+        self._ends = {each: end for each, end in self._ends.items() if each in projects}
+        if not self._ends:
+            self._now = 0.0
 
     def copy(self) -> "Shares":
         """The same to try out what comes next."""

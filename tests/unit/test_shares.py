@@ -1,0 +1,228 @@
+"""Turns between projects: shares by weight, one round for a newcomer, nobody forgotten, a full line that has room."""
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forebay.inference import Priority
+from forebay.scheduler.policy import Background, in_order, next_grant, position, to_turn_away
+from forebay.scheduler.queue import Line, Ticket
+from forebay.scheduler.router import Seats
+from forebay.scheduler.shares import Shares
+
+AGEING = 15.0
+ONLINE = [priority for priority in Priority if priority is not Priority.BATCH]
+PROJECTS = ["a", "b", "c", "d"]
+
+
+class OneSlot:
+    """A line for a model of one slot: whoever goes is served before the next is chosen."""
+
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        self.line = Line(lambda project: (weights or {}).get(project, 1.0))
+        self.now = 0.0
+        self.number = 0
+
+    def join(
+        self, project: str, count: int = 1, priority: Priority = Priority.DEFAULT, places: int = 1
+    ) -> list[Ticket]:
+        tickets = []
+        for _ in range(count):
+            self.number += 1
+            tickets.append(Ticket(self.number, "model", priority, places, self.now, project=project))
+            self.line.join(tickets[-1])
+        return tickets
+
+    def serve(self) -> Ticket | None:
+        grant = next_grant(self.line, Background(), [Seats("r", 8, 0)], self.now, AGEING, self.line.shares)
+        if grant is None:
+            return None
+        grant[0].taken = grant[0].places
+        self.line.serve(grant[0])
+        self.line.end(grant[0])
+        return grant[0]
+
+    def served(self, count: int, seconds: float = 0.0) -> list[str]:
+        """The projects of the next so many, each of which takes so long."""
+        found = []
+        for _ in range(count):
+            ticket = self.serve()
+            assert ticket is not None
+            found.append(ticket.project)
+            self.now += seconds
+        return found
+
+
+@settings(deadline=None)
+@given(st.integers(1, 120), st.sampled_from([0.0, 1.0, 20.0]))
+def test_of_weights_one_to_three_each_gets_its_share_to_the_ticket(count: int, seconds: float) -> None:
+    hall = OneSlot({"a": 1, "b": 3})
+    hall.join("a", 100)
+    hall.join("b", 100)
+    got = Counter(hall.served(count, seconds))
+    assert abs(got["b"] - 0.75 * count) <= 1
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(PROJECTS), st.floats(0.1, 10), min_size=2), st.integers(1, 60))
+def test_who_waits_is_never_behind_another_by_more_than_a_turn_of_each(weights: dict[str, float], count: int) -> None:
+    hall = OneSlot(weights)
+    for project in weights:
+        hall.join(project, count)
+    got = Counter(hall.served(count, 5.0))
+    for one, other in ((a, b) for a in weights for b in weights):
+        assert got[one] / weights[one] - got[other] / weights[other] <= 1 / weights[one] + 1 / weights[other] + 1e-9
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(0, 40), st.sampled_from([0.0, 2.0, 50.0]))
+def test_a_newcomer_waits_one_round_at_most_however_long_the_others_have(
+    others: int, before: int, seconds: float
+) -> None:
+    hall = OneSlot()
+    for number in range(others):
+        hall.join(f"flood{number}", 100)
+    hall.served(before, seconds)
+    (ticket,) = hall.join("new")
+    place = position(ticket, hall.line, hall.now, AGEING, hall.line.shares)
+    assert hall.served(place)[-1] == "new"
+    assert place <= others + 1
+
+
+def test_a_long_line_that_has_aged_lifts_nobody_over_who_comes() -> None:
+    hall = OneSlot()
+    hall.join("flood", 100)
+    hall.served(10, 10.0)  # all of it has waited for six levels
+    hall.join("light", priority=Priority.HIGH)
+    hall.join("other")
+    assert hall.served(4) == ["light", "other", "flood", "flood"]
+
+
+def test_a_line_of_a_higher_priority_is_shared_with_whoever_has_aged_in_it() -> None:
+    hall = OneSlot()
+    hall.join("low", 100, Priority.LOW)
+    got = []
+    for _ in range(60):
+        hall.join("high", 2, Priority.HIGH)
+        got += hall.served(1, 1.0)
+    assert set(got[:30]) == {"high"}, "two levels"
+    assert abs(got[30:].count("low") - 15) <= 1
+
+
+def test_in_one_project_the_order_is_that_of_priority_and_age() -> None:
+    hall = OneSlot()
+    old, mild = hall.join("a", priority=Priority.LOW), hall.join("a")
+    hall.now = 2 * AGEING
+    new = hall.join("a", priority=Priority.HIGH)
+    order = list(in_order(hall.line, hall.now, AGEING, hall.line.shares))
+    assert order == [*mild, *old, *new]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nobody_starves_and_nothing_stands_still(seed: int) -> None:
+    """Random traffic above what can be served, then none: everybody gets a turn before long."""
+    rolls = random.Random(seed)
+    hall = OneSlot({project: rolls.choice([0.25, 1.0, 4.0]) for project in PROJECTS})
+    waits: list[float] = []
+    for step in range(400):
+        if step < 200:
+            for _ in range(rolls.randint(0, 3)):
+                hall.join(rolls.choice("aaaabcd"), 1, rolls.choice(ONLINE), rolls.randint(1, 4))
+        longest = len(hall.line)
+        ticket = hall.serve()
+        assert (ticket is None) == (longest == 0), "work for nobody"
+        if ticket is not None:
+            waits.append(hall.now - ticket.joined_at)
+        hall.now += 1.0
+    assert len(hall.line) == 0
+    assert len(hall.line.shares) == 0, "what nobody waits for is forgotten"
+    assert max(waits) < 400
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(PROJECTS), st.sampled_from(ONLINE), st.integers(1, 4), st.floats(0, 100)),
+        max_size=16,
+    ),
+    st.lists(st.tuples(st.sampled_from(PROJECTS), st.integers(1, 4)), max_size=8),
+)
+def test_everybody_has_one_place_in_the_order(
+    rows: list[tuple[str, Priority, int, float]], served: list[tuple[str, int]]
+) -> None:
+    shares = Shares(lambda project: 0.5 + (project == "b"))
+    for project, cost in served:
+        shares.serve(project, cost)
+    waiting = [Ticket(n, "m", priority, k, at, project=p) for n, (p, priority, k, at) in enumerate(rows)]
+    before = {project: shares.start(project) for project in PROJECTS}
+    places = [position(one, waiting, 100.0, AGEING, shares) for one in waiting]
+    assert sorted(places) == list(range(1, len(waiting) + 1))
+    assert {project: shares.start(project) for project in PROJECTS} == before, "a look changes nothing"
+
+
+def test_projects_that_come_once_are_forgotten_when_the_next_round_begins() -> None:
+    shares = Shares()
+    for number in range(1000):
+        shares.serve(f"once{number}", 1)
+        shares.serve("steady", 1)
+    assert len(shares) <= 3
+
+
+def full(*projects: str, weights: Mapping[str, float] | None = None) -> OneSlot:
+    hall = OneSlot(weights)
+    for project in projects:
+        hall.join(project)
+    return hall
+
+
+def turned_away(hall: OneSlot, newcomer: Ticket) -> Ticket:
+    return to_turn_away(newcomer, list(hall.line), hall.now, AGEING, hall.line.shares)
+
+
+def test_who_holds_most_of_a_full_line_makes_room_for_a_newcomer_and_is_not_let_in_again() -> None:
+    hall = full("a", "a", "a")
+    urgent = hall.join("a", priority=Priority.HIGH)
+    (new,) = hall.join("b")
+    gone = turned_away(hall, new)
+    assert gone.number == 3, "the last in rank"
+    hall.line.leave(gone)
+    (again,) = hall.join("a", priority=Priority.HIGH)
+    assert turned_away(hall, again) is not urgent[0]
+    assert turned_away(hall, again).project == "a"
+
+
+def test_equals_turn_nobody_away_but_themselves_and_weight_counts() -> None:
+    hall = full("a", "a", "b")
+    (new,) = hall.join("b")
+    assert turned_away(hall, new) is new
+    hall = full("a", "a", "b", weights={"a": 4})
+    (new,) = hall.join("b")
+    assert turned_away(hall, new) is new, "four times as much is the others' right"
+
+
+def test_what_was_let_in_before_keeps_its_place() -> None:
+    hall = full("a", "a", "a")
+    for ticket in hall.line:
+        ticket.further = True
+    (new,) = hall.join("b")
+    assert turned_away(hall, new) is new
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from("aaaabc"), min_size=1, max_size=60), st.integers(1, 8))
+def test_no_project_is_kept_out_by_the_line_of_another(comers: list[str], places: int) -> None:
+    hall, turned = OneSlot(), Counter[str]()
+    for project in comers:
+        (new,) = hall.join(project)
+        if len(hall.line) > places:
+            gone = turned_away(hall, new)
+            turned[gone.project] += 1
+            hall.line.leave(gone)
+        in_line = Counter(ticket.project for ticket in hall.line)
+        assert len(hall.line) <= places
+        for one in turned:
+            assert in_line[one] + 1 >= max(in_line.values()), "turned away for one who has more"
