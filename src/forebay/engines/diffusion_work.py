@@ -11,7 +11,6 @@ All of it but the `stepped` and `partial` of a batch belongs to the event loop's
 import asyncio
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 from forebay.engines import reports
 from forebay.engines.compute import Failed, StepFailed
 from forebay.engines.diffusion_order import Order, Result, Row, Watch
+from forebay.engines.lived import Lived
 from forebay.engines.serving import OutOfMemory
 from forebay.engines.threads import Threads, Unwanted, Wanted
 
@@ -120,6 +120,7 @@ class Work:
 
     def __init__(self, painter: Painter, batch_images: int, cooldown_seconds: float, seconds_max: float) -> None:
         self.figures = Figures()
+        self._lived = Lived()
         self._painter = painter
         self._batch_images = batch_images
         self._cooldown_seconds = cooldown_seconds
@@ -154,7 +155,7 @@ class Work:
 
     async def run(self, order: Order, easel: Easel) -> None:
         """Paint all pictures of a request. Cancelled, it returns when none is worked on for it. Raises Failed."""
-        request = _Request(order, easel, len(order.seeds), time.monotonic())
+        request = _Request(order, easel, len(order.seeds), self._lived.seconds())
         self._requests.append(request)
         self._line.extend(_Picture(request, image) for image in range(request.left))
         self._arrived.set()
@@ -184,10 +185,10 @@ class Work:
             raise asyncio.CancelledError
 
     async def _live(self) -> None:
-        """Tell all who wait that something is computed, unless it takes longer than anything should."""
+        """Tell all who wait that something is computed, unless it takes longer than anything should; sleep by the clock."""
         while True:
-            await asyncio.sleep(_ALIVE_SECONDS)
-            if self._batch and time.monotonic() - self._moved <= self._seconds_max:
+            await self._lived.sleep(_ALIVE_SECONDS)
+            if self._batch and self._lived.seconds() - self._moved <= self._seconds_max:
                 for request in self._requests:
                     if not request.gone:
                         request.easel.alive()
@@ -233,7 +234,7 @@ class Work:
         return picture.alone or self._one_by_one or picture.request.order.reproducible
 
     def _begin(self, batch: list[_Picture]) -> None:
-        self._batch, self._moved = list(batch), time.monotonic()
+        self._batch, self._moved = list(batch), self._lived.seconds()
         self.figures.batches += 1
         for each in batch:
             request = each.request
@@ -255,7 +256,7 @@ class Work:
 
     def stepped(self, batch: list[_Picture], step: int, steps: int) -> None:
         """A step of a batch is done: tell of it, and let go who have left others to it."""
-        now = time.monotonic()
+        now = self._lived.seconds()
         figures = self.figures
         figures.steps += 1
         figures.picture_steps += len(batch)
@@ -272,14 +273,14 @@ class Work:
 
     def partial(self, batch: list[_Picture], number: int, pixels: Sequence[bytes]) -> None:
         """Tell how the pictures of a batch look."""
-        self._moved = time.monotonic()
+        self._moved = self._lived.seconds()
         for each, now in zip(batch, pixels, strict=True):
             if not each.request.gone and number >= each.partials:
                 each.partials = number + 1
                 each.request.easel.rows(each.image, now, number)
 
     def _finish(self, batch: list[_Picture], results: Sequence[Result]) -> None:
-        self.figures.paint_seconds += time.monotonic() - self._moved
+        self.figures.paint_seconds += self._lived.seconds() - self._moved
         for each, result in zip(batch, results, strict=True):
             request = each.request
             if request.gone or request.error is not None:
@@ -301,7 +302,7 @@ class Work:
     async def _short(self, batch: list[_Picture]) -> None:
         """There was not enough memory for a batch: try it again with less, or fail it."""
         self.figures.out_of_memory += 1
-        self._saved_at = time.monotonic()
+        self._saved_at = self._lived.seconds()
         for each in batch:
             each.short = True
         if len(batch) > 1:
@@ -326,7 +327,7 @@ class Work:
         """Do with as much memory as there was when nothing has been short of it for a while."""
         if self._line and self._line[0].short:
             return
-        if self.savings and time.monotonic() - self._saved_at >= self._cooldown_seconds:
+        if self.savings and self._lived.seconds() - self._saved_at >= self._cooldown_seconds:
             self._one_by_one = False
             await self._in_thread(self._painter.spend)
             _say("event=saving_no_memory")

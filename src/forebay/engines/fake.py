@@ -24,6 +24,7 @@ from forebay.engines.fake_images import PATHS as PICTURES
 from forebay.engines.fake_images import Canvas, read_canvas
 from forebay.engines.fake_speech import PATHS, Recital, read_recital
 from forebay.engines.fake_vectors import Reading, read_reading
+from forebay.engines.lived import Lived
 from forebay.engines.start import check_types, read_spec, refuse_to_start, run_out_of_memory
 
 _MAX_HEAD_BYTES = 64 * 1024
@@ -109,6 +110,7 @@ class Engine:
         self.spec = spec
         self.ready = False
         self.slots = Slots(spec.slots)
+        self.lived = Lived()
         self.stats = {"started": 0, "finished": 0, "cancelled": 0, "running": 0, "tokens": 0}
         self.authorization = f"Bearer {key}".encode()
 
@@ -157,8 +159,8 @@ class Engine:
     async def _produce(self, job: Job | Recital | Canvas, out: "Writer") -> None:
         directive, chunks = job.directive, Chunks(job) if isinstance(job, Job) else job
         if directive.delay_ms > 0:
-            await asyncio.sleep(directive.delay_ms / 1000)
-        clock, interval = asyncio.get_running_loop().time, directive.interval_seconds
+            await self.lived.sleep(directive.delay_ms / 1000)
+        clock, interval = self.lived.seconds, directive.interval_seconds
         due, ready = clock(), [chunks.begin()]
         for index, word in enumerate(job.words):
             if directive.troubled:
@@ -169,7 +171,7 @@ class Engine:
             wait = due - clock() if interval else 0.0
             if wait > 0 or index % _BURST_TOKENS == _BURST_TOKENS - 1:
                 await out.send(ready)
-                await asyncio.sleep(max(wait, 0.0))
+                await (self.lived.sleep(wait) if wait > 0 else asyncio.sleep(0))
         if directive.troubled:
             await meet_trouble(directive, len(job.words), out, ready)
         if isinstance(job, Job) and not job.stream:
@@ -180,7 +182,7 @@ class Engine:
         """All at once: what goes wrong goes wrong before the answer."""
         directive = reading.directive
         if directive.delay_ms > 0:
-            await asyncio.sleep(directive.delay_ms / 1000)
+            await self.lived.sleep(directive.delay_ms / 1000)
         if directive.troubled:
             garbage: list[bytes] = []
             await meet_trouble(directive, 0, out, garbage)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from forebay.engines.lived import Lived
 from forebay.engines.whisper_options import Model
 
 _LOAD_SECONDS_MAX = 900.0
@@ -57,7 +58,7 @@ class Child:
             self.process.kill()
 
 
-async def start(spec: Mapping[str, Any]) -> Child:
+async def start(spec: Mapping[str, Any], lived: Lived) -> Child:
     """A new process with its model loaded. Raises Ended where it cannot."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "forebay.engines.whisper_compute", json.dumps(spec), str(os.getpid())),
@@ -65,12 +66,13 @@ async def start(spec: Mapping[str, Any]) -> Child:
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
+    loading = asyncio.ensure_future(_answer(process))
     try:
-        async with asyncio.timeout(_LOAD_SECONDS_MAX):
-            told = await _answer(process)
-    except TimeoutError:
-        process.kill()
-        raise Ended(await process.wait()) from None
+        if not await lived.ended(loading, _LOAD_SECONDS_MAX):
+            process.kill()
+        told = await loading
+    finally:
+        loading.cancel()
     return Child(process, Model(told["multilingual"], tuple(told["languages"]), told["tokens"]))
 
 

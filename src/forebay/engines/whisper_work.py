@@ -13,7 +13,6 @@ import itertools
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from forebay.engines import whisper_child
 from forebay.engines.compute import Failed
+from forebay.engines.lived import Lived
 from forebay.engines.start import CANNOT_START, OUT_OF_MEMORY
 from forebay.engines.whisper_child import Child, Ended
 from forebay.engines.whisper_chunks import Chunk
@@ -104,6 +104,7 @@ class Work:
     ) -> None:
         self.figures = Figures()
         self.budget = chunks_at_once
+        self._lived = Lived()
         self._spec = spec
         self._chunks_at_once = chunks_at_once
         self._encode_at_once = encode_at_once
@@ -122,7 +123,7 @@ class Work:
 
     async def start(self) -> Model:
         """Load the model and begin to work. Raises Ended."""
-        self._child = await whisper_child.start({**self._spec, "warm_up": True})
+        self._child = await whisper_child.start({**self._spec, "warm_up": True}, self._lived)
         self._worker = asyncio.create_task(self._work())
         self._teller = asyncio.create_task(self._tell_of_life())
         for each in (self._worker, self._teller):
@@ -151,7 +152,7 @@ class Work:
 
     def _admit(self, request: Request, pcm: NDArray[np.int16], chunks: Sequence[Chunk], listener: Listener) -> _Job:
         number = next(self._numbers)
-        now = time.monotonic()
+        now = self._lived.seconds()
         job = _Job(number, request, pcm, listener, request.language, [[] for _ in chunks], set(range(len(chunks))), now)
         self._jobs[number] = job
         self._line.join(number, sum(chunk.samples for chunk in chunks))
@@ -170,11 +171,12 @@ class Work:
     async def _tell_of_life(self) -> None:
         """Tell everybody now and then that there is progress: on a busy machine their own turn may be long in coming.
 
-        A step that takes too long is none: who waits for it is to find out.
+        A step that takes too long is none: who waits for it is to find out. It sleeps by the clock all the
+        time, as the clock wants somebody to.
         """
         while True:
-            await asyncio.sleep(min(_PROGRESS_SECONDS, self._hung_seconds / 4))
-            if time.monotonic() - self._moved < self._hung_seconds:
+            await self._lived.sleep(min(_PROGRESS_SECONDS, self._hung_seconds / 4))
+            if self._lived.seconds() - self._moved < self._hung_seconds:
                 for job in self._jobs.values():
                     if not job.ended and not job.gone:
                         job.listener.alive()
@@ -205,7 +207,7 @@ class Work:
 
     def _most(self, stage: str) -> int:
         """How many chunks may be in a step now; after a shortage that doubles once in each cool-down."""
-        now = time.monotonic()
+        now = self._lived.seconds()
         if self.budget < self._chunks_at_once and now - self._halved_at >= self._cooldown_seconds:
             self.budget = min(2 * self.budget, self._chunks_at_once)
             self._halved_at = now
@@ -223,7 +225,7 @@ class Work:
 
     async def _compute(self, entries: list[Entry]) -> None:
         """One step. Nothing may be awaited between `take` and this."""
-        begun = self._moved = time.monotonic()
+        begun = self._moved = self._lived.seconds()
         stage = entries[0].stage
         self._note(entries, begun)
         self._step = entries
@@ -237,9 +239,12 @@ class Work:
         if "error" in answer:
             self._mishap(entries, answer["error"], str(answer.get("reason", "")))
             return
-        self.figures.step_seconds += time.monotonic() - begun
+        seconds = self._lived.seconds() - begun
+        self.figures.step_seconds += seconds
         if not entries[0].alone:
-            self._pace.note(stage, len(entries), answer["seconds"])
+            self._pace.note(
+                stage, len(entries), min(seconds, answer["seconds"])
+            )  # it does not know when it stood still
         for entry, told in zip(entries, answer["chunks"], strict=True):
             self._take(entry, told)
 
@@ -279,7 +284,7 @@ class Work:
 
     def _leave_step(self, entries: Sequence[Entry]) -> None:
         self._step = []
-        self._moved = time.monotonic()
+        self._moved = self._lived.seconds()
         for entry in entries:
             job = self._jobs[entry.request]
             job.in_step -= 1
@@ -335,7 +340,7 @@ class Work:
     def _shrink(self, count: int) -> None:
         """Let no step have more than half as many chunks as one for which there was not enough memory."""
         self.figures.out_of_memory += 1
-        self._halved_at = time.monotonic()
+        self._halved_at = self._lived.seconds()
         budget = max(1, min(self.budget, count // 2))
         if budget < self.budget:
             self.budget = budget
@@ -377,7 +382,7 @@ class Work:
     async def _start_again(self) -> None:
         for number in range(_STARTS_MAX):
             try:
-                self._child = await whisper_child.start({**self._spec, "warm_up": False})
+                self._child = await whisper_child.start({**self._spec, "warm_up": False}, self._lived)
             except Ended as ended:
                 sys.stderr.write(f"event=compute_not_started code={ended.code} attempt={number + 1}\n")
                 code = ended.code
