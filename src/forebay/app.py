@@ -51,6 +51,7 @@ from forebay.media.pictures import Pictures
 from forebay.media.recordings import Recordings
 from forebay.model_config import UpstreamModel
 from forebay.outbound import Outbound
+from forebay.replicas.books import DeclaredBooks
 from forebay.replicas.calls import Calls
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.local_launcher import LocalLauncher
@@ -151,7 +152,8 @@ class Machine:
             settings.supervisor.log_line_bytes_max,
         )
         puller = Puller(self.catalog, settings.pull, clock)
-        self.supervisor = Supervisor(settings, self.catalog, puller, launcher, clock, metrics, environment)
+        books = DeclaredBooks(self.catalog, settings.memory)
+        self.supervisor = Supervisor(settings, self.catalog, puller, launcher, books, clock, metrics, environment)
         self.scheduler = Scheduler(
             self.supervisor,
             {name: _limits(self.catalog, name) for name in self.catalog.names()},
@@ -161,6 +163,8 @@ class Machine:
             metrics,
         )
         self.supervisor.on_change = self.scheduler.changed
+        self.supervisor.residency.demand = self.scheduler.wanted
+        self.supervisor.residency.on_leave = self.scheduler.clear_out
         self.assembler = Assembler(settings.embeddings.cache_bytes, clock, metrics)
 
     def preloaded(self) -> tuple[str, ...]:
@@ -387,6 +391,7 @@ class House:
             self._log.info("server.stopped")
 
     async def _load(self, on_ready: Callable[[], None]) -> None:
+        self._machine.supervisor.check_together(self.preloaded())
         for name in self.preloaded():
             await self._machine.supervisor.wait_until_ready(name)
         self._log.info("server.ready", address=self.address)

@@ -19,6 +19,7 @@ ForebayError
 │   ├── UpstreamError           502  the provider behind a model failed, or refuses this server
 │   ├── Unreachable             502  an address that a user supplied does not answer
 │   ├── EngineUnavailable       503  no engine for the model is up, and none could be started
+│   │   ├── ModelTooLarge       503  there will be no memory for the model, whoever leaves
 │   │   └── CircuitOpen         503  the provider behind a model failed too often, and is left alone for a while
 │   ├── ModelNotReady           503  the model is still being pulled
 │   ├── Preempted               503  batch work gave its place to an online request; inside, it is run again
@@ -186,6 +187,13 @@ class EngineUnavailable(ServerError):
 
     status = 503
     code = "engine_unavailable"
+
+
+class ModelTooLarge(EngineUnavailable):
+    """This server has no memory for the model. Choose another one."""
+
+    code = "model_too_large"
+    retryable = False
 
 
 class CircuitOpen(EngineUnavailable):

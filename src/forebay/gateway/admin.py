@@ -11,7 +11,8 @@ from starlette.responses import Response
 
 from forebay.gateway.answers import json_answer
 from forebay.gateway.auth import role_at_least
-from forebay.replicas.supervisor import ModelRecord, Supervisor
+from forebay.replicas.record import ModelRecord
+from forebay.replicas.supervisor import Supervisor
 from forebay.scheduler.scheduler import Scheduler
 from forebay.store.key_format import Role
 

@@ -10,7 +10,6 @@ from forebay.errors import ForebayError
 from forebay.gateway.admin import describe
 from forebay.gateway.answers import json_answer
 from forebay.gateway.auth import principal, role_at_least
-from forebay.replicas.state import ModelState
 from forebay.replicas.supervisor import Supervisor
 from forebay.store.key_format import Role
 
@@ -26,10 +25,10 @@ async def health() -> Response:
 
 @open_router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Every preloaded model is up, and the server is not stopping; 503 until then. Details for administrators."""
+    """Every preloaded model is up, or has left its memory to another, and the server is not stopping; 503 until then. Details for administrators."""
     supervisor: Supervisor = request.app.state.supervisor
     preloaded = [record for record in supervisor.records() if record.settings.preload]
-    up = all(supervisor.state(record.name) is ModelState.READY for record in preloaded)
+    up = all(supervisor.settled(record.name) for record in preloaded)
     stopping = request.app.state.stopping
     word = "stopping" if stopping else "ready" if up else "loading"
     content: dict[str, object] = {"status": word}

@@ -52,7 +52,8 @@ class Workshop:
 class Keeper:
     """One engine process that is wanted, dead or alive.
 
-    `slots` says how many places the next process gets; `on_out_of_memory` is told before it is asked again.
+    `slots` says how many places the next process gets; `on_out_of_memory` is told before it is asked again, and `on_end`
+    when nothing of it is left. It came up at `ready_at` (None while it is not up), `load_seconds` after its launch.
     """
 
     def __init__(
@@ -62,8 +63,12 @@ class Keeper:
         model: Model,
         slots: Callable[[], int],
         on_out_of_memory: Callable[[], None],
+        on_end: Callable[[], None],
     ) -> None:
+        self.id = new_id("keeper")
         self.replica: Replica | None = None
+        self.ready_at: float | None = None
+        self.load_seconds = 0.0
         self.retry_at: float | None = None
         self.retry_at_epoch: float | None = None
         self.failure: str | None = None
@@ -77,13 +82,20 @@ class Keeper:
         self._leaving = asyncio.Event()
         self._stop_asked = False
         self._came_up = False
+        self._launched_at = 0.0
         self._condemned: Cause | None = None
         self._run = asyncio.create_task(self._keep())
+        self._run.add_done_callback(lambda _run: on_end())
 
     @property
     def ended(self) -> bool:
         """Whether its work is over."""
         return self._run.done()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it was told to end."""
+        return self._stop_asked
 
     @property
     def hopeful(self) -> bool:
@@ -180,14 +192,14 @@ class Keeper:
     async def _live_once(self) -> None:
         """(1) launch, (2) wait until it answers, (3) serve, (4) drain, (5) stop, (6) bury."""
         replica = self._new_replica()
-        oom_before = kernel_oom_kills()
+        self._launched_at, oom_before = self._shop.clock.monotonic(), kernel_oom_kills()
         replica.process = process = await self._launch(replica)
         self.replica = replica
         cause: Cause | None = None
         try:
             cause = await self._start(replica, process) or await self._work(replica, process)
         finally:
-            replica.state = ReplicaState.STOPPED
+            replica.state, self.ready_at = ReplicaState.STOPPED, None
             replica.resume()
             self._changed()
             exit_code = await self._stop(process, kill=cause is not None or self._condemned is not None)
@@ -250,6 +262,8 @@ class Keeper:
         if process is not None:
             replica.tools = await self._supports_tools(replica)
         self._came_up = True
+        self.ready_at = self._shop.clock.monotonic()
+        self.load_seconds = self.ready_at - self._launched_at
         replica.state = ReplicaState.READY
         self._failed_starts = 0
         self.failure = None

@@ -58,6 +58,7 @@ class Replica:
         self.death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self.idle = asyncio.Event()
         self.idle.set()
+        self._granted = 0
         self.process: EngineProcess | None = None
         self.pauses = Pauses()
         self._session = session
@@ -209,11 +210,24 @@ class Replica:
             return True  # nothing is left that could compute
         return True
 
+    def grant(self) -> None:
+        """Somebody was promised a place, and is about to run: it is not idle."""
+        self._granted += 1
+        self.idle.clear()
+
+    def give_back(self) -> None:
+        """He has run, or will not."""
+        self._granted -= 1
+        self._look_idle()
+
+    def _look_idle(self) -> None:
+        if not self.in_flight and not self._granted:
+            self.idle.set()
+
     def _forget(self, number: int, on_stopped: Callable[[], None]) -> None:
         del self.in_flight[number]
         self.refusing.pop(number, None)
-        if not self.in_flight:
-            self.idle.set()
+        self._look_idle()
         on_stopped()
 
     def _headers_for(self, request: Request) -> dict[str, str]:

@@ -3,20 +3,19 @@
 It owns the state of every model and replica; others read it. It refuses to start an engine whose file is not checked,
 and to leave a process behind.
 
-One keeper runs for each engine process that is wanted (see keeper.py).
+One keeper runs for each engine process that is wanted (see keeper.py) and has its memory (see residency.py).
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import aiohttp
 
 from forebay.clock import Clock
 from forebay.config import Settings
-from forebay.errors import EngineUnavailable, ForebayError, ModelNotReady, Quarantined, SetupError
+from forebay.errors import EngineUnavailable, ForebayError, ModelNotReady, ModelTooLarge, Quarantined, SetupError
 from forebay.inference import Request
 from forebay.model_config import Model, UpstreamModel
 from forebay.replicas import figures
@@ -27,48 +26,19 @@ from forebay.replicas.keeper import Keeper, Workshop
 from forebay.replicas.launcher import Launcher
 from forebay.replicas.postmortem import Cause, Quarantine
 from forebay.replicas.pull import Puller
+from forebay.replicas.record import ModelRecord
 from forebay.replicas.replica import Replica
+from forebay.replicas.residency import Books, Residency
 from forebay.replicas.state import ModelState
 from forebay.replicas.upstream import Circuit
 from forebay.telemetry import Log, Metrics
 
 _PROBE_SECONDS = 0.05
+_WAITING_TICK_SECONDS = 0.05  # while a model waits for memory
 _CONNECT_SECONDS = 10.0
 _PULL_RETRY_AFTER_SECONDS = 10.0
 _PULL_PAUSE_SECONDS = 30.0
 _NO_PULL = "The model {} could not be pulled; the server's log says why."
-
-
-@dataclass(slots=True)
-class ModelRecord:
-    """What the supervisor knows of one model."""
-
-    name: str
-    settings: Model
-    wanted: bool = False
-    keepers: list[Keeper] = field(default_factory=list)
-    failure: SetupError | None = None
-    failed_at: float = 0.0
-    pull_ordered: bool = False
-    halvings: int = 0
-    halved_until: float = 0.0
-
-    @property
-    def slots(self) -> int:
-        """Places of one process; half as many for each time that it ran out of memory and has not recovered from."""
-        return max(1, self.settings.slots >> self.halvings)
-
-    @property
-    def reason(self) -> str | None:
-        """Why it failed, for operators."""
-        reasons = [keeper.failure for keeper in self.keepers if keeper.failure]
-        return str(self.failure) if self.failure else next(iter(reasons), None)
-
-    @property
-    def retry_at(self) -> float | None:
-        """When a failed start is tried again, in seconds since the Unix epoch."""
-        times = [keeper.retry_at_epoch for keeper in self.keepers if keeper.retry_at_epoch is not None]
-        return min(times, default=None)
 
 
 class Supervisor:
@@ -80,6 +50,7 @@ class Supervisor:
         catalog: Catalog,
         puller: Puller,
         launcher: Launcher,
+        books: Books,
         clock: Clock,
         metrics: Metrics,
         environment: Mapping[str, str],
@@ -110,6 +81,7 @@ class Supervisor:
             self._changed,
             self._circuits,
         )
+        self.residency = Residency(books, settings.memory, clock, metrics, self._log)
         self._models = {name: ModelRecord(name, catalog.get(name)) for name in catalog.names()}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._wake = asyncio.Event()
@@ -137,11 +109,17 @@ class Supervisor:
         for state in (ModelState.READY, ModelState.STARTING, ModelState.DRAINING, ModelState.FAILED):
             if state in states:
                 return state
+        if record.waiting is not None:
+            return ModelState.WAITING
         if self._puller.pulling(model):
             return ModelState.PULLING
         if record.failure is not None:
             return ModelState.FAILED
         return ModelState.STOPPED if self._present(record) else ModelState.ABSENT
+
+    def settled(self, model: str) -> bool:
+        """Whether `model` is up, or was and has left its memory to others: it comes back when somebody asks for it."""
+        return self._models[model].swapped or self.state(model) is ModelState.READY
 
     def circuit(self, model: str) -> str | None:
         """The state of the circuit of an upstream; None for what runs here."""
@@ -170,7 +148,8 @@ class Supervisor:
         if record.failure is not None and self._clock.monotonic() - record.failed_at < _PULL_PAUSE_SECONDS:
             raise EngineUnavailable(_NO_PULL.format(model), retry_after_seconds=_PULL_PAUSE_SECONDS)
         if not record.wanted:
-            self.load(model)
+            self._wake.set()
+        record.want(self._clock.monotonic())
         if not self._present(record):
             self._refuse_absent(record)
         trouble = self.trouble(model)
@@ -185,6 +164,9 @@ class Supervisor:
             return refusal
         if not record.wanted and record.failure is None:
             return EngineUnavailable(f"The model {model} was unloaded. Try again to load it.", retry_after_seconds=1.0)
+        refusal = self.residency.refusal(record, self.records())
+        if refusal is not None:
+            return ModelTooLarge(refusal)
         keepers = [keeper for keeper in record.keepers if not keeper.ended]
         if any(keeper.hopeful for keeper in keepers) or not (keepers or record.failure):
             return None  # one may come up, or is about to be launched
@@ -201,15 +183,17 @@ class Supervisor:
     # What operators ask.
 
     def load(self, model: str) -> None:
-        """Want `model` up."""
-        record = self.record(model)
-        record.wanted = True
-        record.failure = None
+        """Want `model` up, although nobody asks for it."""
+        record, now = self.record(model), self._clock.monotonic()
+        record.want(now)
+        record.ordered_at = now
         self._wake.set()
 
     def unload(self, model: str) -> None:
         """Let `model` finish what it runs, then stop it."""
-        self.record(model).wanted = False
+        record = self.record(model)
+        record.let_go()
+        record.swapped = False
         self._wake.set()
         self.on_change(model)
 
@@ -236,19 +220,27 @@ class Supervisor:
                 self._wake.clear()
                 for record in self._models.values():
                     self._reconcile(record)
+                self._house()
                 with contextlib.suppress(TimeoutError):
-                    async with self._clock.timeout(self._limits.tick_seconds):
+                    async with self._clock.timeout(self._tick_seconds):
                         await self._wake.wait()
         finally:
             await self._close()
 
+    def check_together(self, models: Iterable[str]) -> None:
+        """Raise SetupError if `models` cannot all be in memory at once."""
+        self.residency.check_together(self.record(name) for name in models)
+
     async def wait_until_ready(self, model: str) -> None:
         """Want `model` and wait for it. Raises SetupError with the reason if it cannot be loaded."""
         self.load(model)
-        while self.state(model) is not ModelState.READY:
+        while not self.settled(model):
             record = self._models[model]
             if record.failure is not None:
                 raise record.failure
+            refusal = self.residency.refusal(record, self.records())
+            if refusal is not None:
+                raise SetupError(f"The model {model} cannot be loaded: {refusal}")
             for keeper in record.keepers:
                 if keeper.failure is not None:
                     raise SetupError(f"The model {model} cannot be loaded: {keeper.failure}")
@@ -257,12 +249,19 @@ class Supervisor:
     def _changed(self, model: str) -> None:
         self.on_change(model)
 
+    @property
+    def _tick_seconds(self) -> float:
+        waits = any(record.waiting is not None for record in self._models.values())
+        return min(self._limits.tick_seconds, _WAITING_TICK_SECONDS) if waits else self._limits.tick_seconds
+
     def _reconcile(self, record: ModelRecord) -> None:
-        """(1) not wanted: stop; (2) no file: pull; (3) cool-down over: restart when idle; (4) too few keepers: start."""
+        """(1) not wanted: stop; (2) no file: pull; (3) cool-down over: restart when idle."""
+        record.keepers = [keeper for keeper in record.keepers if not keeper.ended]
+        if any(keeper.ready_at is not None and not keeper.leaving for keeper in record.keepers):
+            record.swapped = False
         if not record.wanted:
             for keeper in record.keepers:
                 keeper.ask_stop()
-            record.keepers = [keeper for keeper in record.keepers if not keeper.ended]
             return
         if record.failure is not None:
             return
@@ -272,12 +271,23 @@ class Supervisor:
         record.pull_ordered = False
         if record.halvings and self._may_restore(record):
             self._restore(record)
-        record.keepers = [keeper for keeper in record.keepers if not keeper.ended]
-        while len(record.keepers) < record.settings.replicas and not self._closing:
+
+    def _house(self) -> None:
+        """Start what has its memory; have those leave who make room for others."""
+        if self._closing:
+            return
+        for record in self.residency.review(self.records(), self._present):
             record.keepers.append(self._keeper(record))
 
     def _keeper(self, record: ModelRecord) -> Keeper:
-        return Keeper(self._shop, record.name, record.settings, lambda: record.slots, lambda: self._halve(record))
+        return Keeper(
+            self._shop,
+            record.name,
+            record.settings,
+            lambda: record.slots,
+            lambda: self._halve(record),
+            self._wake.set,
+        )
 
     def _halve(self, record: ModelRecord) -> None:
         record.halvings = min(record.halvings + 1, record.settings.slots.bit_length() - 1)

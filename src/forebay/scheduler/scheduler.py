@@ -20,6 +20,7 @@ from forebay.clock import Clock
 from forebay.errors import ForebayError, Overloaded, ShuttingDown
 from forebay.inference import Priority, Request
 from forebay.replicas.replica import Replica
+from forebay.replicas.residency import Wanted
 from forebay.scheduler.demand import Demand
 from forebay.scheduler.permit import Permit
 from forebay.scheduler.policy import (
@@ -35,6 +36,7 @@ from forebay.scheduler.policy import (
 from forebay.scheduler.queue import Line, Ticket
 from forebay.scheduler.router import Seats
 from forebay.scheduler.shares import Weights, equal
+from forebay.scheduler.wants import Seen, wanted
 from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
 
@@ -101,6 +103,7 @@ class _Hall:
     preempted_since: float | None = None
     alarm: tuple[float, asyncio.Task[None]] | None = None
     mean_run_seconds: float = _FIRST_GUESS_SECONDS
+    seen: Seen = field(default_factory=Seen)
 
 
 class Scheduler:
@@ -195,6 +198,19 @@ class Scheduler:
         """Places in use, and requests in line without batch work, for people."""
         hall = self._halls[model]
         return sum(hall.running.values()), len(hall.line)
+
+    def wanted(self, model: str) -> Wanted:
+        """What waits and runs for `model`, for whoever decides what is in memory."""
+        hall = self._halls[model]
+        return wanted(hall.line, hall.backlog, hall.running, hall.batch.values(), hall.seen, self._clock.monotonic())
+
+    def clear_out(self, model: str) -> None:
+        """Take its places back from the batch work of replicas that are to leave, but never from one whom the floor spares."""
+        hall, now = self._halls[model], self._clock.monotonic()
+        staying = {replica.id for replica in self._fleet.replicas(model)}
+        for ticket in list(hall.batch.values()) if self._settings.preempt else ():
+            if not (ticket.replica_id in staying or ticket.number in hall.leaving or ticket.spared):
+                self._preempt(hall, ticket, now)
 
     def _measure(self, name: str, hall: _Hall) -> None:
         self._metrics.running.labels(name).set_function(lambda: sum(hall.running.values()))
@@ -300,6 +316,8 @@ class Scheduler:
     def _give_back(self, hall: _Hall, ticket: Ticket, replica: Replica) -> None:
         if hall.grants.pop(ticket.number, None) is None:
             return
+        (hall.backlog if ticket.batch else hall.line).end(ticket)
+        replica.give_back()
         left = hall.running[replica.id] - ticket.taken
         hall.running[replica.id] = left
         if left == 0 and not replica.ready:
@@ -312,6 +330,7 @@ class Scheduler:
 
     def _gone(self, hall: _Hall, ticket: Ticket) -> None:
         """What is left to do when a ticket neither waits nor runs any longer."""
+        hall.seen.note(ticket, self._clock.monotonic())
         if not ticket.batch:
             hall.demand.change(-ticket.places, self._clock.monotonic())
         elif not (hall.batch or len(hall.backlog) or ticket.preempted):
@@ -344,6 +363,7 @@ class Scheduler:
             hall.batch[ticket.number], hall.kept_out_since = ticket, None
         else:
             hall.line.serve(ticket)
+        replica.grant()
         hall.grants[ticket.number].set_result(replica)
 
     def _background(self, hall: _Hall, seats: list[Seats], now: float) -> Background:
@@ -373,13 +393,16 @@ class Scheduler:
         for ticket in to_preempt(
             online, running, returning, seats, now, self._settings.ageing_seconds, hall.line.shares
         ):
-            ticket.preempted = True
-            hall.preempted_since = now if hall.preempted_since is None else hall.preempted_since
-            hall.leaving[ticket.number] = ticket
-            self._metrics.preemptions.labels(ticket.model).inc()
-            permit = hall.permits.pop(ticket.number, None)
-            if permit is not None:
-                permit.preempt()
+            self._preempt(hall, ticket, now)
+
+    def _preempt(self, hall: _Hall, ticket: Ticket, now: float) -> None:
+        ticket.preempted = True
+        hall.preempted_since = now if hall.preempted_since is None else hall.preempted_since
+        hall.leaving[ticket.number] = ticket
+        self._metrics.preemptions.labels(ticket.model).inc()
+        permit = hall.permits.pop(ticket.number, None)
+        if permit is not None:
+            permit.preempt()
 
     def _floor_at(self, hall: _Hall) -> float:
         """When batch work will have been kept out, or gone without an end, for as long as its floor allows."""

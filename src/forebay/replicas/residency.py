@@ -1,0 +1,243 @@
+"""Which models are in memory: who starts, who waits, who leaves for whom, and who leaves because nobody asks.
+
+The ledger (memory.py) decides; this keeps the times that it asks for and carries out what it says. It refuses to start
+what has no room, and to stop what works: whoever has to leave finishes what it runs, and keeps its line.
+
+The memory of a model is reserved from the decision to start it until its last process is gone. Between a death and the
+next start it stays reserved, but its model is the first to leave for another.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Protocol
+
+from forebay.clock import Clock
+from forebay.errors import SetupError
+from forebay.replicas.keeper import Keeper
+from forebay.replicas.memory import Bytes, Evict, Fits, Holding, Need, Never, Plan, Rules, Wish, Yield, agenda, plan
+from forebay.replicas.record import ModelRecord
+from forebay.server_config import MemorySettings
+from forebay.telemetry import Log, Metrics
+
+_CLAIM_SECONDS = 30.0  # how long a model is kept in mind that somebody has announced and nobody has asked for since
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the hallway has for one model. Times are monotonic.
+
+    `online` and `batch` wait in line, the oldest since then; `online_on` and `batch_on` are the replicas that work for
+    them. `last_online_at` and `last_at` are now while there is anything, otherwise when it ended; None if there was none.
+    """
+
+    online: int = 0
+    batch: int = 0
+    oldest_online_at: float | None = None
+    oldest_batch_at: float | None = None
+    last_online_at: float | None = None
+    last_at: float | None = None
+    online_on: frozenset[str] = frozenset()
+    batch_on: frozenset[str] = frozenset()
+
+    @property
+    def any(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self.online or self.batch or self.online_on or self.batch_on)
+
+
+class Books(Protocol):
+    """What is known of memory: the machine's, and what models take of it."""
+
+    def totals(self) -> Bytes:
+        """What engines may take in all, by device."""
+        ...
+
+    def need(self, model: str) -> Bytes:
+        """What one more replica of `model` will take."""
+        ...
+
+    def held(self, model: str, keeper: Keeper) -> Bytes:
+        """What a replica is charged with now."""
+        ...
+
+    def closed(self) -> str | None:
+        """Why nothing may be loaded now, if so."""
+        ...
+
+
+class Residency:
+    """The models that are in memory, and those that wait for it. Used by the supervisor alone, on one event loop."""
+
+    def __init__(self, books: Books, settings: MemorySettings, clock: Clock, metrics: Metrics, log: Log) -> None:
+        self.demand: Callable[[str], Wanted] = lambda _model: Wanted()
+        self.on_leave: Callable[[str], None] = lambda _model: None
+        self._books = books
+        self._rules = Rules(settings.residency_seconds, settings.swap_wait_seconds, settings.online_seconds)
+        self._clock = clock
+        self._metrics = metrics
+        self._log = log
+
+    def review(self, records: Sequence[ModelRecord], present: Callable[[ModelRecord], bool]) -> list[ModelRecord]:
+        """Let go of what nobody asks for; of the models that lack replicas, those that may start one now."""
+        now = self._clock.monotonic()
+        wanted = {record.name: self.demand(record.name) for record in records}
+        for record in records:
+            self._forget(record, wanted[record.name], now)
+            self._rest(record, wanted[record.name], now)
+        lacking = {record.name: record for record in records if record.missing > 0 and present(record)}
+        if not lacking:
+            return []
+        closed = self._books.closed()
+        if closed is not None:
+            for record in lacking.values():
+                self._wait(record, closed)
+            return []
+        wishes = [wish for record in lacking.values() for wish in self._wishes(record, wanted[record.name], now)]
+        holdings = self._holdings(records, wanted, now)
+        starts = []
+        for wish, verdict in agenda(wishes, holdings, self._books.totals(), now, self._rules):
+            record = lacking[wish.need.model]
+            if isinstance(verdict, Fits):
+                record.waiting = record.ordered_at = None
+                starts.append(record)
+            elif not wish.extra:
+                self._wait(record, verdict.reason)
+                self._act(verdict, records, wanted, now)
+        return starts
+
+    def refusal(self, record: ModelRecord, records: Sequence[ModelRecord]) -> str | None:
+        """The arithmetic, if there will be no memory for `record` whoever leaves."""
+        if record.keepers:
+            return None
+        now = self._clock.monotonic()
+        need = Need(record.name, self._books.need(record.name))
+        if not need.bytes:
+            return None
+        holdings = self._holdings(records, {each.name: Wanted() for each in records}, now)
+        verdict = plan(need, holdings, self._books.totals(), now, self._rules)
+        return verdict.reason if isinstance(verdict, Never) else None
+
+    def check_together(self, records: Iterable[ModelRecord]) -> None:
+        """Raise SetupError if `records`, which are loaded at the start, cannot all be in memory at once."""
+        totals = self._books.totals()
+        held: list[Holding] = []
+        for record in records:
+            for number in range(record.settings.replicas):
+                need = Need(record.name, self._books.need(record.name))
+                verdict = plan(need, held, totals, 0.0, self._rules)
+                if isinstance(verdict, Never):
+                    raise SetupError(
+                        f"The models that are loaded at the start do not fit into memory together: {verdict.reason} "
+                        f"Take `preload` from {record.name} or another, lower `replicas`, or give engines more with "
+                        "`memory.host_bytes`."
+                    )
+                held.append(_pinned(need, f"{record.name} {number}"))
+
+    # What waits.
+
+    def _wishes(self, record: ModelRecord, wanted: Wanted, now: float) -> list[Wish]:
+        """One for each replica that is missing; for all but its first one nobody leaves."""
+        need = Need(record.name, self._books.need(record.name))
+        extra = [Wish(need, for_batch=True, extra=True)] * record.missing
+        if record.keepers:
+            return extra
+        since = record.ordered_at if record.ordered_at is not None else wanted.oldest_online_at
+        if since is not None:
+            first = Wish(need, waited_seconds=now - max(since, record.left_at))
+        elif wanted.oldest_batch_at is not None:
+            first = Wish(need, for_batch=True, waited_seconds=now - max(wanted.oldest_batch_at, record.left_at))
+        else:
+            first = Wish(need, for_batch=True)
+        return [first, *extra[1:]]
+
+    def _wait(self, record: ModelRecord, reason: str) -> None:
+        if record.keepers:
+            return
+        if record.waiting is None:
+            self._log.info("model.waiting", model=record.name, reason=reason)
+        record.waiting = reason
+
+    def _forget(self, record: ModelRecord, wanted: Wanted, now: float) -> None:
+        """Let go of a model that was announced, waits for memory, and is asked for by nobody."""
+        idle = record.ordered_at is None and not wanted.any and now - record.asked_at > _CLAIM_SECONDS
+        if record.wanted and record.waiting is not None and not record.keepers and idle:
+            record.let_go()
+
+    # What leaves.
+
+    def _act(self, verdict: Plan, records: Iterable[ModelRecord], wanted: dict[str, Wanted], now: float) -> None:
+        if not isinstance(verdict, Evict | Yield):
+            return
+        leaving = {victim.replica_id for victim in verdict.victims}
+        for record in records:
+            going = [keeper for keeper in record.keepers if keeper.id in leaving]
+            if going:
+                self._metrics.swaps.labels(record.name).inc()
+                self._log.info("model.swapped", model=record.name, reason=verdict.reason)
+                self._leave(record, going, wanted[record.name], now)
+
+    def _rest(self, record: ModelRecord, wanted: Wanted, now: float) -> None:
+        """Unload a model that nobody has asked for as long as its settings say."""
+        seconds = record.settings.idle_unload_seconds
+        if seconds is None or not record.wanted or not record.keepers or wanted.any:
+            return
+        times = [keeper.ready_at for keeper in record.keepers]
+        last = max(wanted.last_at or -inf, record.asked_at, *(inf if time is None else time for time in times))
+        if now - last >= seconds:
+            self._log.info("model.idle", model=record.name, idle_seconds=round(now - last, 1))
+            self._leave(record, record.keepers, wanted, now)
+
+    def _leave(self, record: ModelRecord, going: Sequence[Keeper], wanted: Wanted, now: float) -> None:
+        """Stop these once they have finished what they run. A model with a line stays wanted: it comes back."""
+        record.left_at, record.swapped = now, True
+        if not (wanted.online or wanted.batch) and len(going) == sum(not each.leaving for each in record.keepers):
+            record.let_go()
+        for keeper in going:
+            keeper.ask_stop()
+        self.on_leave(record.name)
+
+    # What is held.
+
+    def _holdings(self, records: Iterable[ModelRecord], wanted: dict[str, Wanted], now: float) -> list[Holding]:
+        return [
+            self._holding(record, keeper, wanted[record.name], now) for record in records for keeper in record.keepers
+        ]
+
+    def _holding(self, record: ModelRecord, keeper: Keeper, wanted: Wanted, now: float) -> Holding:
+        replica = keeper.replica
+        name = replica.id if replica is not None else ""
+        online, running = name in wanted.online_on, name in wanted.online_on | wanted.batch_on
+        starting = keeper.ready_at is None and keeper.hopeful
+        busy = starting or running or not (replica is None or replica.idle.is_set())
+        awaited = keeper.hopeful and bool(wanted.online or wanted.batch)
+        ready_at = keeper.ready_at if keeper.ready_at is not None else now if starting else -inf
+        return Holding(
+            record.name,
+            keeper.id,
+            self._books.held(record.name, keeper),
+            busy=busy,
+            pinned=record.settings.pinned,
+            awaited=awaited,
+            idle_since=now if busy else max(ready_at, wanted.last_at or -inf),
+            loaded_at=ready_at,
+            reload_seconds=keeper.load_seconds,
+            last_online_at=now if online or wanted.online else wanted.last_online_at,
+            leaving=keeper.leaving,
+            batch_alone=not (starting or online or wanted.online) and (running or awaited),
+        )
+
+
+def _pinned(need: Need, name: str) -> Holding:
+    return Holding(
+        need.model,
+        name,
+        need.bytes,
+        busy=False,
+        pinned=True,
+        awaited=False,
+        idle_since=0.0,
+        loaded_at=0.0,
+        reload_seconds=0.0,
+        last_online_at=None,
+    )
