@@ -24,6 +24,7 @@ from forebay.server_config import (
     LogSettings,
     MemorySettings,
     QuotaSettings,
+    PaceSettings,
     RehearsalSettings,
     SchedulerSettings,
     SupervisorSettings,
@@ -462,6 +463,7 @@ class Settings(Section):
     default_models: bool = Field(True, description="Whether the built-in catalogue is offered beside `models`.")
     http: HttpSettings = HttpSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    pace: PaceSettings = PaceSettings()
     supervisor: SupervisorSettings = SupervisorSettings()
     memory: MemorySettings = MemorySettings()
     auth: AuthSettings = AuthSettings()

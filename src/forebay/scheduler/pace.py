@@ -1,0 +1,282 @@
+"""How much batch work runs on a device beside online work: pure, additive increase and multiplicative decrease.
+
+Fed with what is seen of online work and when, it answers with a bound. It refuses to look at a clock, and to raise the
+bound on anything but evidence: what online answers take beside batch work, against what they took lately without any.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from forebay.server_config import PaceSettings
+
+_WEIGHT_MIN = 1 / 32  # of a new sample in a baseline
+_SAMPLES_MIN = 3  # before a baseline is good for a comparison
+_EVIDENCE = 6  # samples for a verdict
+_EVIDENCE_BAD = 2  # samples for one that cannot wait
+_RATIO_MAX = 4.0  # one odd sample is no verdict
+_LEVEL_MAX = 1024
+
+
+class Signal(StrEnum):
+    """What is seen of an online answer: its time in line, its time to the first token, the gap between two."""
+
+    WAIT = "wait"
+    FIRST = "first"
+    TOKEN = "token"  # noqa: S105 - of text
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Places that batch work may fill on a device; None is no bound. `yielding` is for work that can be paused at once.
+
+    `staying` is for work that stays until it ends, and so is let in later and never after the moment.
+    """
+
+    yielding: int | None
+    staying: int | None
+
+
+@dataclass(slots=True)
+class _Baseline:
+    """What one signal was lately while no batch work ran: the newest samples count most, and none counts for ever."""
+
+    mean: float = 0.0
+    deviation: float = 0.0
+    count: int = 0
+    at: float = -math.inf
+
+    def add(self, seconds: float, now: float, keep_seconds: float) -> None:
+        if now - self.at > keep_seconds:
+            self.count = 0
+        if self.count == 0:
+            self.mean, self.deviation = seconds, 0.0
+        self.count, self.at = self.count + 1, now
+        weight = max(1 / self.count, _WEIGHT_MIN)
+        error = seconds - self.mean
+        self.mean += weight * error
+        self.deviation += weight * (abs(error) - self.deviation)
+
+
+@dataclass(slots=True)
+class _Evidence:
+    """Samples since the bound last changed, each as a share of its baseline."""
+
+    count: int = 0
+    ratios: float = 0.0
+    noise: float = 0.0
+
+    def add(self, ratio: float, noise: float) -> None:
+        self.count += 1
+        self.ratios += ratio
+        self.noise += noise
+
+    @property
+    def ratio(self) -> float:
+        """Their mean, less what may be chance."""
+        return self.ratios / self.count - self.noise / self.count / math.sqrt(self.count)
+
+
+class Pace:
+    """The bound of one device. Whoever owns it tells it all that happens there, in the order of time.
+
+    `level` is how much batch work has been found to do no harm. At the first online request after a pause none may run;
+    then `stair` climbs to the level again, a step for each verdict that is good, and beyond it the level grows. A bad
+    verdict halves the level, and where it was bad becomes the `ceiling`, which is tried again after `backoff`: twice as
+    long each time that it is bad again.
+    """
+
+    def __init__(self, settings: PaceSettings) -> None:
+        self._settings = settings
+        self._online = 0
+        self._level = 0
+        self._stair = 0
+        self._proven = 0
+        self._ceiling: int | None = None
+        self._probe_at = -math.inf
+        self._backoff = settings.probe_seconds_min
+        self._online_until = -math.inf
+        self._running = 0
+        self._peak = 0
+        self._ran_until = -math.inf
+        self._changed_at = -math.inf
+        self._held_since: float | None = None
+        self._floor_until = -math.inf
+        self._evidence = _Evidence()
+        self._baselines: dict[tuple[str, Signal, int], _Baseline] = {}
+        self._rested = 0
+
+    @property
+    def online(self) -> int:
+        """Online requests that wait or run."""
+        return self._online
+
+    @property
+    def level(self) -> int:
+        """How much batch work has been found to do no harm beside online work."""
+        return self._level
+
+    def joined(self, now: float) -> None:
+        """An online request waits or runs from now on."""
+        if self._online == 0 and now - self._online_until >= self._settings.resume_seconds:
+            self._step(now, self._level, 0)
+        elif self._stair > self._proven:
+            self._give_up(now)
+        self._online += 1
+
+    def left(self, now: float) -> None:
+        """One has gone."""
+        self._online -= 1
+        if self._online == 0:
+            self._online_until = now
+
+    def batch(self, running: int, now: float, *, held: bool) -> None:
+        """So many places of batch work run from now on; `held` says whether some would run, were it not for the bound."""
+        if self._running and not running:
+            self._ran_until = now
+        self._running, self._peak = running, max(self._peak, running)
+        if running or not held:
+            self._held_since = None
+        elif self._held_since is None:
+            self._held_since = now
+
+    def tick(self, now: float) -> None:
+        """Time has passed: begin the floor if it is due."""
+        if self._held_since is not None and now >= self._held_since + self._settings.hold_seconds_max:
+            self._floor_until, self._held_since = now + self._settings.floor_seconds, None
+
+    def bound(self, now: float) -> Bound:
+        """What batch work may fill now. (1) Nobody is online, and has not been for long enough; (2) the floor; (3) the level."""
+        gap = now - self._online_until if self._online == 0 else -1.0
+        floor = 1 if now < self._floor_until else 0
+        return Bound(
+            yielding=None if gap >= self._settings.resume_seconds else max(floor, min(self._level, self._stair)),
+            staying=None if gap >= self._settings.quiet_seconds else max(floor, self._level),
+        )
+
+    def next_look(self, now: float) -> float | None:
+        """When the mere passing of time changes the bound."""
+        times = [self._floor_until]
+        if self._online == 0:
+            times += [
+                self._online_until + self._settings.resume_seconds,
+                self._online_until + self._settings.quiet_seconds,
+            ]
+        if self._held_since is not None:
+            times.append(self._held_since + self._settings.hold_seconds_max)
+        return min((time for time in times if time > now), default=None)
+
+    def seen(self, signal: Signal, model: str, seconds: float, now: float) -> bool:
+        """An online answer took so long for `signal`, until now; whether the bound has changed."""
+        began = now - seconds
+        baseline = self._baselines.setdefault((model, signal, self._online.bit_length()), _Baseline())
+        if not self._running and self._ran_until <= began:
+            baseline.add(seconds, now, self._settings.baseline_seconds)
+            self._rested += 1
+            return self._rested >= _EVIDENCE and baseline.count >= _SAMPLES_MIN and self._raise(now)
+        if began < max(self._changed_at, self._floor_until) or self._running > max(1, self._allowed):
+            return False
+        if not self._known(baseline, now):
+            return self._rest(signal, model, now)
+        scale = baseline.mean
+        if signal is Signal.WAIT:  # what a caller feels is the wait and the answer's first token together
+            first = self._baselines.get((model, Signal.FIRST, self._online.bit_length()))
+            scale += first.mean if first is not None and first.count else 0.0
+        if scale <= 0:
+            return False
+        ratio = 1 + (seconds - baseline.mean) / scale
+        self._evidence.add(min(_RATIO_MAX, ratio), min(1.0, baseline.deviation / scale))
+        return self._judge(now)
+
+    @property
+    def _allowed(self) -> int:
+        return min(self._level, self._stair)
+
+    def _judge(self, now: float) -> bool:
+        """(1) Bad, as soon as it shows; (2) good, once there is enough of it and the bound has been used; (3) neither."""
+        evidence, settings = self._evidence, self._settings
+        if evidence.count >= _EVIDENCE_BAD and evidence.ratio > settings.tolerance_bad:
+            self._cut(now)
+            return True
+        if evidence.count < _EVIDENCE:
+            return False
+        good = evidence.ratio <= settings.tolerance_good and self._peak >= self._allowed
+        self._evidence = _Evidence()
+        if not good:
+            return False
+        self._proven = self._allowed
+        if self._ceiling is not None and self._allowed >= self._ceiling:
+            self._ceiling, self._backoff = None, settings.probe_seconds_min
+        return self._raise(now)
+
+    def _raise(self, now: float) -> bool:
+        if self._stair < self._level:
+            self._step(now, self._level, self._stair + 1)
+            return True
+        level = self._level + 1
+        if level > _LEVEL_MAX or (self._ceiling is not None and level >= self._ceiling and now < self._probe_at):
+            return False
+        self._step(now, level, level)
+        return True
+
+    def _known(self, baseline: _Baseline | None, now: float) -> bool:
+        if baseline is None or baseline.count < _SAMPLES_MIN:
+            return False
+        return now - baseline.at <= self._settings.baseline_seconds
+
+    def _rest(self, signal: Signal, model: str, now: float) -> bool:
+        """Have no batch work run for as long as it takes to see what `signal` is without, if nothing else tells."""
+        tokens = self._baselines.get((model, Signal.TOKEN, self._online.bit_length()))
+        if signal is Signal.WAIT or self._stair == 0 or (signal is Signal.FIRST and self._known(tokens, now)):
+            return False
+        self._step(now, self._level, 0)
+        return True
+
+    def _give_up(self, now: float) -> None:
+        """Take back a step up that there has been no verdict on, or a bad one if that is what it would have been."""
+        if self._evidence.count and self._evidence.ratio > self._settings.tolerance_bad:
+            self._cut(now)
+        else:
+            self._step(now, min(self._level, self._proven), self._proven)
+
+    def _cut(self, now: float) -> None:
+        """To half of what was bad, which is left alone for a while."""
+        bad = max(1, self._allowed)
+        self._ceiling, self._probe_at = bad, now + self._backoff
+        self._backoff = min(2 * self._backoff, self._settings.probe_seconds_max)
+        self._step(now, bad // 2, bad // 2)
+
+    def _step(self, now: float, level: int, stair: int) -> None:
+        self._level, self._stair, self._changed_at = level, stair, now
+        self._proven = min(self._proven, stair)
+        self._evidence, self._rested, self._peak = _Evidence(), 0, self._running
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An engine that has batch work alone: the places that fills, whether it runs, and since when it does or does not."""
+
+    replica_id: str
+    places: int
+    runs: bool
+    since: float
+
+
+def to_run(claims: Iterable[Claim], places: int | None, now: float, turn_seconds: float) -> set[str]:
+    """The engines that run while so many places may be filled; an engine runs or is paused as a whole.
+
+    (1) Those that run and have not had their turn; (2) those that are paused, the longest first; (3) the others. Each
+    runs if those before it leave a place at least.
+    """
+    running: set[str] = set()
+
+    def order(claim: Claim) -> tuple[int, float, str]:
+        has_turn = claim.runs and now - claim.since < turn_seconds
+        return (0 if has_turn else 2 if claim.runs else 1, claim.since, claim.replica_id)
+
+    for claim in sorted(claims, key=order):
+        if places is None or places > 0:
+            running.add(claim.replica_id)
+            places = None if places is None else places - claim.places
+    return running
