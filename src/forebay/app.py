@@ -49,6 +49,7 @@ from forebay.media.images import Images
 from forebay.media.objects import Objects
 from forebay.media.pictures import Pictures
 from forebay.media.recordings import Recordings
+from forebay.metering.meter import Meter
 from forebay.model_config import UpstreamModel
 from forebay.outbound import Outbound
 from forebay.replicas.books import DeclaredBooks
@@ -320,7 +321,10 @@ class House:
         self._office = build_office(
             settings, stores, machine, self._outbound, calls, self._speech, self._imaging, self._clock, metrics
         )
-        self._door = Door(machine.scheduler, machine.assembler, Rates(self._clock), settings, self._clock, metrics)
+        meter = Meter(settings.quotas.parsed, self._clock)
+        self._door = Door(
+            machine.scheduler, machine.assembler, Rates(self._clock), meter, settings, self._clock, metrics
+        )
         app = create_app(settings)
         state = app.state
         state.catalog, state.supervisor, state.scheduler = machine.catalog, machine.supervisor, machine.scheduler

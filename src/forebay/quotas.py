@@ -100,6 +100,11 @@ class Amounts:
 NOTHING = Amounts()
 
 
+def milliseconds(seconds: float) -> int:
+    """Sound as it is counted."""
+    return round(seconds * 1000)
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
     """On whose account a piece of work goes. A job of old has no key."""

@@ -14,6 +14,7 @@ from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer, Visit
 from forebay.gateway.rates import Rates
 from forebay.inference import Request
+from forebay.metering.meter import Meter
 from forebay.model_config import FakeModel
 from forebay.replicas.catalog import Catalog
 from forebay.scheduler.assembly import Assembler
@@ -43,7 +44,7 @@ async def _nowhere(_message: Message) -> None:
 async def test_a_bug_of_ours_costs_the_caller_no_tokens_and_is_counted() -> None:
     clock, metrics = FakeClock(), Metrics()
     scheduler = Scheduler(_Broken(clock), {MODEL: Limits(1, 2, 60.0)}, SchedulerSettings(), 1.0, clock, metrics)
-    door = Door(scheduler, Assembler(0, clock, metrics), Rates(clock), Settings(), clock, metrics)
+    door = Door(scheduler, Assembler(0, clock, metrics), Rates(clock), Meter((), clock), Settings(), clock, metrics)
     caller = Principal("key_1", "default", Role.MEMBER, tokens_per_minute=100)
     headers = door.rates.check(caller, 60)
     call = Call(request(1), "chat", stream=True, include_usage=False, tier="default", shape=GENERATION)
@@ -60,7 +61,7 @@ async def test_images_that_are_held_have_a_bound_and_texts_pass() -> None:
     clock, metrics = FakeClock(), Metrics()
     scheduler = Scheduler(Room(clock), {MODEL: Limits(1, 2, 60.0)}, SchedulerSettings(), 1.0, clock, metrics)
     settings = Settings(media=MediaSettings(held_bytes_max=1_000))
-    door = Door(scheduler, Assembler(0, clock, metrics), Rates(clock), settings, clock, metrics)
+    door = Door(scheduler, Assembler(0, clock, metrics), Rates(clock), Meter((), clock), settings, clock, metrics)
     caller = Principal("key_1", "default", Role.MEMBER)
     text = Call(request(1), "chat", stream=True, include_usage=False, tier="default", shape=GENERATION)
 

@@ -22,6 +22,7 @@ from forebay.gateway.auth import Principal
 from forebay.gateway.online import Door, OnlineAnswer, Visit
 from forebay.media.recordings import Recording, Recordings
 from forebay.media.spool import Spool
+from forebay.quotas import Amounts, Use, milliseconds
 from forebay.replicas.catalog import Catalog
 from forebay.scheduler.transcriber import Kept, Transcriber
 from forebay.speech import Segment, Transcript
@@ -43,6 +44,7 @@ class _Told:
 
     def __init__(self, events: TextEvents | None) -> None:
         self.events = events
+        self.seconds = 0.0  # how far it is told
         self._waiting = b""
 
     def stage(self, _stage: str, _percent: float) -> None:
@@ -52,6 +54,7 @@ class _Told:
         """Write down what was said next."""
         if self.events is not None:
             self._waiting += self.events.told(new)
+        self.seconds = max([self.seconds, *(segment.end for segment in new)])
 
     async def kept(self, _stretch: Kept) -> None:
         """What is finished is kept by jobs alone."""
@@ -96,20 +99,29 @@ class SpeechAnswer(OnlineAnswer):
             if recording is None:
                 if self._call.stream:
                     raise self._too_long_to_stream()
+                self._close_account(visit)  # that is the job's
                 await self._pass_on(visit, send)
                 return
+            if visit.reservation is not None:
+                visit.reservation.raise_to(lambda: Amounts(1, audio_ms=milliseconds(recording.seconds)))
             if self._call.speech is not None:  # what comes last is not to be found missing after all the rest
                 self._door.scheduler.expect(self._call.speech.further_models)
             self._told = _Told(shape.events() if self._call.stream else None)
             transcript = await self._hear(visit, recording, send)
         visit.progress = Progress(usage_in_tokens(transcript))
+        self._told.seconds = transcript.duration
         if self._told.events is None:
             answer = await asyncio.to_thread(shape.written, transcript)  # thousands of words take their time
+            self._account_for(visit)
             await self._send_whole(visit, send, answer.body, answer.content_type)
         else:
             ending = await asyncio.to_thread(self._told.events.ended, transcript)
+            self._account_for(visit)
             await self._send_events(visit, send, self._told.take() + ending)
             await self._send(visit, send, {"type": "http.response.body", "body": b""})
+
+    def _used(self, visit: Visit) -> Use:
+        return Use(1, audio_ms=milliseconds(self._told.seconds))
 
     @property
     def _source(self) -> AudioRef | None:

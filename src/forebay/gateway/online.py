@@ -34,6 +34,9 @@ from forebay.gateway.answers import error_answer
 from forebay.gateway.auth import Principal
 from forebay.gateway.rates import Rates
 from forebay.gateway.streams import EVENT_STREAM, in_pieces
+from forebay.metering.estimate import at_most
+from forebay.metering.meter import Meter, Reservation
+from forebay.quotas import Use
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.connection import EngineStream
 from forebay.scheduler.assembly import Assembler
@@ -71,6 +74,7 @@ class Visit:
         self.admitted_at = 0.0
         self.first_content_at = 0.0
         self.progress = Progress()
+        self.reservation: Reservation | None = None
         self.interruption: ForebayError | None = None
         self.interrupted_by = ""
         self._task = asyncio.current_task()
@@ -81,6 +85,15 @@ class Visit:
             self.interruption = error
             self.interrupted_by = by
             self._task.cancel()
+
+    @property
+    def used(self) -> Use:
+        """The tokens so far; of a prompt that no engine has counted an estimate."""
+        progress = self.progress
+        if progress.usage is None:
+            return Use(1, self.tokens_estimate, progress.events)
+        usage = progress.usage
+        return Use(1, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
 
     async def watch(self, receive: Receive) -> None:
         """Interrupt the visit when its caller goes away."""
@@ -96,6 +109,7 @@ class Door:
         scheduler: Scheduler,
         assembler: Assembler,
         rates: Rates,
+        meter: Meter,
         settings: Settings,
         clock: Clock,
         metrics: Metrics,
@@ -103,6 +117,7 @@ class Door:
         self.scheduler = scheduler
         self.assembler = assembler
         self.rates = rates
+        self.meter = meter
         self.clock = clock
         self.log = Log()
         self._metrics = metrics
@@ -224,6 +239,7 @@ class OnlineAnswer(Response):
         self._started = False
         self._keep = keep
         self._held = b""
+        self._quota_headers: Mapping[str, str] = {}
         self._place = {"x-queue-position": "0", "x-queue-wait-ms": "0"}  # of who waits for nothing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -234,6 +250,7 @@ class OnlineAnswer(Response):
         with self._door.visiting(visit):
             try:
                 self._door.check_room(visit)
+                await self._reserve(visit)
                 await self._serve_by_any(visit, send)
                 error = None
             except ForebayError as failure:
@@ -244,9 +261,36 @@ class OnlineAnswer(Response):
                 self._uncancel()
             finally:
                 watcher.cancel()
+                self._close_account(visit)
                 self._door.settle(visit, error)
         if error is not None and visit.interrupted_by not in {"client_gone", "client_stalled"}:
             await self._send_error(error, scope, receive, send)
+
+    async def _reserve(self, visit: Visit) -> None:
+        """Take what the call may use at most. Raises QuotaExceeded."""
+        caller, request, meter = self._principal, self._call.request, self._door.meter
+        visit.reservation = await meter.reserve(
+            caller.project_id, caller.key_id, request.model, request.capability, lambda: at_most(self._call)
+        )
+        self._quota_headers = meter.headers(caller.project_id)
+
+    def _used(self, visit: Visit) -> Use:
+        """What the answer has used so far."""
+        return visit.used
+
+    def _account_for(self, visit: Visit) -> None:
+        """Write down what the answer has used, before its end is sent: a caller who has it all is counted."""
+        if visit.reservation is not None:
+            visit.reservation.settle(self._used(visit))
+
+    def _close_account(self, visit: Visit) -> None:
+        """A stream that its caller has cut counts as far as it came; of what failed nothing does."""
+        if visit.reservation is None or not visit.reservation.open:
+            return
+        cut = visit.interrupted_by in {"client_gone", "client_stalled", "cancel_call"}
+        if cut and self._started and self._call.stream:
+            visit.reservation.settle(self._used(visit))
+        visit.reservation.release()
 
     async def _serve_by_any(self, visit: Visit, send: Send) -> None:
         """Serve by the model that was asked for or, before anything is sent, by those that stand in for it."""
@@ -259,6 +303,8 @@ class OnlineAnswer(Response):
                     raise
                 self._door.note_fallback(self._call, other)
                 self._call = visit.call = other
+                if visit.reservation is not None:
+                    visit.reservation.model = other.request.model
                 visit.progress, visit.first_content_at = Progress(), 0.0
             else:
                 return
@@ -272,6 +318,7 @@ class OnlineAnswer(Response):
             body, visit.progress = made.body, Progress(made.usage)
         if self._keep is not None:
             await self._keep(call)
+        self._account_for(visit)
         if call.stream:
             await self._send_events(visit, send, self._held)
             await self._send(visit, send, {"type": "http.response.body", "body": b""})
@@ -326,6 +373,8 @@ class OnlineAnswer(Response):
             if relay.done and self._keep is not None:
                 self._held += out
             else:
+                if relay.done:
+                    self._account_for(visit)
                 await self._send_events(visit, send, out)
             visit.waiting, visit.since = Waiting.ENGINE, clock.monotonic()
         if not relay.done:
@@ -370,7 +419,7 @@ class OnlineAnswer(Response):
         self._place = {"x-queue-position": str(permit.position), "x-queue-wait-ms": waited}
 
     def _head_fields(self) -> list[tuple[bytes, bytes]]:
-        fields = {**self._place, "x-served-by": self._call.request.model, **self._rate_headers}
+        fields = {**self._place, "x-served-by": self._call.request.model, **self._rate_headers, **self._quota_headers}
         return [(name.encode(), value.encode()) for name, value in fields.items()]
 
     @staticmethod

@@ -24,6 +24,7 @@ from forebay.gateway.places import Room, Share
 from forebay.gateway.signed import Signer
 from forebay.jobs.picture_files import kept_files
 from forebay.media.pictures import Inputs, Pictures
+from forebay.quotas import Amounts, Use
 from forebay.replicas.catalog import Catalog
 from forebay.scheduler.painter import Painter, Painting, Pixels
 from forebay.store.files import FileStore
@@ -132,6 +133,7 @@ class PictureAnswer(OnlineAnswer):
         self._beginning = beginning
         self._inputs: Inputs | None = None
         self._bytes = 0
+        self._images = 0
         self._painting: Painting | None = None
         self._told: _Told | None = None
 
@@ -141,8 +143,10 @@ class PictureAnswer(OnlineAnswer):
         assert task is not None, "so is the call"
         frame = Frame(self._easels, self._principal.project_id, task, self._beginning)
         serve = self._stream if call.stream else self._answer_whole
-        self._bytes = 0
-        self._painting = await self._made_ready(call, task)
+        self._bytes = self._images = 0
+        self._painting = painting = await self._made_ready(call, task)
+        if visit.reservation is not None:
+            visit.reservation.raise_to(lambda: Amounts(1, pixel_steps=task.n * painting.pixel_steps))
         with self._easels.room.held(self._painting.pixel_bytes) as share:
             await serve(visit, send, shape, frame, share)
 
@@ -155,6 +159,8 @@ class PictureAnswer(OnlineAnswer):
             with share.more(BYTES_OF_ANSWER * len(picture.data)):
                 async with frame.delivering() as deliver:
                     delivered = await deliver(picture)
+                    if self._images == frame.task.n:
+                        self._account_for(visit)
                     await self._send_event(visit, send, lambda: shape.completed(image, delivered, self._now()))
 
         await self._paint(visit, send, _Told(shape, kept, streams=True))
@@ -174,6 +180,7 @@ class PictureAnswer(OnlineAnswer):
 
                 await self._paint(visit, send, _Told(shape, kept, streams=False))
                 body = await asyncio.to_thread(written, shape.answer(made, self._now()))
+                self._account_for(visit)
                 await self._send_whole(visit, send, body)
 
     async def _paint(self, visit: Visit, send: Send, told: "_Told") -> None:
@@ -192,6 +199,10 @@ class PictureAnswer(OnlineAnswer):
         except CallerError as error:
             error.param = error.param or "image"
             raise
+
+    def _used(self, visit: Visit) -> Use:
+        steps = 0 if self._painting is None else self._painting.pixel_steps
+        return Use(1, pixel_steps=self._images * steps, images=self._images)
 
     async def _between_reads(self, visit: Visit, send: Send) -> None:
         await self._tell(visit, send)
@@ -222,6 +233,7 @@ class PictureAnswer(OnlineAnswer):
     def _count(self, task: ImageTask, picture: Painted) -> None:
         """Raise InvalidRequest for more bytes than fit into one answer beside others."""
         self._bytes += len(picture.data)
+        self._images += 1
         if task.delivery == "b64_json" and self._bytes > ANSWER_BYTES_MAX:
             raise InvalidRequest(
                 f"The pictures take more than the {ANSWER_BYTES_MAX} bytes that one answer may have. "

@@ -8,7 +8,7 @@ exactly what is there.
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from forebay.clock import Clock
 from forebay.errors import QuotaExceeded
@@ -62,21 +62,28 @@ class Reservation:
 
     def __init__(self, meter: "Meter", account: Account, estimate: Amounts) -> None:
         self._meter = meter
-        self.account = account
+        self.project = account.project
+        self.model = account.model  # that of whoever stands in, where somebody does
+        self._account = account
         self._estimate = estimate
         self.open = True
 
+    @property
+    def account(self) -> Account:
+        """On whose account it goes."""
+        return replace(self._account, model=self.model)
+
     def raise_to(self, estimate: Estimate) -> None:
         """Reserve more, now that it is known how much it takes. Raises QuotaExceeded and keeps what it had."""
-        if self.open and self._meter.counts(self.account.project):
+        if self.open and self._meter.counts(self.project):
             amounts = estimate()
-            self._meter.take(self.account.project, amounts - self._estimate)
+            self._meter.take(self.project, amounts - self._estimate)
             self._estimate = amounts
 
     def lower_to(self, use: Use) -> None:
         """So much was used, which is written down later."""
         if self.open and self._estimate != NOTHING:
-            self._meter.give_back(self.account.project, self._estimate - use.amounts)
+            self._meter.give_back(self.project, self._estimate - use.amounts)
             self._estimate = use.amounts
 
     def settle(self, use: Use) -> None:
@@ -89,13 +96,13 @@ class Reservation:
         """The same for what was written into the database together with its result."""
         if self.open:
             self.release()
-            self._meter.note(self.account.project, use.amounts)
+            self._meter.note(self.project, use.amounts)
 
     def release(self) -> None:
         """Nothing came of it."""
         if self.open:
             self.open = False
-            self._meter.give_back(self.account.project, self._estimate)
+            self._meter.give_back(self.project, self._estimate)
 
 
 class Meter:

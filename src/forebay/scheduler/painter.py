@@ -98,6 +98,11 @@ class Painting:
         one = self._prepared.size.pixels * RGB_BYTES
         return len(self._prepared.data) + min(self._task.n * one, max(one, _HELD_BYTES_MAX))
 
+    @property
+    def pixel_steps(self) -> int:
+        """What one of its pictures counts for: its pixels as they are painted, times the steps that are asked for."""
+        return self._prepared.size.pixels * (self._task.steps or 1)
+
     async def run(
         self, compute: Compute, listener: Listener, done: Collection[int] = (), *, each_alone: bool = False
     ) -> None:
