@@ -54,6 +54,20 @@ def closed(guard: "subprocess.Popen[bytes]") -> None:
     guard.stdin.close()
 
 
+def say(guard: "subprocess.Popen[bytes]", words: bytes) -> None:
+    assert guard.stdin
+    guard.stdin.write(words)
+    guard.stdin.flush()
+
+
+def all_stopped(pids: list[int]) -> bool:
+    return all(psutil.Process(pid).status() == psutil.STATUS_STOPPED for pid in pids)
+
+
+def none_stopped(pids: list[int]) -> bool:
+    return not any(psutil.Process(pid).status() == psutil.STATUS_STOPPED for pid in pids)
+
+
 def gone(pids: list[int]) -> bool:
     return not any(alive(pid) for pid in pids)
 
@@ -105,6 +119,59 @@ def test_a_stopped_child_is_killed_too() -> None:
         os.kill(pids[0], signal.SIGSTOP)
         eventually(lambda: psutil.Process(pids[0]).status() == psutil.STATUS_STOPPED, 5)
         closed(guard)
+        assert guard.wait(5) == -signal.SIGKILL
+        assert gone(pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says who has started whom")
+def test_a_pause_reaches_the_whole_family_in_whatever_session_and_so_does_its_end() -> None:
+    with family(child="os.setsid(); os.fork() or os.setsid()\n    while True: pass") as (guard, pids):
+        elsewhere = eventually(lambda: psutil.Process(pids[1]).children(), 5)
+        everybody = [*pids, elsewhere[0].pid]
+        for _ in range(3):
+            say(guard, b"P")
+            eventually(lambda: all_stopped(everybody), 5)
+            assert psutil.Process(guard.pid).status() != psutil.STATUS_STOPPED
+            say(guard, b"R")
+            eventually(lambda: none_stopped(everybody), 5)
+
+
+def test_of_words_that_come_together_the_last_one_counts() -> None:
+    with family() as (guard, pids):
+        say(guard, b"PRP")
+        eventually(lambda: all_stopped(pids), 5)
+        say(guard, b"RPR")
+        eventually(lambda: none_stopped(pids), 5)
+
+
+@pytest.mark.parametrize("how", ["sigterm", "the server goes"])
+def test_a_paused_child_is_asked_to_end_like_any_other(how: str) -> None:
+    before = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
+    with family(before=before, child="signal.signal(signal.SIGTERM, 0)") as (guard, pids):
+        say(guard, b"P")
+        eventually(lambda: all_stopped(pids), 5)
+        if how == "sigterm":
+            guard.terminate()
+        else:
+            closed(guard)
+        assert guard.wait(5) == 7
+        assert gone(pids)
+
+
+def test_a_paused_child_that_does_not_listen_is_killed() -> None:
+    with family(before=STUBBORN) as (guard, pids):
+        say(guard, b"P")
+        eventually(lambda: all_stopped(pids), 5)
+        closed(guard)
+        assert guard.wait(5) == -signal.SIGKILL
+        assert gone(pids)
+
+
+def test_the_death_of_a_paused_child_is_seen() -> None:
+    with family() as (guard, pids):
+        say(guard, b"P")
+        eventually(lambda: all_stopped(pids), 5)
+        os.kill(pids[0], signal.SIGKILL)
         assert guard.wait(5) == -signal.SIGKILL
         assert gone(pids)
 
