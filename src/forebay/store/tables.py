@@ -70,6 +70,7 @@ jobs = sa.Table(
     sa.Column("error_message", sa.Text),
     sa.Column("webhook_url", sa.Text),
     sa.Column("webhook_secret", sa.String(128)),
+    sa.Column("key_id", sa.String(64)),  # whose key asked for it, where one did
     sa.Index("ix_jobs_available", "state", "kind", "priority", "deadline_at", "created_at"),
     sa.Index("ix_jobs_running", "state", "lease_expires_at"),
     sa.Index("ix_jobs_project", "project_id", "created_at", "id"),
@@ -359,4 +360,57 @@ intake_messages = sa.Table(
     sa.Column("message_id", sa.String(256), primary_key=True),
     sa.Column("job_id", sa.String(64), nullable=False),
     sa.Column("created_at", sa.Double, nullable=False, index=True),
+)
+
+# What replicas of a model came to hold on a device, by the size of what they worked on.
+model_memory = sa.Table(
+    "model_memory",
+    metadata,
+    sa.Column("model", sa.String(128), primary_key=True),
+    sa.Column("fingerprint", sa.String(64), primary_key=True),  # of its settings
+    sa.Column("device", sa.String(16), primary_key=True),
+    sa.Column("input_class", sa.Integer, primary_key=True),  # inputs of 2^(n-1) bytes and more; 0 is none
+    sa.Column("peak_bytes", sa.BigInteger, nullable=False),
+    sa.Column("load_seconds", sa.Double, nullable=False),
+    sa.Column("measured_at", sa.Double, nullable=False),
+)
+
+# What was used on a day (UTC, `2026-11-21`). Sound in milliseconds, pictures in pixels times steps.
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("day", sa.String(10), primary_key=True),
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), primary_key=True),
+    sa.Column("key_id", sa.String(64), primary_key=True),  # empty for a job of old
+    sa.Column("model", sa.String(128), primary_key=True),
+    sa.Column("capability", sa.String(32), primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
+    sa.Column("completion_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cached_tokens", sa.BigInteger, nullable=False),
+    sa.Column("audio_ms", sa.BigInteger, nullable=False),
+    sa.Column("pixel_steps", sa.BigInteger, nullable=False),
+    sa.Column("images", sa.BigInteger, nullable=False),
+    sa.Index("ix_usage_project", "project_id", "day"),
+)
+
+# How much of the journal of a process is in `usage`: how many folds, and the place in the file behind the last.
+usage_journals = sa.Table(
+    "usage_journals",
+    metadata,
+    sa.Column("id", sa.String(128), primary_key=True),
+    sa.Column("node", sa.String(64), nullable=False),
+    sa.Column("folds", sa.BigInteger, nullable=False),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("folded_at", sa.Double, nullable=False),
+)
+
+# The share and the quotas of projects that have some of their own.
+project_limits = sa.Table(
+    "project_limits",
+    metadata,
+    sa.Column("project_id", sa.String(64), sa.ForeignKey("projects.id"), primary_key=True),
+    sa.Column("weight", sa.Double, nullable=False),
+    sa.Column("quotas", sa.JSON, nullable=False),  # a list such as ["tokens=1000000/day"]
+    sa.Column("updated_at", sa.Double, nullable=False),
 )
