@@ -1,6 +1,7 @@
 """Lines of batches: reading them off a stream, checking them, cutting them into chunks, the order in which they run."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from forebay.jobs.lines import (
     LineReader,
     Place,
     RunOrder,
+    Turn,
     Window,
     pack_numbers,
     pack_places,
@@ -252,7 +254,7 @@ async def test_the_chunk_that_began_first_goes_first_and_shared_prefixes_do_not_
     entered: list[str] = []
 
     async def enter(name: str, turn: int, *, shares: bool) -> None:
-        await window.enter((turn,), shares=shares)
+        await window.enter(Turn(0, 0.0, turn), shares=shares)
         entered.append(name)
 
     await enter("a", 2, shares=True)
@@ -264,9 +266,77 @@ async def test_the_chunk_that_began_first_goes_first_and_shared_prefixes_do_not_
     assert entered == ["a"]
     others[0].cancel()
     await asyncio.wait([others[0]])
-    window.leave()
+    window.leave(Turn(0, 0.0, 2))
     await asyncio.wait(others[1:])
     assert entered == ["a", "early", "late"]
+
+
+async def lines_of(window: Window, turns: list[Turn], count: int, *, shares: bool) -> list[str]:
+    """The projects of the first so many lines, where each turn always has another line and one runs at a time."""
+    order: list[str] = []
+    ending: list[asyncio.Task[None]] = []
+    enough = asyncio.Event()
+
+    async def run(turn: Turn) -> None:
+        for _ in range(3):  # until the next lines wait
+            await asyncio.sleep(0)
+        window.leave(turn)
+
+    async def chunk(turn: Turn) -> None:
+        while len(order) < count:
+            await window.enter(turn, shares=shares)
+            order.append(turn.project)
+            ending.append(asyncio.create_task(run(turn)))
+        enough.set()
+
+    running = [asyncio.create_task(chunk(turn)) for turn in turns]
+    await enough.wait()
+    for task in running:
+        task.cancel()
+    await asyncio.wait([*running, *ending])
+    return order[:count]
+
+
+async def test_lines_of_projects_go_by_weight_whoever_came_first() -> None:
+    window = Window(slots=1, ahead=0, weights=lambda project: 3.0 if project == "b" else 1.0)
+    turns = [Turn(0, 10.0, 1, "a"), Turn(0, 10.0, 2, "a"), Turn(0, 20.0, 3, "b")]
+    order = await lines_of(window, turns, 80, shares=False)
+    assert abs(order.count("b") - 60) <= 2
+
+
+async def test_lines_with_shared_prefixes_take_turns_by_runs_of_a_few() -> None:
+    window = Window(slots=1, ahead=0)
+    order = await lines_of(window, [Turn(0, 10.0, 1, "a"), Turn(0, 10.0, 2, "b")], 160, shares=True)
+    changes = sum(one != other for one, other in itertools.pairwise(order))
+    assert abs(order.count("a") - 80) <= 10
+    assert 4 <= changes <= 30
+
+
+async def test_a_more_urgent_chunk_goes_before_any_turn() -> None:
+    window = Window(slots=1, ahead=0)
+    order = await lines_of(window, [Turn(0, 10.0, 1, "a"), Turn(-1, 99.0, 2, "b")], 40, shares=True)
+    assert order.count("a") <= 2
+
+
+async def test_a_place_that_was_not_used_costs_no_turn() -> None:
+    window = Window(slots=1, ahead=0)
+    first, other, again = Turn(0, 1.0, 1, "a"), Turn(0, 9.0, 2, "b"), Turn(0, 2.0, 3, "a")
+    await window.enter(first, shares=False)
+    entered: list[str] = []
+
+    async def enter(turn: Turn) -> None:
+        await window.enter(turn, shares=False)
+        entered.append(turn.project)
+
+    waiting = [asyncio.create_task(enter(other)), asyncio.create_task(enter(again))]
+    await asyncio.sleep(0)
+    window.leave(first, used=False)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert entered == ["a"]
+    window.leave(again)
+    await asyncio.wait(waiting)
+    assert entered == ["a", "b"]
 
 
 @pytest.mark.parametrize("body", [{"input": ["a" * 2000]}, {"query": "q" * 2000, "documents": ["d" * 2000]}])

@@ -16,10 +16,11 @@ from forebay.config import BatchSettings
 from forebay.errors import EngineUnavailable, ForebayError, LeaseLost, ModelNotReady, ShuttingDown, StoreUnavailable
 from forebay.jobs.kinds import Run
 from forebay.jobs.line_runner import LineRunner
-from forebay.jobs.lines import LineReader, Place, RunOrder, Window, unpack_numbers, unpack_places
+from forebay.jobs.lines import LineReader, Place, RunOrder, Turn, Window, unpack_numbers, unpack_places
 from forebay.jobs.outcome import Done, Failed, Interruption, Outcome, Snoozed
 from forebay.jobs.segments import SegmentStore, SegmentWriter, Unwritten
 from forebay.replicas.catalog import Catalog
+from forebay.scheduler.shares import Weights, equal
 from forebay.store.batches import Batch, BatchStore
 from forebay.store.files import blob_key
 from forebay.store.job_state import FINISHED, JobState
@@ -38,7 +39,7 @@ class _Attempt:
     order: RunOrder
     changed: asyncio.Event  # set when another line may go
     window: Window
-    turn: tuple[float, ...]  # the more urgent chunk goes first, then the one that began first
+    turn: Turn
     reader: LineReader
     writer: SegmentWriter
 
@@ -55,6 +56,7 @@ class ChunkWork:
         catalog: Catalog,
         settings: BatchSettings,
         clock: Clock,
+        weights: Weights = equal,
     ) -> None:
         self._batches = batches
         self._segments = segments
@@ -63,6 +65,7 @@ class ChunkWork:
         self._catalog = catalog
         self._settings = settings
         self._clock = clock
+        self._weights = weights
         self._unwritten = Unwritten(settings)
         self._windows: dict[str, Window] = {}
         self._turns = itertools.count()
@@ -106,7 +109,7 @@ class ChunkWork:
             RunOrder(place for place in unpack_places(chunk.lines) if place.number not in done),
             asyncio.Event(),
             self._window(lease.job.model or ""),
-            (lease.job.priority, lease.job.deadline_at, next(self._turns)),
+            Turn(lease.job.priority, lease.job.deadline_at, next(self._turns), lease.job.project_id),
             LineReader(self._blobs, blob_key(batch.input_file_id)),
             SegmentWriter(self._segments, run, batch, number, self._settings, self._clock, self._unwritten),
         )
@@ -114,7 +117,7 @@ class ChunkWork:
     def _window(self, model: str) -> Window:
         if model not in self._windows:
             found = self._catalog.get(model)
-            self._windows[model] = Window(found.slots * found.replicas, _AHEAD)
+            self._windows[model] = Window(found.slots * found.replicas, _AHEAD, self._weights)
         return self._windows[model]
 
     async def _run(self, attempt: _Attempt) -> ForebayError | None:
@@ -137,7 +140,7 @@ class ChunkWork:
                 await attempt.window.enter(attempt.turn, shares=attempt.order.shares)
                 place = attempt.order.take()
                 if place is None:
-                    attempt.window.leave()
+                    attempt.window.leave(attempt.turn, used=False)
                     attempt.changed.clear()
                     await attempt.changed.wait()
                 else:
@@ -157,7 +160,7 @@ class ChunkWork:
 def _ended(attempt: _Attempt, place: Place, _running: "asyncio.Task[None]") -> None:
     attempt.order.ended(place)
     attempt.changed.set()
-    attempt.window.leave()
+    attempt.window.leave(attempt.turn)
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from forebay.blobs.blobs import Blobs
+from forebay.scheduler.shares import Shares, Weights, equal
 
 NO_GROUP = 0
 _PLACE = struct.Struct("<IQII")
 _NUMBER = struct.Struct("<I")
 _BLOCK_BYTES = 256 * 2**10
 _BLOCKS_MAX = 16
+_GOES_ON_LINES = 8  # of its project, when it is another one's turn: enough that reading a prefix anew costs little
 
 
 class Place(NamedTuple):
@@ -160,42 +162,79 @@ class RunOrder:
         return 0 if group == NO_GROUP else self._running.get(group, 0)
 
 
+class Turn(NamedTuple):
+    """Whose line it is that wants a place: of one project the more urgent chunk goes first, then the one that began first."""
+
+    priority: int
+    deadline_at: float
+    number: int
+    project: str = ""
+
+
 class Window:
     """How many lines of one model are in flight at once, and whose turn it is.
 
-    Some lines may wait in line ahead of a free slot, so that none is idle. Lines with shared prefixes may not: the one
-    that follows another into its slot has to be of the same prefix, and is chosen when the slot is free.
+    Of one priority, projects take turns by weight. Some lines may wait in line ahead of a free slot, so that none is
+    idle. Lines with shared prefixes may not: the one that follows another into its slot has to be of the same prefix,
+    and is chosen when the slot is free. For the same reason their project may go on for a few lines when it is another
+    one's turn.
     """
 
-    def __init__(self, slots: int, ahead: int) -> None:
+    def __init__(self, slots: int, ahead: int, weights: Weights = equal) -> None:
         self._slots = slots
         self._ahead = ahead
         self._used = 0
-        self._waiting: list[tuple[tuple[float, ...], bool, asyncio.Future[None]]] = []
+        self._projects = Shares(weights)
+        self._waiting: list[_Entry] = []
 
-    async def enter(self, turn: tuple[float, ...], *, shares: bool) -> None:
-        """Wait for a place; the lowest `turn` goes first."""
+    async def enter(self, turn: Turn, *, shares: bool) -> None:
+        """Wait for a place."""
         entered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((turn, shares, entered))
+        self._waiting.append(_Entry(turn, shares, entered))
         self._let_in()
         try:
             await entered
         except asyncio.CancelledError:
             if entered.done() and not entered.cancelled():
-                self.leave()
+                self.leave(turn, used=False)
             raise
 
-    def leave(self) -> None:
+    def leave(self, turn: Turn, *, used: bool = True) -> None:
         """Give a place back."""
         self._used -= 1
-        self._let_in()
+        self._projects.end(turn.project, unused=0 if used else 1)
+        self._let_in(turn.project)
 
-    def _let_in(self) -> None:
-        self._waiting = [each for each in self._waiting if not each[2].done()]
+    def _let_in(self, last: str | None = None) -> None:
+        """Fill what is free; of the project that used it `last`, if it may go on."""
+        self._waiting = [each for each in self._waiting if not each.entered.done()]
         while self._waiting:
-            first = min(self._waiting, key=lambda each: each[0])
-            if self._used >= self._slots + (0 if first[1] else self._ahead):
+            due = min(self._waiting, key=self._claim)
+            first = self._going_on(due, last) or due
+            if self._used >= self._slots + (0 if first.shares else self._ahead):
                 return
             self._waiting.remove(first)
             self._used += 1
-            first[2].set_result(None)
+            self._projects.serve(first.turn.project, ahead_of=due.turn.project)
+            first.entered.set_result(None)
+            last = None
+        self._projects.forget()
+
+    def _claim(self, entry: "_Entry") -> tuple[float, ...]:
+        turn = entry.turn
+        return (turn.priority, self._projects.start(turn.project), turn.deadline_at, turn.number)
+
+    def _going_on(self, due: "_Entry", last: str | None) -> "_Entry | None":
+        """The next of project `last`, if it shares prefixes and its project is not too far ahead of the one that is due."""
+        same = [each for each in self._waiting if each.turn.project == last and each.turn.priority == due.turn.priority]
+        first = min(same, key=self._claim, default=None)
+        if first is None or not first.shares:
+            return None
+        ahead = self._projects.start(first.turn.project) - self._projects.start(due.turn.project)
+        return first if ahead * self._projects.weight(first.turn.project) <= _GOES_ON_LINES else None
+
+
+class _Entry(NamedTuple):
+    turn: Turn
+    shares: bool
+    entered: "asyncio.Future[None]"

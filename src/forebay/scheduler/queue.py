@@ -3,7 +3,6 @@
 It refuses to know time, replicas and bounds: whoever lets tickets join sees to those.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,7 +43,6 @@ class Line:
     def __init__(self, weights: Weights = equal) -> None:
         self._tickets: dict[int, Ticket] = {}
         self.shares = Shares(weights)
-        self._served: Counter[str] = Counter()  # by project those who have their places
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -65,15 +63,12 @@ class Line:
         """Take `ticket` out since it has got its places, on the account of its project."""
         self._tickets.pop(ticket.number, None)
         self.shares.serve(ticket.project, ticket.taken)
-        self._served[ticket.project] += 1
 
     def end(self, ticket: Ticket) -> None:
         """One that was served has given its places back."""
-        self._served[ticket.project] -= 1
-        if not self._served[ticket.project]:
-            del self._served[ticket.project]
+        self.shares.end(ticket.project)
         self._forget()
 
     def _forget(self) -> None:
         if not self._tickets:
-            self.shares.keep(self._served)
+            self.shares.forget()

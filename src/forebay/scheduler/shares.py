@@ -4,7 +4,8 @@ It refuses to give credit for time in which a project asked for nothing, and to 
 its turn.
 """
 
-from collections.abc import Callable, Container
+from collections import Counter
+from collections.abc import Callable
 
 Weights = Callable[[str], float]
 
@@ -25,6 +26,7 @@ class Shares:
         self._weights = weights
         self._now = 0.0
         self._ends: dict[str, float] = {}
+        self._running: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -39,17 +41,27 @@ class Shares:
 
     def is_due(self, project: str) -> bool:
         """Whether a project has had no more than its turn."""
-        return project not in self._ends
+        return self._ends.get(project, self._now) <= self._now
 
-    def serve(self, project: str, cost: float) -> None:
-        """A project is served so many places."""
-        self._now = self.start(project)
-        self._ends[project] = self._now + cost / self._weights(project)
+    def serve(self, project: str, cost: float = 1, *, ahead_of: str | None = None) -> None:
+        """A project is served so many places; before its turn, if it goes `ahead_of` the one whose turn it is."""
+        end = self.start(project) + cost / self._weights(project)
+        self._now = self.start(project if ahead_of is None else ahead_of)
+        self._ends[project] = end
+        self._running[project] += 1
         self._ends = {each: end for each, end in self._ends.items() if end > self._now}
 
-    def keep(self, projects: Container[str]) -> None:
-        """Forget all others: nobody waits, so what they have had is no matter."""
-        self._ends = {each: end for each, end in self._ends.items() if each in projects}
+    def end(self, project: str, *, unused: float = 0) -> None:
+        """One that was served has given its places back, so many of them without having used them."""
+        self._running[project] -= 1
+        if not self._running[project]:
+            del self._running[project]
+        if unused and project in self._ends:
+            self._ends[project] -= unused / self._weights(project)
+
+    def forget(self) -> None:
+        """Nobody waits: what projects have had that run nothing is no matter any longer."""
+        self._ends = {each: end for each, end in self._ends.items() if each in self._running}
         if not self._ends:
             self._now = 0.0
 
