@@ -416,6 +416,7 @@ class FakeOptions(PainterOptions):
     memory_slots_max: Annotated[int, Field(ge=0)] = Field(
         0, description="Requests at once above which it runs out of memory; 0 never does."
     )
+    ballast_bytes: Annotated[int, Field(ge=0, le=2**40)] = Field(0, description="Memory that it holds for nothing.")
     tools: bool = Field(True, description="Whether its chat template has tools.")
     capabilities: AllCapabilities = Field(
         tuple(Capability), description="What it serves, of all that a model can be asked for."

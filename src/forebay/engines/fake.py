@@ -31,6 +31,7 @@ _MAX_HEAD_BYTES = 64 * 1024
 _MAX_BODY_BYTES = 256 * 1024 * 1024
 _MAX_WAITING = 4096
 _BURST_TOKENS = 64
+_PAGE_BYTES = 4096
 _ABOUT_TOKENS = ("/tokenize", "/detokenize", "/v1/chat/completions/input_tokens")
 _READS = {"/v1/embeddings": "embedding", "/v1/rerank": "rerank"}
 _UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
@@ -53,6 +54,7 @@ class Spec:
     capabilities: list = field(default_factory=list)  # type: ignore[type-arg]  # what it serves beside text
     dimensions: int = 384
     input_tokens_max: int = 300_000
+    ballast_bytes: int = 0  # memory that it holds for nothing
     quiet: bool = False
     port: int = 0  # 0 takes a free one, and says which
 
@@ -112,6 +114,7 @@ class Engine:
         self.slots = Slots(spec.slots)
         self.lived = Lived()
         self.stats = {"started": 0, "finished": 0, "cancelled": 0, "running": 0, "tokens": 0}
+        self.ballast = bytearray(spec.ballast_bytes)  # no page of it is there before it is written
         self.authorization = f"Bearer {key}".encode()
 
     def look_up(self, path: str) -> Any:
@@ -474,6 +477,7 @@ async def serve(spec: Spec, key: str) -> None:
     print(f"FOREBAY_ENGINE_LISTENING http://127.0.0.1:{address[1]}", flush=True)
     await asyncio.sleep(spec.start_delay_seconds)
     fail_to_start(spec)
+    engine.ballast[::_PAGE_BYTES] = b"\1" * len(range(0, len(engine.ballast), _PAGE_BYTES))
     engine.ready = spec.fail_start != "never_ready"
     await server.serve_forever()
 
