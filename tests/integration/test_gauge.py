@@ -58,6 +58,24 @@ def test_a_family_holds_what_all_of_it_holds(family: int) -> None:
     assert held == pytest.approx(told, rel=0.03)
 
 
+PEAK = "mine = bytearray(200 * 2**20); del mine; print(1, flush=True); input()"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel starts no count anew here")
+def test_what_was_held_between_two_readings_and_given_back_is_told_once() -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", PEAK], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        measuring = gauge()
+        first, second = measuring.read([process.pid]), measuring.read([process.pid])
+        process.communicate()
+    held = first.held[process.pid][HOST]
+    assert held < 60 * MIB
+    assert first.peaks[process.pid][HOST] == pytest.approx(held + 200 * MIB, rel=0.05)
+    assert second.peaks[process.pid][HOST] == pytest.approx(held, rel=0.05)
+
+
 def test_a_family_that_is_gone_is_left_out() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
@@ -118,7 +136,7 @@ def test_bytes_go_before_a_share() -> None:
 def test_what_others_hold_of_a_gpu_is_taken_off() -> None:
     gpu = Gpu("gpu0", 80 * GIB, 50 * GIB, {1: 10 * GIB, 2: 20 * GIB, 3: 20 * GIB}, 0.5, 60.0)
     held = {1: {HOST: 0, "gpu0": 30 * GIB}}  # of the processes 1 and 2
-    reading = Reading(100 * GIB, 50 * GIB, 0.5, None, (gpu,), held)
+    reading = Reading(100 * GIB, 50 * GIB, 0.5, None, (gpu,), held, held)
     assert gauge(gpu_share=0.75, host_share=0.5).totals(reading) == {HOST: 50 * GIB, "gpu0": 40 * GIB}
 
 

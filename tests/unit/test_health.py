@@ -18,7 +18,7 @@ SETTINGS = MemorySettings(
 def reading(available: int = 500, celsius: float | None = None) -> Reading:
     """Of a machine with 1,000 bytes, a GPU that is cool and one as hot as is said."""
     gpus = tuple(Gpu(f"gpu{n}", 1, 0, {}, None, degrees) for n, degrees in enumerate((40.0, celsius)))
-    return Reading(1000, available, 0.0, None, gpus, {})
+    return Reading(1000, available, 0.0, None, gpus, {}, {})
 
 
 def test_it_is_open_before_anything_was_read() -> None:

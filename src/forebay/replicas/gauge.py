@@ -20,6 +20,7 @@ from forebay.server_config import MemorySettings
 _PROCESSES_MAX = 4096  # of one engine
 _TOLD_MAX = 64  # bytes of a small file of the kernel
 _GONE = (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError)  # the latter two slip through psutil
+_ONLY_THE_PEAK = "5"  # what the kernel is told that it should start its count of the most resident memory anew
 _UNLIMITED = 2**60  # what a control group says that has no limit is larger
 
 
@@ -28,8 +29,8 @@ class Reading:
     """The machine at one moment.
 
     `total_bytes` is what the machine or its container has; `available_bytes` what a program could take without anything
-    being swapped out. `held` has bytes by device for each family, by the id of its first process; a family that is gone
-    is not in it.
+    being swapped out. `held` has bytes by device for each family, by the id of its first process, and `peaks` the most
+    that it came to since the last reading, as far as the kernel tells; a family that is gone is in neither.
     """
 
     total_bytes: int
@@ -38,6 +39,7 @@ class Reading:
     celsius: float | None
     gpus: tuple[Gpu, ...]
     held: Mapping[int, Mapping[str, int]]
+    peaks: Mapping[int, Mapping[str, int]]
 
 
 class Gauge:
@@ -54,13 +56,15 @@ class Gauge:
         total, available = self._host()
         gpus = self._gpus.read() if self._gpus is not None else ()
         found = {first: _family(self._root, first) for first in families}
+        weighed = {first: _weighed(self._root, members, gpus) for first, members in found.items() if members}
         return Reading(
             total,
             available,
             psutil.cpu_percent() / 100,
             _hottest(),
             gpus,
-            {first: _held(members, gpus) for first, members in found.items() if members},
+            {first: held for first, (held, _) in weighed.items()},
+            {first: peak for first, (_, peak) in weighed.items()},
         )
 
     def totals(self, reading: Reading) -> dict[str, int]:
@@ -83,15 +87,17 @@ class Gauge:
         return total, available
 
 
-def _held(members: Iterable[int], gpus: Iterable[Gpu]) -> dict[str, int]:
-    """What a family holds. A GPU is left out on which the driver does not tell of it."""
-    family = tuple(members)
-    held = {HOST: sum(_resident(pid) for pid in family)}
+def _weighed(root: Path, family: Iterable[int], gpus: Iterable[Gpu]) -> tuple[dict[str, int], dict[str, int]]:
+    """What a family holds, and came to. A GPU is left out on which the driver does not tell of it."""
+    family = tuple(family)
+    resident = [_resident(pid) for pid in family]
+    held = {HOST: sum(resident)}
     for gpu in gpus:
         told = [gpu.processes[pid] for pid in family if pid in gpu.processes]
         if told:
             held[gpu.name] = sum(told)
-    return held
+    more = sum(_fallen(root, pid) for pid in family)
+    return held, {**held, HOST: held[HOST] + more}
 
 
 def _resident(pid: int) -> int:
@@ -103,6 +109,17 @@ def _resident(pid: int) -> int:
             return int(getattr(full, "pss", full.uss))
         with contextlib.suppress(psutil.AccessDenied):
             return int(process.memory_info().rss)
+    return 0
+
+
+def _fallen(root: Path, pid: int) -> int:
+    """How much less is resident than at most since the last call. Nothing where the kernel does not start that anew."""
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        folder = root / "proc" / str(pid)
+        rows = (line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+        told = {name: text.split() for name, text in rows}
+        (folder / "clear_refs").write_text(_ONLY_THE_PEAK)
+        return max(0, int(told["VmHWM"][0]) - int(told["VmRSS"][0])) * 1024
     return 0
 
 
