@@ -70,6 +70,21 @@ def test_a_short_run_of_recordings(tmp_path: Path) -> None:
     assert found["peak memory of faster-whisper"][0] > 100
 
 
+def test_a_short_run_of_all_kinds_at_once(tmp_path: Path) -> None:
+    smollm2_path(), minilm_path(), whisper_tiny()
+    ran = bench(tmp_path, "coserve")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "results" / "coserve.json").read_text("utf-8"))
+    assert report["errors"] == 0
+    assert {measure["id"] for measure in report["measures"].values()} == {"P7"}
+    found = {name: measure["by_seed"] for name, measure in report["measures"].items()}
+    assert all(len(seeds) == 1 for seeds in found.values())
+    kinds = ("chat", "embeddings", "recordings", "images")
+    assert all(found[f"{kind}, {where}, p99"][0] > 0 for kind in kinds for where in ("alone", "beside a batch"))
+    assert found["work done per second, alone"][0] > 0
+    assert "0 errors" in (tmp_path / "results" / "coserve.md").read_text("utf-8")
+
+
 def test_only_a_whisper_model_that_is_here_is_measured(tmp_path: Path) -> None:
     minilm_path()
     for name, said in ((MINILM, "another engine than whisper"), ("whisper-small", "There is no model")):

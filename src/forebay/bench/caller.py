@@ -51,12 +51,16 @@ class Caller:
         """Stop a batch."""
         await self._ask("POST", f"/v1/batches/{batch_id}/cancel")
 
+    async def batch(self, batch_id: str) -> dict[str, Any]:
+        """A batch as it is now."""
+        return await self._ask("GET", f"/v1/batches/{batch_id}")
+
     async def until(self, batch_id: str, wanted: frozenset[str]) -> dict[str, Any]:
         """The batch as soon as its status is one of those wanted."""
         try:
             async with asyncio.timeout(_WAIT_SECONDS):
                 while True:
-                    batch = await self._ask("GET", f"/v1/batches/{batch_id}")
+                    batch = await self.batch(batch_id)
                     if batch["status"] in wanted:
                         return batch
                     await asyncio.sleep(_LOOK_SECONDS)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import aiohttp
@@ -156,8 +157,13 @@ async def _reference(
 
 
 def _texts(seed: int, count: int, words: tuple[int, int]) -> list[str]:
-    chance, vocabulary = seeded(seed), _VOCABULARY.split()
-    return [" ".join(chance.choices(vocabulary, k=chance.randint(*words))) for _ in range(count)]
+    chance = seeded(seed)
+    return [text_of(chance, words) for _ in range(count)]
+
+
+def text_of(chance: Random, words: tuple[int, int]) -> str:
+    """Any text of so many words."""
+    return " ".join(chance.choices(_VOCABULARY.split(), k=chance.randint(*words)))
 
 
 def _body_for(name: str) -> Callable[[str, int, bool], bytes]:

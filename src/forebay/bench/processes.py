@@ -57,6 +57,19 @@ def spent_seconds(pid: int) -> float:
     return own / os.sysconf("SC_CLK_TCK") + sum(map(spent_seconds, _children(pid)))
 
 
+def below(pid: int, word: str) -> int | None:
+    """The first of its descendants whose command has this word; its own descendants may have it as well."""
+    for child in _children(pid):
+        try:
+            command = Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:
+            continue
+        found = child if word.encode() in command else below(child, word)
+        if found is not None:
+            return found
+    return None
+
+
 def _children(pid: int) -> list[int]:
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())

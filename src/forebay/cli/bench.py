@@ -15,6 +15,7 @@ from rich.table import Table
 
 from forebay.bench import batch as batch_bench
 from forebay.bench import chat as chat_bench
+from forebay.bench import coserve as coserve_bench
 from forebay.bench import embed as embed_bench
 from forebay.bench import image as image_bench
 from forebay.bench import image_grid
@@ -123,6 +124,26 @@ def speech(
         settings = load_settings(config_file, data_dir=data_dir)
         size = speech_bench.QUICK if quick else speech_bench.FULL
         _show(runner.run(speech_bench.run(settings, model, 1 if quick else seeds, size, _say)), out)
+
+
+@app.command()
+def coserve(
+    speech: Annotated[bool, typer.Option("--speech", help="Chat beside a batch of recordings instead.")] = False,
+    lines: Annotated[int, typer.Option(min=1, max=50_000, help="Of the batch.")] = 2000,
+    load: Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the machine that online work takes.")] = 0.4,
+    seconds: Annotated[float, typer.Option(min=1, max=3600, help="Length of each load.")] = 120.0,
+    seeds: Seeds = 3,
+    quick: Quick = False,
+    out: Out = _RESULTS,
+    config_file: ConfigFile = None,
+    data_dir: DataFolder = None,
+) -> None:
+    """Chat, embeddings, recordings and pictures on one machine, with a batch and without (P7)."""
+    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        settings = load_settings(config_file, data_dir=data_dir)
+        plan = coserve_bench.SPEECH if speech else coserve_bench.MIXED
+        size = coserve_bench.QUICK if quick else coserve_bench.Size(seconds, lines, load)
+        _show(runner.run(coserve_bench.run(settings, plan, 1 if quick else seeds, size, _say)), out)
 
 
 @app.command()
