@@ -152,6 +152,9 @@ class MemorySettings(Section):
         description="Whoever has waited for memory this long makes a model leave that is at work or has a line: it "
         "finishes what it runs and gets nothing new.",
     )
+    batch_wait_seconds: Seconds = Field(
+        120, description="The same for batch work, which swaps less often, so that it does not load more than it works."
+    )
     online_seconds: Seconds = Field(
         60, description="Batch work never makes a model leave that had online traffic in this long."
     )

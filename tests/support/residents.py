@@ -18,7 +18,7 @@ from forebay.replicas.residency import Residency, Wanted
 from forebay.telemetry import Log, Metrics
 from tests.support.clock import FakeClock
 
-STEP_SECONDS = 0.125
+STEP_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,10 @@ class Residency:
 
     def __init__(self, books: Books, settings: MemorySettings, clock: Clock, metrics: Metrics, log: Log) -> None:
         self.demand: Callable[[str], Wanted] = lambda _model: Wanted()
-        self.on_leave: Callable[[str], None] = lambda _model: None
+        self.on_leave: Callable[[str], None] = lambda _model: None  # it leaves for somebody online
         self._books = books
         self._rules = Rules(settings.residency_seconds, settings.swap_wait_seconds, settings.online_seconds)
+        self._batch_delay_seconds = max(0.0, settings.batch_wait_seconds - settings.swap_wait_seconds)
         self._clock = clock
         self._metrics = metrics
         self._log = log
@@ -103,7 +104,7 @@ class Residency:
                 starts.append(record)
             elif not wish.extra:
                 self._wait(record, verdict.reason)
-                self._act(verdict, records, wanted, now)
+                self._act(wish, verdict, records, wanted, now)
         return starts
 
     def refusal(self, record: ModelRecord, records: Sequence[ModelRecord]) -> str | None:
@@ -146,7 +147,8 @@ class Residency:
         if since is not None:
             first = Wish(need, waited_seconds=now - max(since, record.left_at))
         elif wanted.oldest_batch_at is not None:
-            first = Wish(need, for_batch=True, waited_seconds=now - max(wanted.oldest_batch_at, record.left_at))
+            waited = now - max(wanted.oldest_batch_at, record.left_at) - self._batch_delay_seconds
+            first = Wish(need, for_batch=True, waited_seconds=max(0.0, waited))
         else:
             first = Wish(need, for_batch=True)
         return [first, *extra[1:]]
@@ -166,7 +168,9 @@ class Residency:
 
     # What leaves.
 
-    def _act(self, verdict: Plan, records: Iterable[ModelRecord], wanted: dict[str, Wanted], now: float) -> None:
+    def _act(
+        self, wish: Wish, verdict: Plan, records: Iterable[ModelRecord], wanted: dict[str, Wanted], now: float
+    ) -> None:
         if not isinstance(verdict, Evict | Yield):
             return
         leaving = {victim.replica_id for victim in verdict.victims}
@@ -176,6 +180,8 @@ class Residency:
                 self._metrics.swaps.labels(record.name).inc()
                 self._log.info("model.swapped", model=record.name, reason=verdict.reason)
                 self._leave(record, going, wanted[record.name], now)
+                if not wish.for_batch:
+                    self.on_leave(record.name)
 
     def _rest(self, record: ModelRecord, wanted: Wanted, now: float) -> None:
         """Unload a model that nobody has asked for as long as its settings say."""
@@ -195,7 +201,6 @@ class Residency:
             record.let_go()
         for keeper in going:
             keeper.ask_stop()
-        self.on_leave(record.name)
 
     # What is held.
 

@@ -164,9 +164,9 @@ class Supervisor:
             return refusal
         if not record.wanted and record.failure is None:
             return EngineUnavailable(f"The model {model} was unloaded. Try again to load it.", retry_after_seconds=1.0)
-        refusal = self.residency.refusal(record, self.records())
-        if refusal is not None:
-            return ModelTooLarge(refusal)
+        too_large = self.residency.refusal(record, self.records())
+        if too_large is not None:
+            return ModelTooLarge(too_large)
         keepers = [keeper for keeper in record.keepers if not keeper.ended]
         if any(keeper.hopeful for keeper in keepers) or not (keepers or record.failure):
             return None  # one may come up, or is about to be launched
