@@ -23,7 +23,8 @@ PAGE_SIZE_MAX = 100
 ERRORS_MAX = 10
 _DETAIL_CHARS_MAX = 1000
 
-_NO_TURNS: Mapping[str, Mapping[str, int]] = {}
+_NO_TURNS: Mapping[str, Mapping[str, float]] = {}
+_NO_SPARE: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class NewJob:
     total: int = 0
     webhook_url: str | None = None
     webhook_secret: str | None = field(default=None, repr=False)
+    key_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Job:
     error_message: str | None
     webhook_url: str | None
     webhook_secret: str | None = field(repr=False)
+    key_id: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -181,34 +184,41 @@ class JobStore:
         *,
         warm: Collection[str] = (),
         group_wait_seconds: float = 0.0,
-        turns: Mapping[str, Mapping[str, int]] = _NO_TURNS,
+        turns: Mapping[str, Mapping[str, float]] = _NO_TURNS,
+        grouped: Collection[str] = (),
+        spare: Mapping[str, int] = _NO_SPARE,
     ) -> list[Lease]:
         """Lease what goes first of each kind, at most `room[kind]` jobs of it.
 
         The order: priority; then jobs of a `warm` model, and those that have waited for `group_wait_seconds`; then the
         deadline; then age. Of a model whose jobs fail, and have made no progress since, one is leased at a time, and
-        none while the model is `warm`: a worker that has one of its jobs already takes no second one. Of a kind in `turns` projects of which fewer jobs run go before others, by the number there;
-        it gets half of its room at a time, so that the next ones are chosen with a look at these.
+        none while the model is `warm`: a worker that has one of its jobs already takes no second one.
+
+        Of a kind in `turns` projects of which fewer jobs run go before others, by the number there, and of a `grouped`
+        one behind the question of the model; it gets half of its room at a time, so that the next ones are chosen with
+        a look at these. Where there is no room, a `spare` place is for a project that is not in `turns`.
         """
-        wanted = {kind: count for kind, count in room.items() if count > 0}
+        others = {kind: turns[kind] for kind, count in spare.items() if count > 0 >= room[kind]}
+        wanted = {kind: count for kind, count in room.items() if count > 0} | dict.fromkeys(others, 1)
         if not wanted:
             return []
-        due = await self._look(wanted, warm)
+        due = await self._look(wanted, warm, others)
         if not due.any:
             return []
         leases: list[Lease] = []
         async with self.database.begin() as transaction:
             for kind, count in wanted.items():
                 some = (count + 1) // 2 if kind in turns else count
-                order = self._order(warm, group_wait_seconds, turns.get(kind, {}))
-                query = self._lease(kind, some, node, lease_seconds, order, due)
+                order = self._order(warm, group_wait_seconds, turns.get(kind, {}), grouped=kind in grouped)
+                query = self._lease(_of_kind(kind, others), some, node, lease_seconds, order, due)
                 leases += [Lease(_job(row)) for row in await transaction.execute(query)]
         leases.sort(key=lambda lease: (lease.job.priority, lease.job.deadline_at, lease.job.created_at))
         return leases
 
-    async def _look(self, kinds: Iterable[str], warm: Collection[str]) -> _Due:
+    async def _look(self, kinds: Iterable[str], warm: Collection[str], others: Mapping[str, Collection[str]]) -> _Due:
         """A look that takes no lock, so that an idle worker does not write."""
-        due = (jobs.c.state == JobState.AVAILABLE, jobs.c.kind.in_(kinds), self._is_due())
+        wanted = sa.or_(*(_of_kind(kind, others) for kind in kinds))
+        due = (jobs.c.state == JobState.AVAILABLE, wanted, self._is_due())
         async with self.database.read() as connection:
             if not await connection.scalar(sa.select(sa.exists().where(*due))):
                 return _Due(any=False)
@@ -231,23 +241,29 @@ class JobStore:
         return jobs.c.run_at <= self.now()
 
     def _order(
-        self, warm: Collection[str], group_wait_seconds: float, running: Mapping[str, int]
+        self, warm: Collection[str], group_wait_seconds: float, running: Mapping[str, float], *, grouped: bool
     ) -> list[sa.ColumnElement[Any]]:
-        order: list[sa.ColumnElement[Any]] = [jobs.c.priority]
+        order: list[sa.ColumnElement[Any]] = []
         if running:
             order.append(sa.case(dict(running), value=jobs.c.project_id, else_=0))
         if warm:
             first = sa.or_(jobs.c.model.in_(warm), jobs.c.created_at < self.now() - group_wait_seconds)
-            order.append(sa.case((first, 0), else_=1))
-        return [*order, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id]
+            order.insert(0 if grouped else len(order), sa.case((first, 0), else_=1))
+        return [jobs.c.priority, *order, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id]
 
     def _lease(
-        self, kind: str, count: int, node: str, lease_seconds: float, order: Sequence[sa.ColumnElement[Any]], due: _Due
+        self,
+        wanted: sa.ColumnElement[bool],
+        count: int,
+        node: str,
+        lease_seconds: float,
+        order: Sequence[sa.ColumnElement[Any]],
+        due: _Due,
     ) -> sa.Executable:
         now = self.now()
         chosen = (
             sa.select(jobs.c.id)
-            .where(jobs.c.state == JobState.AVAILABLE, jobs.c.kind == kind, self._is_due(), *due.conditions())
+            .where(jobs.c.state == JobState.AVAILABLE, wanted, self._is_due(), *due.conditions())
             .order_by(*order)
             .limit(count)
             .with_for_update(skip_locked=True)
@@ -630,6 +646,12 @@ class JobStore:
             return int(await connection.scalar(query) or 0)
 
 
+def _of_kind(kind: str, others: Mapping[str, Collection[str]]) -> sa.ColumnElement[bool]:
+    """Jobs of a kind, which are of no project in `others` of it."""
+    of_kind = jobs.c.kind == kind
+    return sa.and_(of_kind, jobs.c.project_id.not_in(others[kind])) if kind in others else of_kind
+
+
 def _goes_before(job: Job) -> sa.ColumnElement[bool]:
     key = sa.tuple_(jobs.c.priority, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id)
     earlier = key < sa.tuple_(job.priority, job.deadline_at, job.created_at, job.id)
@@ -654,6 +676,7 @@ def _new_row(new: NewJob, now: float) -> dict[str, Any]:
         "errors": [],
         "webhook_url": new.webhook_url,
         "webhook_secret": new.webhook_secret,
+        "key_id": new.key_id,
     }
 
 
