@@ -138,6 +138,25 @@ def test_the_same_request_gets_the_same_text(engine: Engine) -> None:
     assert text() == text()
 
 
+def test_a_stream_that_was_paused_goes_on_from_there(engine: Engine) -> None:
+    body = chat("Tell a story about a dog. [[fake tokens=60 rate=60]]", max_tokens=60)
+
+    def said(events: list[Any]) -> list[Any]:
+        return [event["choices"] for event in events]
+
+    engine.answer(body)  # what it keeps of the prompt may change the text that follows
+    whole = said(engine.answer(body))
+    with closing(engine.open(body)) as stream:
+        for read in range(1, 4):
+            eventually(lambda read=read: stream.read_what_is_there().count(b'"content":') > 8 * read, 30)
+            with engine.paused():
+                so_far = stream.read_what_is_there()
+                assert b"[DONE]" not in so_far
+            assert stream.received == so_far
+        assert said(list(stream.events())) == whole
+    assert engine.busy() == 0
+
+
 def test_two_choices_are_told_apart(engine: Engine) -> None:
     events = engine.answer(chat("Say hello.", max_tokens=4, n=2))
     assert {choice["index"] for event in events for choice in event["choices"]} == {0, 1}

@@ -243,6 +243,18 @@ def test_the_same_seed_gives_the_same_bytes_whoever_else_asks(fill: Engine) -> N
     assert len({picture(each) for each in told}) == 4
 
 
+def test_a_picture_that_was_paused_is_the_same(fill: Engine) -> None:
+    header = asked("a cat", 5, steps=30, reproducible=True)
+    wanted = picture(painted(fill, header))
+    with closing(Stream(fill.address, EDITS, header, pixels(header))) as stream:
+        for step in (2, 4):
+            stream.read_until(f'"step": {step},'.encode())
+            with fill.paused():
+                assert b'"step": 30,' not in stream.read_what_is_there()
+        told = stream.read_until(b'"type": "done"')
+    assert picture([json.loads(line) for line in _lines(told)]) == wanted
+
+
 def test_nothing_after_the_running_step_is_computed_once_the_caller_has_gone(fill: Engine) -> None:
     before = fill.metric("steps_total")
     header = asked("a cat", 1, 2, steps=100)

@@ -231,6 +231,18 @@ def test_a_request_that_is_given_up_stops_between_two_batches(engine: Engine) ->
     assert "event=cancelled request_id=req_test inputs=1000" in engine.log
 
 
+def test_a_request_that_was_paused_gets_the_same_vectors(engine: Engine) -> None:
+    texts = _texts(60, seed=3)
+    wanted = _embed(engine, texts)
+    before = engine.metric("items_total")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(_embed, engine, texts)
+        eventually(lambda: engine.metric("items_total") > before, 30)
+        with engine.paused():
+            assert not answer.done()
+        assert np.allclose(answer.result(), wanted, atol=1e-6)
+
+
 def test_who_has_gone_altogether_is_stopped_as_well(engine: Engine) -> None:
     before = engine.metric("cancelled_total")
     stream = engine.open({"input": ["river " * 200] * 1000}, EMBEDDINGS)

@@ -140,6 +140,17 @@ def test_it_hears_what_the_library_hears(engine: Engine) -> None:
     assert _error_rate(wanted, _words(_text(heard))) <= theirs + 0.005
 
 
+def test_a_recording_that_was_paused_is_heard_the_same(engine: Engine) -> None:
+    wanted, before, computing = _heard(engine, _sample()), engine.metric("requests_total"), _computing(engine)
+    with ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(_heard, engine, _sample())
+        eventually(lambda: engine.metric("requests_total") > before, 60)
+        with engine.paused():
+            assert not heard.done()
+        assert _text(heard.result()) == _text(wanted)
+    assert _computing(engine) == computing
+
+
 def test_words_lie_in_order_inside_of_their_segments_and_of_the_sound(engine: Engine) -> None:
     heard = _heard(engine, _sample(), words=True)
     words = [word for segment in heard for word in segment.words]

@@ -25,6 +25,7 @@ from tests.support.processes import GONE
 GUARD = Path(forebay.__file__).parent / "engines" / "guard.py"
 KEY = "engine-key-for-tests"
 LISTENING = "FOREBAY_ENGINE_LISTENING "
+_WATCHED_SECONDS = 0.05
 
 
 def eventually(condition: Callable[[], Any], seconds: float) -> Any:
@@ -134,6 +135,23 @@ class Engine:
         with contextlib.closing(self.open(body, path)) as stream:
             return list(stream.events())
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Pause it as the server does; nothing of it gets any processor time inside of the `with`."""
+        self._say(b"P")
+        family = eventually(lambda: _still(self.guard.pid), 10)
+        before, until = _cpu_seconds(family), time.thread_time() + _WATCHED_SECONDS
+        while time.thread_time() < until:  # whatever is not stopped gets on meanwhile
+            pass
+        yield
+        assert _cpu_seconds(family) == before
+        self._say(b"R")
+
+    def _say(self, word: bytes) -> None:
+        assert self.guard.stdin
+        self.guard.stdin.write(word)
+        self.guard.stdin.flush()
+
     def end(self) -> int:
         """Let the guard end it, as it does when the server goes."""
         assert self.guard.stdin
@@ -175,6 +193,12 @@ class Stream:
             self.received += data
         return self.received
 
+    def read_what_is_there(self) -> bytes:
+        """Everything received so far, without waiting for more."""
+        while select.select([self.socket], [], [], 0)[0] and (data := self.socket.recv(65536)):
+            self.received += data
+        return self.received
+
     def read_to_end(self) -> bytes:
         """Everything, once the engine has closed; a reset ends it as well."""
         with contextlib.suppress(ConnectionResetError):
@@ -206,6 +230,21 @@ def alive(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except GONE:
         return False
+
+
+def _still(guard: int) -> list[psutil.Process]:
+    """Whatever a guard has started, once each thread of it is stopped; nothing before that."""
+    family = psutil.Process(guard).children(recursive=True)
+    states = [stat.read_text().rpartition(")")[2].split()[0] for each in family for stat in _threads(each.pid)]
+    return family if set(states) == {"T"} else []
+
+
+def _threads(pid: int) -> Iterator[Path]:
+    return Path(f"/proc/{pid}/task").glob("*/stat")
+
+
+def _cpu_seconds(family: list[psutil.Process]) -> float:
+    return float(sum(sum(each.cpu_times()[:2]) for each in family))
 
 
 def chat(text: str, **more: Any) -> dict[str, Any]:
