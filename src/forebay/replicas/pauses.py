@@ -22,6 +22,11 @@ class Pauses:
         return self._since is not None
 
     @property
+    def limits(self) -> int:
+        """How many timeouts stand still in a pause."""
+        return len(self._limits)
+
+    @property
     def seconds(self) -> float:
         """How long all of them took together."""
         return self._ended_seconds + (0.0 if self._since is None else _now() - self._since)
