@@ -16,7 +16,14 @@ from forebay.dialects.anthropic import errors as anthropic_errors
 from forebay.dialects.anthropic.events import Messages
 from forebay.dialects.anthropic.messages import PATH as MESSAGES_PATH
 from forebay.dialects.openai.events import GENERATION
-from forebay.errors import ForebayError, PayloadTooLarge, Quarantined, QuotaExceeded, RequestCancelled
+from forebay.errors import (
+    ForebayError,
+    ModelTooLarge,
+    PayloadTooLarge,
+    Quarantined,
+    QuotaExceeded,
+    RequestCancelled,
+)
 
 RETRY_AFTER_SECONDS_MAX = 120
 
@@ -42,10 +49,11 @@ def error_answer(error: ForebayError, headers: Mapping[str, str] | None = None, 
     spent = isinstance(error, QuotaExceeded)
     if isinstance(error, QuotaExceeded):
         fields |= error.headers
-    if error.retry_after_seconds is not None or (error.status in {429, 503} and not spent):
+    final = isinstance(error, Quarantined | ModelTooLarge)
+    if error.retry_after_seconds is not None or (error.status in {429, 503} and not (spent or final)):
         seconds = min(RETRY_AFTER_SECONDS_MAX, max(1, math.ceil(error.retry_after_seconds or 1)))
         fields["retry-after"] = str(seconds)
-    if isinstance(error, Quarantined) or (spent and "retry-after" not in fields):
+    if final or (spent and "retry-after" not in fields):
         fields["x-should-retry"] = "false"
     if error.status == 401:
         fields["www-authenticate"] = "Bearer"
