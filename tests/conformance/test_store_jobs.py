@@ -108,6 +108,48 @@ async def test_a_project_of_which_fewer_jobs_run_goes_first(jobs: JobStore, cloc
     assert held == ["a0", "a1", "a2", "urgent", "b1", "b2", "a3", "a4"]
 
 
+async def test_a_loaded_model_goes_before_the_turns_of_projects_where_models_are_grouped(
+    jobs: JobStore, clock: FakeClock
+) -> None:
+    other = (await KeyStore(jobs.database, clock).get_or_create_project("other")).id
+    await insert(jobs, *(noop(id=f"a{number}", model="loaded") for number in range(4)))
+    await insert(jobs, NewJob("noop", other, id="b0", model="cold"), NewJob("noop", other, id="b1", model="loaded"))
+    running = {"default": 1.0}
+
+    async def next_one(*, grouped: bool) -> str:
+        groups = ["noop"] if grouped else []
+        turns = {"noop": running}
+        (found,) = await lease(jobs, warm={"loaded"}, group_wait_seconds=60, turns=turns, grouped=groups)
+        return found.id
+
+    assert await next_one(grouped=True) == "b1"
+    assert await next_one(grouped=True) == "a0"
+    clock.advance(61)
+    assert await next_one(grouped=True) == "b0", "it has waited"
+    await insert(jobs, NewJob("noop", other, id="b2", model="cold"))
+    assert await next_one(grouped=False) == "b2"
+
+
+async def test_projects_go_by_the_jobs_that_run_in_proportion_to_their_weights(
+    jobs: JobStore, clock: FakeClock
+) -> None:
+    other = (await KeyStore(jobs.database, clock).get_or_create_project("other")).id
+    await insert(jobs, noop(id="a"), NewJob("noop", other, id="b"))
+    found = await lease(jobs, turns={"noop": {"default": 1.0, other: 2 / 3}})
+    assert [one.id for one in found] == ["b"], "two of a project with three times the weight"
+
+
+async def test_a_spare_place_is_for_a_project_of_which_none_runs(jobs: JobStore, clock: FakeClock) -> None:
+    other = (await KeyStore(jobs.database, clock).get_or_create_project("other")).id
+    await insert(jobs, *(noop(id=f"a{number}") for number in range(4)))
+    turns = {"noop": {"default": 2.0}}
+    assert await lease(jobs, 0, turns=turns, spare={"noop": 1}) == []
+    await insert(jobs, NewJob("noop", other, id="b0"), NewJob("noop", other, id="b1"))
+    assert await lease(jobs, 0, turns=turns, spare={"noop": 0}) == []
+    assert [one.id for one in await lease(jobs, 0, turns=turns, spare={"noop": 1})] == ["b0"]
+    assert await lease(jobs, 0, turns={"noop": {"default": 2.0, other: 1.0}}, spare={"noop": 1}) == []
+
+
 async def test_a_model_whose_jobs_fail_gets_one_place_until_it_gets_on(jobs: JobStore, clock: FakeClock) -> None:
     await insert(jobs, *(noop(id=f"bad{number}", model="bad") for number in range(4)), noop(id="far", model="bad2"))
     clock.advance(1)

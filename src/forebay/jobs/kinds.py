@@ -45,7 +45,9 @@ class Kind:
     `waits_for_it` says that its parent does.
     `event` is the first word of its webhook events, such as `batch` in `batch.completed`; none tells nobody.
     `has_dead_letter` says that a job given up becomes a dead letter itself.
-    `takes_turns` that no project holds the places of a worker while another one waits, however many are due before.
+    `takes_turns` that no project holds the places of a worker while another one waits, however many are due before;
+    `groups_models` that a worker still stays with a loaded model for a while; `spare` how many places there are beside
+    `at_once` for projects of which none runs.
     `after` follows the commit of an attempt in the same process, with the state it left: for what a sweep does as well.
     """
 
@@ -59,4 +61,6 @@ class Kind:
     event: str | None = None
     has_dead_letter: bool = False
     takes_turns: bool = False
+    groups_models: bool = False
+    spare: int = 0
     after: After = field(default=_nothing_more)

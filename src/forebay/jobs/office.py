@@ -16,6 +16,7 @@ from forebay.jobs.pruner import Pruner, Sweep
 from forebay.jobs.rescuer import Rescuer
 from forebay.jobs.settlement import Settlement
 from forebay.jobs.worker import Worker
+from forebay.scheduler.shares import Weights, equal
 from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.jobs import JobStore
 from forebay.store.webhooks import WebhookStore
@@ -38,6 +39,7 @@ class Office:
         metrics: Metrics,
         *,
         works: bool,
+        weights: Weights = equal,
     ) -> None:
         by_name = {kind.name: kind for kind in kinds}
         settlement = Settlement(jobs, webhooks, dead_letters, by_name)
@@ -48,7 +50,7 @@ class Office:
         self._rescuer = Rescuer(jobs, settlement, by_name, settings, clock, metrics)
         self._pruner = Pruner(sweeps, settings, clock)
         executor = Executor(jobs, settlement, clock, metrics)
-        self._worker = Worker(jobs, executor, by_name, node, settings, clock, metrics) if works else None
+        self._worker = Worker(jobs, executor, by_name, node, settings, clock, metrics, weights) if works else None
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:

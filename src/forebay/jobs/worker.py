@@ -5,7 +5,6 @@ It owns the set of attempts; nobody else starts or ends one.
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from forebay.errors import ForebayError
 from forebay.jobs.executor import Executor
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Interruption
+from forebay.scheduler.shares import Weights, equal
 from forebay.store.jobs import CANCELS, NEWS, JobStore, Lease, Renewed
 from forebay.telemetry import Log, Metrics
 
@@ -50,6 +50,7 @@ class Worker:
         settings: JobSettings,
         clock: Clock,
         metrics: Metrics,
+        weights: Weights = equal,
     ) -> None:
         self._jobs = jobs
         self._executor = executor
@@ -58,6 +59,7 @@ class Worker:
         self._settings = settings
         self._clock = clock
         self._metrics = metrics
+        self._weights = weights
         self._log = Log()
         self._attempts: dict[tuple[str, int], _Attempt] = {}  # by job and attempt: an old one may still be ending
         self._freed = asyncio.Event()
@@ -99,6 +101,7 @@ class Worker:
 
     async def _lease(self) -> list[Lease]:
         room, asked_at = self._room(), self._clock.monotonic()
+        spare = {name: room[name] + kind.spare for name, kind in self._kinds.items() if kind.spare}
         try:
             leases = await self._jobs.lease(
                 room,
@@ -107,6 +110,8 @@ class Worker:
                 warm=self._warm(),
                 group_wait_seconds=self._settings.group_wait_seconds,
                 turns=self._turns(),
+                grouped=[name for name, kind in self._kinds.items() if kind.groups_models],
+                spare=spare,
             )
         except ForebayError as error:  # the database is away: what runs goes on, and this is tried again
             self._note_away(error)
@@ -126,13 +131,14 @@ class Worker:
         models = (attempt.run.lease.job.model for attempt in self._attempts.values())
         return {model for model in models if model is not None}
 
-    def _turns(self) -> dict[str, Counter[str]]:
-        """Of each kind that takes turns how many jobs of each project run."""
-        turns: dict[str, Counter[str]] = {name: Counter() for name, kind in self._kinds.items() if kind.takes_turns}
+    def _turns(self) -> dict[str, dict[str, float]]:
+        """Of each kind that takes turns how many jobs of each project run, by the weight of the project."""
+        turns: dict[str, dict[str, float]] = {name: {} for name, kind in self._kinds.items() if kind.takes_turns}
         for attempt in self._attempts.values():
             job = attempt.run.lease.job
             if job.kind in turns:
-                turns[job.kind][job.project_id] += 1
+                of_kind, one = turns[job.kind], 1 / self._weights(job.project_id)
+                of_kind[job.project_id] = of_kind.get(job.project_id, 0.0) + one
         return turns
 
     def _start(self, lease: Lease, leased_at: float) -> None:
