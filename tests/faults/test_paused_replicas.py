@@ -1,0 +1,255 @@
+"""A replica that stands still for batch work's sake: nothing counts that time, and whatever needs the engine wakes it."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from forebay.app import Machine
+from forebay.clock import SystemClock
+from forebay.config import Settings
+from forebay.dialects.openai.call import Call, Context, parse
+from forebay.dialects.openai.chat import ChatBody, chat_call
+from forebay.errors import EngineCrashed, EngineTimeout
+from forebay.inference import Priority
+from forebay.model_config import FakeModel, OpencvModel
+from forebay.replicas.replica import Replica
+from forebay.scheduler.gather import gather
+from forebay.server_config import SupervisorSettings
+from forebay.telemetry import Metrics
+from tests.support.processes import lives
+from tests.support.server import chat_body, eventually
+
+STALL_SECONDS = 1.0
+TIMEOUT_SECONDS = 3.0
+LINE = "[[fake tokens=60 token_ms=10]]"
+ENDLESS = "[[fake tokens=100000 token_ms=10]]"
+
+
+@dataclass(slots=True)
+class Line:
+    """Batch work that has begun."""
+
+    running: "asyncio.Task[bytes]"
+    replica: Replica
+
+
+@dataclass(slots=True)
+class Hall:
+    """A machine room whose models are up, with the scheduler in front of it."""
+
+    machine: Machine
+    metrics: Metrics
+
+    @property
+    def replica(self) -> Replica:
+        (found,) = self.machine.supervisor.replicas("fake")
+        return found
+
+    async def ask(self, text: str, priority: Priority, begun: asyncio.Event | None = None) -> bytes:
+        """The whole answer."""
+        wanted, scheduler = _call(text, priority), self.machine.scheduler
+        admit = scheduler.admit_when_room if priority is Priority.BATCH else scheduler.admit
+        limits = {"timeout_seconds": TIMEOUT_SECONDS, "stall_seconds": STALL_SECONDS}
+        async with admit(wanted.request) as permit:
+            on_first = (begun or asyncio.Event()).set
+            return (await gather(permit, wanted, **limits, clock=SystemClock(), on_first=on_first)).body
+
+    async def begin(self, text: str) -> Line:
+        """Batch work whose engine has begun to answer."""
+        begun = asyncio.Event()
+        running = asyncio.create_task(self.ask(text, Priority.BATCH, begun))
+        await asyncio.wait([running, asyncio.create_task(begun.wait())], return_when=asyncio.FIRST_COMPLETED)
+        return Line(running, self.replica)
+
+    async def paused(self, text: str) -> Line:
+        """Batch work on an engine that stands still."""
+        line = await self.begin(text)
+        assert line.replica.pausable
+        line.replica.pause()
+        assert line.replica.paused
+        await eventually(lambda: _still(line.replica), what="the pause")
+        return line
+
+
+def _call(text: str, priority: Priority) -> Call:
+    context = Context("req_test", "default", None, max_tokens=200_000, slots=4)
+    made = chat_call(parse(ChatBody, json.dumps(chat_body(text)).encode()), context)
+    return replace(made, request=replace(made.request, priority=priority))
+
+
+def _family(replica: Replica) -> list[psutil.Process]:
+    assert replica.process is not None
+    return list(psutil.Process(replica.process.pid).children(recursive=True))
+
+
+def _still(replica: Replica) -> bool:
+    return {each.status() for each in _family(replica)} == {psutil.STATUS_STOPPED}
+
+
+@asynccontextmanager
+async def _hall(tmp_path: Path, stall_seconds: float = STALL_SECONDS) -> AsyncIterator[Hall]:
+    models = {"fake": FakeModel(engine="fake", slots=4), "telea": OpencvModel(engine="opencv")}
+    limits = SupervisorSettings(stall_seconds=stall_seconds, cancel_grace_seconds=5, backoff_seconds_min=0.05)
+    settings = Settings(data_dir=tmp_path, default_models=False, models=models, supervisor=limits)
+    metrics = Metrics()
+    machine = Machine(settings, dict(os.environ), SystemClock(), metrics)
+    supervising = asyncio.create_task(machine.supervisor.run())
+    try:
+        await machine.supervisor.wait_until_ready("fake")
+        yield Hall(machine, metrics)
+    finally:
+        supervising.cancel()
+        with suppress(asyncio.CancelledError):
+            await supervising
+
+
+@pytest.fixture
+async def hall(tmp_path: Path) -> AsyncIterator[Hall]:
+    async with _hall(tmp_path) as found:
+        yield found
+
+
+def _deaths(hall: Hall) -> float:
+    return sum(sample.value for sample in next(iter(hall.metrics.engine_deaths.collect())).samples)
+
+
+async def test_a_pause_longer_than_every_limit_ends_nobody(hall: Hall) -> None:
+    wanted = await hall.ask(LINE, Priority.BATCH)
+    line = await hall.paused(LINE)
+    before = line.replica.paused_seconds
+    await eventually(lambda: line.replica.paused_seconds - before > TIMEOUT_SECONDS * 1.1, what="a long pause")
+    assert not line.running.done()
+    line.replica.resume()
+    assert _said(await line.running) == _said(wanted)
+    assert hall.replica is line.replica
+    assert not line.replica.paused
+    assert line.replica.pauses.limits == 0
+    assert _deaths(hall) == 0
+
+
+def _said(body: bytes) -> str:
+    return str(json.loads(body)["choices"][0]["message"]["content"])
+
+
+async def test_limits_count_again_after_a_pause(hall: Hall) -> None:
+    line = await hall.paused("[[fake tokens=60 token_ms=10 hang_at=20]]")
+    line.replica.resume()
+    with pytest.raises(EngineTimeout):
+        await line.running
+
+
+async def test_what_is_cancelled_in_a_pause_gives_its_place_back_in_time(hall: Hall) -> None:
+    other = await hall.begin(ENDLESS)
+    line = await hall.paused(ENDLESS)
+    line.running.cancel()
+    await asyncio.wait([line.running])
+    assert not line.replica.paused
+    await eventually(lambda: len(line.replica.in_flight) == 1, within_seconds=4, what="the place")
+    assert line.replica.ready, "it stopped within the grace period"
+    await eventually(lambda: line.replica.pausable, what="the end of the stop")
+    assert not other.running.done()
+    other.running.cancel()
+    await eventually(lambda: line.replica.idle.is_set(), within_seconds=4, what="the other place")
+
+
+async def test_it_stands_still_for_batch_work_alone(hall: Hall) -> None:
+    line = await hall.paused(ENDLESS)
+    online = asyncio.create_task(hall.ask(LINE, Priority.DEFAULT))
+    await eventually(lambda: len(line.replica.in_flight) == 2, what="the online request")
+    assert not line.replica.paused
+    line.replica.pause()
+    assert not line.replica.paused, "an online request is in flight"
+    assert _said(await online)
+    line.replica.pause()
+    assert line.replica.paused
+    line.running.cancel()
+    await asyncio.wait([line.running])
+
+
+async def test_an_engine_that_dies_in_a_pause_is_replaced(hall: Hall) -> None:
+    line = await hall.paused(LINE)
+    for each in _family(line.replica):
+        each.kill()
+    with pytest.raises(EngineCrashed):
+        await line.running
+    await eventually(lambda: hall.machine.supervisor.replicas("fake"), what="another engine")
+    assert hall.replica is not line.replica
+    assert not hall.replica.paused
+    assert not line.replica.paused
+    line.replica.pause()
+    assert not line.replica.paused, "it is dead"
+    assert _said(await hall.ask(LINE, Priority.BATCH))
+
+
+@pytest.mark.parametrize("order", ["restart", "unload"])
+async def test_an_engine_that_is_to_leave_wakes_and_finishes_first(hall: Hall, order: str) -> None:
+    line = await hall.paused(LINE)
+    getattr(hall.machine.supervisor, order)("fake")
+    await eventually(lambda: not line.replica.paused, what="the end of the pause")
+    assert _said(await line.running)
+    await asyncio.wait([line.replica.death])
+    assert _deaths(hall) == 0
+
+
+async def test_a_closing_server_asks_a_paused_engine_to_end(tmp_path: Path) -> None:
+    async with _hall(tmp_path) as hall:
+        line = await hall.paused(ENDLESS)
+        family = _family(line.replica)
+    assert not any(lives(each) for each in family)
+    assert line.replica.death.result().exit_code == 0, "it was asked, and did not have to be killed"
+    await asyncio.wait([line.running])
+
+
+async def test_figures_do_not_wait_for_a_paused_engine(hall: Hall) -> None:
+    supervisor = hall.machine.supervisor
+    await supervisor.wait_until_ready("telea")
+    (replica,) = supervisor.replicas("telea")
+    assert b"forebay_engine_" in await supervisor.engine_figures()
+    replica.pause()
+    assert await supervisor.engine_figures() == b""
+    replica.resume()
+    assert b"forebay_engine_" in await supervisor.engine_figures()
+
+
+SERVER = """
+import asyncio, os, sys
+import psutil, uvloop
+from forebay.model_config import FakeModel
+from forebay.replicas.commands import command_for
+from forebay.replicas.local_launcher import LocalLauncher
+
+async def main():
+    launcher = LocalLauncher(os.environ, 10, 1000)
+    command = command_for("fake", FakeModel(engine="fake"), 1, None, "key", 0)
+    process = await launcher.launch(command, lambda line: None)
+    await process.address()
+    process.pause()
+    family = [process.pid, *(each.pid for each in psutil.Process(process.pid).children(recursive=True))]
+    while psutil.Process(family[-1]).status() != psutil.STATUS_STOPPED:
+        await asyncio.sleep(0.01)
+    print(*family, flush=True)
+    await process.wait()
+
+uvloop.run(main())
+"""
+
+
+async def test_kill_9_of_the_server_leaves_nothing_of_a_paused_engine() -> None:
+    server = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, stdout=PIPE)
+    assert server.stdout is not None
+    said = await server.stdout.readline()
+    family = [psutil.Process(int(pid)) for pid in said.split()]
+    assert len(family) == 2
+    server.send_signal(signal.SIGKILL)
+    await server.wait()
+    await eventually(lambda: not any(lives(each) for each in family), what="the end of the family")
