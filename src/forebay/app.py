@@ -49,13 +49,19 @@ from forebay.media.images import Images
 from forebay.media.objects import Objects
 from forebay.media.pictures import Pictures
 from forebay.media.recordings import Recordings
+from forebay.metering.books import Books
+from forebay.metering.jobs import JobMeter
 from forebay.metering.meter import Meter
 from forebay.model_config import UpstreamModel
 from forebay.outbound import Outbound
-from forebay.replicas.books import DeclaredBooks
+from forebay.quotas import day_of
+from forebay.replicas.books import MeasuredBooks
 from forebay.replicas.calls import Calls
 from forebay.replicas.catalog import Catalog
+from forebay.replicas.commands import device_of
+from forebay.replicas.gauge import Gauge
 from forebay.replicas.local_launcher import LocalLauncher
+from forebay.replicas.nvml import Nvml
 from forebay.replicas.pull import Puller
 from forebay.replicas.supervisor import Supervisor
 from forebay.scheduler.assembly import Assembler
@@ -72,13 +78,17 @@ from forebay.store.jobs import JobStore
 from forebay.store.key_format import Role
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
 from forebay.store.media_jobs import MediaJobStore
+from forebay.store.model_memory import ModelMemoryStore
+from forebay.store.projects import ProjectStore
 from forebay.store.responses import ResponseStore
 from forebay.store.secrets import SecretStore
 from forebay.store.uploads import UploadStore
+from forebay.store.usage import UsageStore
 from forebay.store.webhooks import WebhookStore
 from forebay.telemetry import Log, Metrics
 
 _DRAIN_TICK_SECONDS = 0.05
+_DAY_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +120,14 @@ class Stores:
         self.secrets = SecretStore(database)
         self.intake = IntakeStore(database, clock, settings.intake.dedupe_seconds)
         self.objects = open_objects(settings)
+        self.model_memory = ModelMemoryStore(database)
+        self.usage = UsageStore(database, clock)
+        self.projects = ProjectStore(database, clock)
+        self.meter = Meter(settings.quotas.parsed, clock)
+        self.books = Books(
+            self.usage, self.projects, self.meter, settings.data_dir / "usage", node, settings.usage, clock
+        )
+        self.job_meter = JobMeter(self.meter, self.usage)
 
 
 class Speech:
@@ -153,8 +171,10 @@ class Machine:
             settings.supervisor.log_line_bytes_max,
         )
         puller = Puller(self.catalog, settings.pull, clock)
-        books = DeclaredBooks(self.catalog, settings.memory)
-        self.supervisor = Supervisor(settings, self.catalog, puller, launcher, books, clock, metrics, environment)
+        gauge = Gauge(settings.memory, Nvml.open())
+        self.memory = MeasuredBooks(self.catalog, settings.memory, gauge, clock, metrics, Log())
+        self.supervisor = Supervisor(settings, self.catalog, puller, launcher, self.memory, clock, metrics, environment)
+        self.memory.keepers = self.supervisor.keepers
         self.scheduler = Scheduler(
             self.supervisor,
             {name: _limits(self.catalog, name) for name in self.catalog.names()},
@@ -162,11 +182,18 @@ class Machine:
             settings.supervisor.cancel_grace_seconds,
             clock,
             metrics,
+            pace=settings.pace,
         )
         self.supervisor.on_change = self.scheduler.changed
         self.supervisor.residency.demand = self.scheduler.wanted
         self.supervisor.residency.on_leave = self.scheduler.clear_out
         self.assembler = Assembler(settings.embeddings.cache_bytes, clock, metrics)
+
+    async def run(self) -> None:
+        """Keep engines alive and measure them, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.supervisor.run())
+            group.create_task(self.memory.run())
 
     def preloaded(self) -> tuple[str, ...]:
         """The models that are loaded before the process calls itself ready."""
@@ -188,7 +215,7 @@ def build_office(
     keep = settings.jobs.keep_seconds
     batches = _batch_work(settings, stores, machine, clock)
     admission = Admission(machine.catalog, machine.scheduler, settings, clock)
-    rooms = MediaRooms(stores.jobs, stores.media_jobs, stores.blobs, calls, admission, clock, metrics)
+    rooms = MediaRooms(stores.jobs, stores.media_jobs, stores.blobs, calls, admission, stores.job_meter, clock, metrics)
     transcriptions = TranscriptionWork(rooms, speech.recordings, speech.transcriber)
     objects = Objects(stores.objects)
     images = ImageWork(rooms, stores.files, imaging.pictures, imaging.painter, objects, settings.images)
@@ -228,12 +255,26 @@ def build_office(
     async def media(now: float, rows: int) -> int:
         return await stores.media_jobs.sweep(stores.blobs, now, rows)
 
+    async def usage(now: float, rows: int) -> int:
+        return await stores.usage.prune(day_of(now - settings.usage.keep_days * _DAY_SECONDS), rows)
+
     return Office(
         stores.jobs,
         stores.webhooks,
         stores.dead_letters,
         kinds,
-        [finished_jobs, old_dead_letters, files, uploads, segments, responses, media, idempotency_keys, messages],
+        [
+            finished_jobs,
+            old_dead_letters,
+            files,
+            uploads,
+            segments,
+            responses,
+            media,
+            idempotency_keys,
+            messages,
+            usage,
+        ],
         stores.node,
         settings.jobs,
         clock,
@@ -264,6 +305,7 @@ def _batch_kind(work: BatchWork, settings: Settings) -> Kind:
         children=CHUNK,
         joins_at=JOIN,
         event=BATCH,
+        takes_turns=True,
         after=work.after,
     )
 
@@ -281,18 +323,30 @@ def _chunk_kind(
 ) -> Kind:
     recorded = SpeechLines(speech.recordings, speech.transcriber, settings.audio)
     painted = PictureLines(imaging.pictures, imaging.painter, stores.files, stores.blobs, settings, clock)
-    segments = SegmentStore(stores.jobs, stores.batches, stores.dead_letters, stores.blobs, clock)
-    lines = LineRunner(calls, admission, machine.assembler, recorded, painted, settings, clock, metrics)
+    segments = SegmentStore(stores.jobs, stores.batches, stores.dead_letters, stores.blobs, stores.job_meter, clock)
+    lines = LineRunner(
+        calls, admission, machine.assembler, recorded, painted, stores.job_meter, settings, clock, metrics
+    )
     work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock)
     return Kind(
-        CHUNK, work.perform, settings.jobs.chunks_at_once, _delay(settings), waits_for_it=True, after=work.after
+        CHUNK,
+        work.perform,
+        settings.jobs.chunks_at_once,
+        _delay(settings),
+        waits_for_it=True,
+        takes_turns=True,
+        groups_models=True,
+        spare=1,
+        after=work.after,
     )
 
 
 def _response_kind(
     settings: Settings, stores: Stores, machine: Machine, calls: Calls, clock: Clock, metrics: Metrics
 ) -> Kind:
-    work = ResponseWork(stores.responses, calls, machine.catalog, machine.scheduler, settings, clock, metrics)
+    work = ResponseWork(
+        stores.responses, calls, machine.catalog, machine.scheduler, stores.job_meter, settings, clock, metrics
+    )
     return response_kind(work, ResponseEnds(stores.responses), settings, _delay(settings))
 
 
@@ -313,6 +367,7 @@ class House:
         metrics = Metrics()
         machine = Machine(settings, environment, self._clock, metrics)
         self._machine = machine
+        self._peaks = stores.model_memory
         self._outbound = Outbound(settings.outbound, self._clock)
         self._images = Images(settings.media, self._outbound, UploadedFiles(stores.files, stores.blobs), self._clock)
         calls = Calls(machine.catalog, self._images, settings.audio.diarization_model)
@@ -321,7 +376,7 @@ class House:
         self._office = build_office(
             settings, stores, machine, self._outbound, calls, self._speech, self._imaging, self._clock, metrics
         )
-        meter = Meter(settings.quotas.parsed, self._clock)
+        self._books, meter = stores.books, stores.meter
         self._door = Door(
             machine.scheduler, machine.assembler, Rates(self._clock), meter, settings, self._clock, metrics
         )
@@ -369,15 +424,17 @@ class House:
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until `stop`. Raises SetupError if a preloaded model cannot be loaded."""
-        supervising = asyncio.create_task(self._machine.supervisor.run())
+        await self._machine.memory.recall(self._peaks)
+        supervising = asyncio.create_task(self._machine.run())
         working = asyncio.create_task(self._office.run())
         sweeping = asyncio.create_task(self._door.run())
         listening = asyncio.create_task(self._listener.run())
+        folding = asyncio.create_task(self._books.run())
         loading = asyncio.create_task(self._load(on_ready))
         stopping = asyncio.create_task(self._stop.wait())
         self._log.info("server.started", address=self.address)
         try:
-            watched: set[asyncio.Task[Any]] = {supervising, sweeping, listening, working, stopping}
+            watched: set[asyncio.Task[Any]] = {supervising, sweeping, listening, working, folding, stopping}
             await _first(watched, loading)
         finally:
             loading.cancel()
@@ -386,8 +443,9 @@ class House:
             await self._drain(listening)
             await asyncio.wait([working])
             sweeping.cancel()
+            folding.cancel()
             supervising.cancel()
-            await asyncio.wait([supervising, sweeping, loading])
+            await asyncio.wait([supervising, sweeping, folding, loading])
             await self._imaging.pictures.close()
             await self._speech.recordings.close()
             await self._images.close()
@@ -441,7 +499,11 @@ async def open_stores(settings: Settings) -> AsyncIterator[Stores]:
             await stores.blobs.check()
             if stores.objects is not None:
                 await stores.objects.check()
-            yield stores
+            await stores.books.open()
+            try:
+                yield stores
+            finally:
+                await stores.books.close()
         finally:
             node.release()
     finally:
@@ -488,19 +550,22 @@ async def work(settings: Settings, environment: Mapping[str, str], on_ready: Cal
         speech = Speech(settings, stores, outbound, clock)
         imaging = Imaging(settings, stores, outbound, clock)
         office = build_office(settings, stores, machine, outbound, calls, speech, imaging, clock, metrics)
-        supervising = asyncio.create_task(machine.supervisor.run())
+        await machine.memory.recall(stores.model_memory)
+        supervising = asyncio.create_task(machine.run())
         working = asyncio.create_task(office.run())
+        folding = asyncio.create_task(stores.books.run())
         stopping = asyncio.create_task(stop.wait())
         on_ready(stores.node)
         try:
-            await _first({supervising, working, stopping})
+            await _first({supervising, working, folding, stopping})
         finally:
             stopping.cancel()
             office.stop()
             machine.scheduler.close()
             await asyncio.wait([working])
+            folding.cancel()
             supervising.cancel()
-            await asyncio.wait([supervising])
+            await asyncio.wait([supervising, folding])
             await imaging.pictures.close()
             await speech.recordings.close()
             await images.close()
@@ -536,7 +601,8 @@ def _for_engines(settings: Settings, environment: Mapping[str, str]) -> dict[str
 def _limits(catalog: Catalog, name: str) -> Limits:
     model = catalog.get(name)
     slots = model.slots * model.replicas
-    return Limits(slots, model.queue_places, model.queue_timeout_seconds, model.cancel_grace_seconds)
+    device = device_of(model)
+    return Limits(slots, model.queue_places, model.queue_timeout_seconds, model.cancel_grace_seconds, device)
 
 
 def _is_loopback(host: str) -> bool:

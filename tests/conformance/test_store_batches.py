@@ -25,6 +25,7 @@ from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
 from forebay.store.keys import KeyStore
 from tests.support import postgres
 from tests.support.clock import FakeClock
+from tests.support.usage import job_meter
 
 LEASE_SECONDS = 15.0
 
@@ -50,7 +51,7 @@ async def office(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     jobs, batches = JobStore(database, clock), BatchStore(database, clock)
     dead_letters, blobs = DeadLetterStore(database, clock), LocalBlobs(tmp_path / "blobs", 0)
     await blobs.check()
-    segments = SegmentStore(jobs, batches, dead_letters, blobs, clock)
+    segments = SegmentStore(jobs, batches, dead_letters, blobs, job_meter(database, clock), clock)
     yield Office(database, clock, jobs, batches, dead_letters, blobs, segments)
     await database.close()
 

@@ -42,10 +42,10 @@ async def test_what_a_job_used_is_gone_with_its_transaction(database: Database, 
     store, account = UsageStore(database, clock), Account(project, "", "m", "chat")
     with pytest.raises(LookupError):
         async with database.begin() as transaction:
-            await store.add(transaction, account, Use(1, 2, 3))
+            await store.add(transaction, {account: Use(1, 2, 3)})
             raise LookupError
     async with database.begin() as transaction:
-        await store.add(transaction, account, Use(1, 2, 3))
+        await store.add(transaction, {account: Use(1, 2, 3)})
     rows, _ = await store.report(first="2000-01-01", last="2999-12-31", groups=(), limit=10)
     assert [row.use for row in rows] == [Use(1, 2, 3)]
 

@@ -32,6 +32,7 @@ from tests.support.invariants import Customer, Found
 from tests.support.logs import unforeseen
 from tests.support.receiver import receiving
 from tests.support.server import eventually
+from tests.support.usage import job_meter
 from tests.support.worker import Life, Site
 
 LEASE_SECONDS = 1.0
@@ -251,7 +252,9 @@ class Stores:
         self.clock = FakeClock()
         self.jobs, self.batches = JobStore(database, self.clock), BatchStore(database, self.clock)
         self.dead_letters, self.blobs = DeadLetterStore(database, self.clock), LocalBlobs(folder, 0)
-        self.segments = SegmentStore(self.jobs, self.batches, self.dead_letters, self.blobs, self.clock)
+        self.segments = SegmentStore(
+            self.jobs, self.batches, self.dead_letters, self.blobs, job_meter(database, self.clock), self.clock
+        )
 
     async def begin(self, lines: int) -> Batch:
         """A batch with one chunk, ready to be leased."""

@@ -21,6 +21,7 @@ from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, NewJob, Verdict
 from tests.support.server import eventually
+from tests.support.usage import job_meter
 
 LINES = 8
 SETTINGS = BatchSettings(segment_lines=LINES, segment_seconds=3600)
@@ -66,7 +67,7 @@ async def chunks(tmp_path: Path) -> AsyncIterator[Chunks]:
     jobs, batches = JobStore(database, clock), BatchStore(database, clock)
     blobs = GatedBlobs(tmp_path / "blobs")
     await blobs.check()
-    store = SegmentStore(jobs, batches, DeadLetterStore(database, clock), blobs, clock)
+    store = SegmentStore(jobs, batches, DeadLetterStore(database, clock), blobs, job_meter(database, clock), clock)
     batch_id, ids = new_id("batch"), [new_id("chunk"), new_id("chunk")]
     async with database.begin() as transaction:
         await jobs.insert(transaction, [NewJob(BATCH, "default", id=batch_id)])

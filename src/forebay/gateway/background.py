@@ -48,7 +48,10 @@ class Limits:
 
 @dataclass(slots=True)
 class Handed:
-    """What is handed in: `parcel` is what came with it, none where all of it lies elsewhere; `file_ids` is where."""
+    """What is handed in: `parcel` is what came with it, none where all of it lies elsewhere; `file_ids` is where.
+
+    `key_id` is whose key asks for it.
+    """
 
     new: NewMediaJob
     limits: Limits
@@ -56,6 +59,7 @@ class Handed:
     webhook_url: str | None
     file_ids: tuple[str, ...] = ()
     parcel: Parcel | None = None
+    key_id: str | None = None
     size: int | None = None
 
 
@@ -83,6 +87,7 @@ async def _hand_in(request: Request, caller: Principal, handed: Handed, raw: byt
     blobs: Blobs = state.blobs
     desk: Desk = state.desk
     new = handed.new
+    handed.key_id = caller.key_id
 
     async def check() -> None:
         if not counted:
@@ -128,6 +133,7 @@ async def submit(desk: Desk, store: MediaJobStore, transaction: Transaction, han
         deadline_at=desk.jobs.now() + handed.limits.seconds_max,
         webhook_url=handed.webhook_url,
         webhook_secret=secret,
+        key_id=handed.key_id,
     )
     await desk.submit(transaction, [job])
     await store.submit(transaction, new, handed.size)

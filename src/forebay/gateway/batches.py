@@ -20,9 +20,11 @@ from forebay.gateway.auth import Principal, principal, role_at_least
 from forebay.gateway.idempotency import create, replayed
 from forebay.gateway.jobs import page_of
 from forebay.jobs.desk import UNKNOWN, Desk, Outlook
-from forebay.jobs.estimate import guess
+from forebay.jobs.estimate import count_lines, guess
+from forebay.metering.meter import Meter
+from forebay.quotas import Resource
 from forebay.replicas.calls import BATCH_ENDPOINTS, ENDPOINTS
-from forebay.store.batches import BATCH, JOIN, PAGE_SIZE_MAX, Batch, BatchStore, NewBatch
+from forebay.store.batches import BATCH, JOIN, LINES, PAGE_SIZE_MAX, Batch, BatchStore, NewBatch
 from forebay.store.database import Transaction
 from forebay.store.files import File, FileStore
 from forebay.store.job_state import FINISHED, JobState
@@ -118,20 +120,24 @@ async def create_batch(request: Request, caller: Member) -> Response:
         state.outbound.check(body.webhook_url, param="webhook_url")
     desk: Desk = state.desk
 
-    outlook = UNKNOWN
+    outlook, lines = UNKNOWN, None
 
     async def check() -> None:
-        nonlocal outlook
+        nonlocal outlook, lines
         file = await _input_file(state.files, caller, body.input_file_id)
         _check_file(file, settings)
         await desk.check_room()
+        if state.door.meter.level(caller.project_id, Resource.QUEUED_LINES) is not None:
+            lines = await count_lines(state.blobs, file, settings.batches, state.door.clock)
         found = await guess(state.blobs, file, body.endpoint)
         if found is not None:
             outlook = await desk.estimate(BATCH, found.model, found.lines, -body.priority)
 
     async def perform(transaction: Transaction) -> dict[str, Any]:
         await check_live(state.batches, transaction, caller, settings.batches.live_per_project_max)
-        return await insert_batch(state.batches, desk, transaction, caller, body, seconds, outlook)
+        if lines is not None:
+            await check_lines(state.batches, transaction, caller, state.door.meter, lines)
+        return await insert_batch(state.batches, desk, transaction, caller, body, seconds, outlook, lines=lines)
 
     answer = await create(request, caller, raw, perform, before=check, retries=True)
     if not replayed(answer):
@@ -173,6 +179,14 @@ async def check_live(batches: BatchStore, transaction: Transaction, caller: Prin
         )
 
 
+async def check_lines(
+    batches: BatchStore, transaction: Transaction, caller: Principal, meter: Meter, lines: int
+) -> None:
+    """Raise QuotaExceeded if the project may not have so many lines more in line; after `check_live`."""
+    held = await batches.queued_lines(transaction, caller.project_id)
+    meter.check_level(caller.project_id, Resource.QUEUED_LINES, held, lines)
+
+
 async def insert_batch(
     batches: BatchStore,
     desk: Desk,
@@ -181,8 +195,10 @@ async def insert_batch(
     body: BatchBody,
     seconds: int,
     outlook: Outlook = UNKNOWN,
+    *,
+    lines: int | None = None,
 ) -> dict[str, Any]:
-    """Make the job and the batch, and show them as they will be read.
+    """Make the job and the batch, and show them as they will be read. `lines` is how many there are, if that is known.
 
     Raises PermissionDenied where the key's scopes do not have the endpoint: its lines are run as its requests would be.
     """
@@ -192,11 +208,13 @@ async def insert_batch(
     job = NewJob(
         BATCH,
         caller.project_id,
+        payload={} if lines is None else {LINES: lines},
         id=new_id("batch"),
         priority=-body.priority,
         deadline_at=now + seconds,
         webhook_url=body.webhook_url,
         webhook_secret=secret,
+        key_id=caller.key_id,
     )
     await desk.submit(transaction, [job])
     new = NewBatch(

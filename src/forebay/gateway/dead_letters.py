@@ -20,7 +20,7 @@ from forebay.errors import CallerError, Conflict, InvalidRequest, NotFound
 from forebay.gateway.answers import json_answer, read_body
 from forebay.gateway.auth import Principal, principal, role_at_least
 from forebay.gateway.background import Handed, submit
-from forebay.gateway.batches import check_live, insert_batch
+from forebay.gateway.batches import check_lines, check_live, insert_batch
 from forebay.gateway.idempotency import create
 from forebay.gateway.intake import order_in
 from forebay.gateway.jobs import page_of
@@ -246,6 +246,7 @@ class _Taken:
             await self._mark(transaction, letters, job.id)
             made.append({"id": job.id, "kind": job.kind, "requeued": len(letters)})
         for letter, handed in self._orders:
+            handed.key_id = self._caller.key_id
             await submit(self._desk, self._request.app.state.media_jobs, transaction, handed)
             await self._mark(transaction, [letter], handed.new.id)
             made.append({"id": handed.new.id, "kind": handed.new.kind, "requeued": 1})
@@ -258,15 +259,19 @@ class _Taken:
         keep = settings.files.batch_keep_seconds
         file = await files.finish(transaction, bundle.file, bundle.size, bundle.sha256, keep)
         await check_live(state.batches, transaction, self._caller, settings.batches.live_per_project_max)
+        count = len(bundle.letters)
+        await check_lines(state.batches, transaction, self._caller, state.door.meter, count)
         body = BatchBody(
             input_file_id=file.id,
             endpoint=bundle.endpoint,
             completion_window=_WINDOW,
             metadata={"requeued_from": bundle.source},
         )
-        batch = await insert_batch(state.batches, self._desk, transaction, self._caller, body, _WINDOW_SECONDS)
+        batch = await insert_batch(
+            state.batches, self._desk, transaction, self._caller, body, _WINDOW_SECONDS, lines=count
+        )
         await self._mark(transaction, bundle.letters, batch["id"])
-        return {"id": batch["id"], "kind": "batch", "requeued": len(bundle.letters)}
+        return {"id": batch["id"], "kind": "batch", "requeued": count}
 
     async def _mark(self, transaction: Transaction, letters: Sequence[DeadLetter], job_id: str) -> None:
         store: DeadLetterStore = self._request.app.state.dead_letters

@@ -86,6 +86,7 @@ async def take_message(request: Request, caller: Pusher) -> Response:
         if (envelope.delivery_attempt or 0) <= settings.intake.attempts_max:
             raise
         return await _bury(request, message, envelope, error)
+    handed.key_id = caller.key_id
     return await _submit(request, message, handed)
 
 

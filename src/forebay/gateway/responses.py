@@ -146,6 +146,7 @@ async def _in_background(
             id=new.id,
             priority=_PRIORITIES.get(call.request.priority, 0),
             model=call.request.model,
+            key_id=caller.key_id,
         )
         await desk.submit(transaction, [job])
         kept = replace(new, background=True, streamed=call.stream, request=whole, body=to_json(queued))

@@ -19,7 +19,7 @@ from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.files import IMAGE_RESULT
 from forebay.dialects.pubsub import ObjectNames
 from forebay.errors import ForebayError, NotFound, Overloaded, Preempted
-from forebay.inference import Priority
+from forebay.inference import Capability, Priority
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.ledger import FETCHING, Ledger, Plan
 from forebay.jobs.media_work import WAITS, MediaRooms, gone, later
@@ -29,7 +29,9 @@ from forebay.jobs.retry import Delay
 from forebay.media.objects import Objects
 from forebay.media.pictures import Inputs, Pictures
 from forebay.media.spool import Spool
+from forebay.metering.meter import Reservation
 from forebay.pixels import Size
+from forebay.quotas import Account, Amounts, Use
 from forebay.scheduler.painter import FINISHING, PAINTING, PREPARING, Painter, Pixels
 from forebay.store.database import Transaction
 from forebay.store.files import FileStore, blob_key
@@ -106,6 +108,12 @@ class KeptPicture:
     used: Mapping[str, Any]
 
     @property
+    def pixel_steps(self) -> int:
+        """What it counts for."""
+        width, height, steps = (self.used.get(name) or 1 for name in ("width", "height", "steps"))
+        return int(width * height * steps)
+
+    @property
     def files(self) -> list[KeptFile]:
         """The files that it is."""
         return [self.picture] if self.preview is None else [self.picture, self.preview]
@@ -174,7 +182,7 @@ class ImageWork:
         reach("image.finished")
         if asked.objects is not None:
             await self._deliver(asked.objects, gallery)
-        return self._done(lease, gallery, asked.objects)
+        return self._done(lease, gallery, asked.objects, call.request.capability)
 
     async def after(self, job: Job, state: JobState) -> None:
         """For the process in which an attempt has ended."""
@@ -206,20 +214,22 @@ class ImageWork:
         gallery = _Gallery(self._rooms, lease, run, task.n, await self._rooms.store.parts(lease.id))
         if gallery.next is None:  # whoever has seen the results may have removed what they are made of
             return gallery
-        async with gallery.telling():
+        async with self._rooms.meter.reserved(lease.job, call) as reservation, gallery.telling():
             gallery.stage(FETCHING, 0)
             async with self._inputs(job, asked, task) as inputs:
                 while gallery.next is not None:
                     try:
-                        await self._painted(call, inputs, gallery)
+                        await self._painted(call, inputs, gallery, reservation)
                     except ForebayError as error:
                         call = self._stand_in(call, error)
+            reservation.settled_elsewhere(sum(gallery.used().values(), Use()))
         return gallery
 
-    async def _painted(self, call: Call, inputs: Inputs, gallery: "_Gallery") -> None:
-        """All pictures that are not there yet, by one model."""
+    async def _painted(self, call: Call, inputs: Inputs, gallery: "_Gallery", reservation: Reservation) -> None:
+        """All pictures that are not there yet, by one model. Raises QuotaExceeded."""
         gallery.stage(PREPARING, 0)
         painting = await self._painter.prepare(call, inputs, preview=True)
+        reservation.raise_to(lambda: Amounts(1, pixel_steps=gallery.count * painting.pixel_steps))
         while (image := gallery.next) is not None:
             with suppress(Preempted):  # then it begins anew
                 await painting.paint([image], self._rooms.compute, gallery)
@@ -269,7 +279,7 @@ class ImageWork:
                     await self._objects.put(name, pieces, field)
         reach("image.delivered")
 
-    def _done(self, lease: Lease, gallery: "_Gallery", objects: ObjectNames | None) -> Outcome:
+    def _done(self, lease: Lease, gallery: "_Gallery", objects: ObjectNames | None, capability: Capability) -> Outcome:
         pictures = gallery.pictures()
         created = int(self._rooms.clock.now())
         made: dict[str, Any] = {"created": created, "pictures": [each.written() for each in pictures]}
@@ -291,6 +301,9 @@ class ImageWork:
                     keep_seconds=self._keep_seconds,
                 )
             await self._rooms.store.finish(transaction, lease.id, result, [file.id for file in files])
+            project, key_id = lease.job.project_id, lease.job.key_id or ""
+            used = [(Account(project, key_id, model, capability), use) for model, use in gallery.used().items()]
+            await self._rooms.meter.write(transaction, used)
 
         return Done(write)
 
@@ -300,17 +313,26 @@ class _Gallery(Ledger):
 
     def __init__(self, rooms: MediaRooms, lease: Lease, run: Run, count: int, kept: Sequence[Part]) -> None:
         super().__init__(rooms, lease, run, _PLAN)
-        self._count = count
+        self.count = count
         self._kept = {part.number: KeptPicture.read(from_json(part.body)) for part in kept}
 
     @property
     def next(self) -> int | None:
         """The picture that is to be painted; none if all are kept."""
-        return next((image for image in range(self._count) if image not in self._kept), None)
+        return next((image for image in range(self.count) if image not in self._kept), None)
+
+    def used(self) -> dict[str, Use]:
+        """What each model has painted; the request itself counts for the first."""
+        used: dict[str, Use] = {}
+        for image, made in sorted(self._kept.items()):
+            model = str(made.used["model"])
+            use = Use(int(image == 0), pixel_steps=made.pixel_steps, images=1)
+            used[model] = used.get(model, Use()) + use
+        return used
 
     def pictures(self) -> list[KeptPicture]:
         """All of them, in order."""
-        return [self._kept[image] for image in range(self._count)]
+        return [self._kept[image] for image in range(self.count)]
 
     def stage(self, stage: str, percent: float) -> None:
         """So much of a stage is done; of painting and finishing it is that of one picture."""
@@ -324,7 +346,7 @@ class _Gallery(Ledger):
     def step(self, image: int, step: int, steps: int) -> None:
         """An engine has finished a step of a picture."""
         before = len(self._kept) * steps
-        self.tell(PAINTING, self._done_of(_PAINTED * step / steps), (before + step, self._count * steps))
+        self.tell(PAINTING, self._done_of(_PAINTED * step / steps), (before + step, self.count * steps))
 
     def partial(self, pixels: Pixels) -> None:
         """Nobody sees one before the end."""
@@ -348,7 +370,7 @@ class _Gallery(Ledger):
 
     def _done_of(self, share: float) -> int:
         """How far all of it is when the picture that is painted is so far."""
-        return _PLAN.done(PAINTING, 100 * (len(self._kept) + share) / self._count)
+        return _PLAN.done(PAINTING, 100 * (len(self._kept) + share) / self.count)
 
 
 def image_kind(work: ImageWork, settings: ImageSettings, retry: Delay) -> Kind:

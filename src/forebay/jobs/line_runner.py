@@ -32,8 +32,11 @@ from forebay.jobs.admission import Admission
 from forebay.jobs.lines import Place
 from forebay.jobs.picture_lines import PictureLines
 from forebay.jobs.retry import doubling
-from forebay.jobs.segments import Result
+from forebay.jobs.segments import Result, Used
 from forebay.jobs.speech_lines import SpeechLines
+from forebay.metering.jobs import JobMeter
+from forebay.metering.meter import Reservation
+from forebay.quotas import Amounts
 from forebay.replicas.calls import Calls
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.gather import Gathered
@@ -57,12 +60,18 @@ class _Line:
     input: InputLine
     request_id: str
     failures: list[dict[str, Any]] = field(default_factory=list)
+    reservation: Reservation | None = None
     suspect: bool = False
     probes: int = 0
 
     @property
     def id(self) -> str:
         return line_id(self.batch.id, self.place.number)
+
+    def take(self, amounts: Amounts) -> None:
+        """What it takes is known. Raises QuotaExceeded."""
+        if self.reservation is not None:
+            self.reservation.raise_to(lambda: amounts)
 
     def opened(self) -> None:
         """Its attempt has opened the circuit of a provider once more."""
@@ -79,6 +88,7 @@ class LineRunner:
         assembler: Assembler,
         speech: SpeechLines,
         pictures: PictureLines,
+        meter: JobMeter,
         settings: Settings,
         clock: Clock,
         metrics: Metrics,
@@ -88,6 +98,7 @@ class LineRunner:
         self._assembler = assembler
         self._speech = speech
         self._pictures = pictures
+        self._meter = meter
         self._clock = clock
         self._metrics = metrics
         limits = settings.batches
@@ -97,12 +108,17 @@ class LineRunner:
     async def run(self, batch: Batch, place: Place, raw: bytes, on_read: OnRead) -> Result:
         """The result of a line. Raises EngineUnavailable, ModelNotReady, StoreUnavailable or ShuttingDown if it has to wait."""
         line = _Line(batch, place, parse_line(raw, batch.endpoint), new_id("req"))
+        used = False
         try:
             result = await self._until_answered(line, on_read)
+            used = result.used is not None
         except CallerError as error:
             self._note(line, error)
             body = refusal_line(line.id, line.input.custom_id, line.request_id, error)
             result = _lost(line, error, body)
+        finally:
+            if line.reservation is not None and not used:
+                line.reservation.release()
         outcome = "completed" if result.lost is None else result.lost.error_code
         self._metrics.batch_lines.labels(line.input.model, outcome).inc()
         return result
@@ -114,6 +130,7 @@ class LineRunner:
         while True:
             try:
                 asked = asked or await self._prepare(line)
+                line.reservation = line.reservation or await self._meter.reserve(line.batch.job, asked)
                 gathered = await self._attempt(line, other or asked, on_read)
             except (CallerError, ShuttingDown):
                 raise
@@ -135,7 +152,7 @@ class LineRunner:
                 line.suspect = line.suspect or isinstance(error, EngineCrashed)
                 await self._clock.sleep(self._clock.jitter(pause))
             else:
-                return self._answered(line, gathered)
+                return self._answered(line, (other or asked).request.model, gathered)
 
     def _stand_in(self, call: Call | None, error: ForebayError) -> Call | None:
         """The call for another model; none for a full line, which batch work waits for."""
@@ -165,9 +182,9 @@ class LineRunner:
 
     async def _answer(self, line: _Line, call: Call, on_read: OnRead) -> Gathered:
         if call.speech is not None:
-            return await self._speech.answer(call, partial(self._part, line, on_read))
+            return await self._speech.answer(call, partial(self._part, line, on_read), line.take)
         if call.picture is not None:
-            return await self._pictures.answer(call, partial(self._part, line, on_read))
+            return await self._pictures.answer(call, partial(self._part, line, on_read), line.take)
         if call.items is None:
             return await self._admitted(line, call, on_read)
 
@@ -189,12 +206,15 @@ class LineRunner:
             except Preempted:
                 continue
 
-    def _answered(self, line: _Line, gathered: Gathered) -> Result:
+    def _answered(self, line: _Line, model: str, gathered: Gathered) -> Result:
         if gathered.usage is not None:
             self._metrics.prompt_tokens.labels(line.input.model).inc(gathered.usage.prompt_tokens)
             self._metrics.completion_tokens.labels(line.input.model).inc(gathered.usage.completion_tokens)
         body = answer_line(line.id, line.input.custom_id, line.request_id, gathered.body)
-        return Result(line.place.number, body, gathered.usage)
+        assert line.reservation is not None, "it was taken before the first attempt"
+        line.reservation.model = model
+        line.reservation.lower_to(gathered.use)
+        return Result(line.place.number, body, gathered.usage, used=Used(line.reservation, gathered.use))
 
     def _note(self, line: _Line, error: ForebayError) -> None:
         number = len(line.failures) + 1

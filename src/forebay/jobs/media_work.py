@@ -11,6 +11,7 @@ from forebay.dialects.openai.call import Call
 from forebay.errors import InvalidRequest, ModelNotReady, Overloaded, ShuttingDown
 from forebay.jobs.admission import Admission
 from forebay.jobs.outcome import Snoozed
+from forebay.metering.jobs import JobMeter
 from forebay.replicas.calls import Calls
 from forebay.store.jobs import JobStore
 from forebay.store.media_jobs import MediaJobStore
@@ -31,6 +32,7 @@ class MediaRooms:
     blobs: Blobs
     calls: Calls
     admission: Admission
+    meter: JobMeter
     clock: Clock
     metrics: Metrics
 

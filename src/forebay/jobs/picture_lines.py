@@ -5,6 +5,7 @@ pictures at once than a worker has room for.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
 from forebay.blobs.blobs import Blobs
@@ -16,8 +17,9 @@ from forebay.dialects.openai.image_events import Delivered, PictureShape, writte
 from forebay.errors import InvalidRequest, Preempted
 from forebay.jobs.picture_files import Keep, kept_files
 from forebay.media.pictures import Inputs, Pictures
+from forebay.quotas import Amounts, Use
 from forebay.scheduler.gather import Gathered
-from forebay.scheduler.painter import Compute, Painter, Pixels
+from forebay.scheduler.painter import Compute, Painter, Painting, Pixels
 from forebay.store.files import FileStore
 
 _BASE64_OF = 4 / 3  # of the bytes that it tells
@@ -44,8 +46,10 @@ class PictureLines:
         self._places = asyncio.Semaphore(settings.images.lines_at_once)
         self._clock = clock
 
-    async def answer(self, call: Call, compute: Compute) -> Gathered:
+    async def answer(self, call: Call, compute: Compute, take: Callable[[Amounts], None]) -> Gathered:
         """The answer to `call`; `compute` runs one picture, again from its beginning where its place was taken back.
+
+        `take` is told how much it takes before anything is computed, and may refuse.
 
         Raises InvalidRequest for what has no place in a line, what becomes of the images, and what `compute` raises.
         """
@@ -61,20 +65,20 @@ class PictureLines:
         files = kept_files(self._files, self._blobs, call.request.project, self._keep_seconds)
         async with self._places, files as keep:
             async with self._pictures.fetched(Inputs(), task, call.request.project, patient=True) as inputs:
-                delivered = await self._delivered(call, task, inputs, compute, keep)
+                painting = await self._painter.prepare(call, inputs)
+                pixel_steps = task.n * painting.pixel_steps
+                take(Amounts(1, pixel_steps=pixel_steps))
+                delivered = await self._delivered(painting, task, compute, keep)
             body = await asyncio.to_thread(written, shape.answer(delivered, int(self._clock.now())))
             if len(body) > self._bytes_max:
                 raise self._too_long()
-        return Gathered(body, None)
+        return Gathered(body, None, Use(1, pixel_steps=pixel_steps, images=task.n))
 
-    async def _delivered(
-        self, call: Call, task: ImageTask, inputs: Inputs, compute: Compute, keep: Keep
-    ) -> list[Delivered]:
+    async def _delivered(self, painting: Painting, task: ImageTask, compute: Compute, keep: Keep) -> list[Delivered]:
         if task.delivery == "b64_json":
             finished = _Finished(None, int(self._bytes_max / _BASE64_OF), self._too_long())
         else:
             finished = _Finished(keep, 0, self._too_long())
-        painting = await self._painter.prepare(call, inputs)
         while True:
             try:
                 await painting.run(compute, finished, finished.pictures, each_alone=True)

@@ -35,6 +35,9 @@ from forebay.inference import Priority
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Cancelled, Done, Failed, Outcome, Snoozed
 from forebay.jobs.retry import Delay
+from forebay.metering.jobs import JobMeter
+from forebay.metering.meter import Reservation
+from forebay.quotas import Use
 from forebay.replicas.calls import RESPONSES, Calls
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.connection import EngineStream
@@ -107,6 +110,7 @@ class ResponseWork:
         calls: Calls,
         catalog: Catalog,
         scheduler: Scheduler,
+        meter: JobMeter,
         settings: Settings,
         clock: Clock,
         metrics: Metrics,
@@ -115,6 +119,7 @@ class ResponseWork:
         self._calls = calls
         self._catalog = catalog
         self._scheduler = scheduler
+        self._meter = meter
         self._settings = settings
         self._clock = clock
         self._metrics = metrics
@@ -135,25 +140,33 @@ class ResponseWork:
         )
         log = EventLog(self._responses, lease, self._settings, self._clock) if call.stream else None
         try:
-            body = await self._by_any(lease, call, log)
+            async with self._meter.reserved(job, call) as reservation:
+                body = await self._by_any(lease, call, log)
+                return self._done(lease, reservation, body, [] if log is None else log.rest())
         except (CircuitOpen, Overloaded) as trouble:  # of a provider, which says when to come again
             return Snoozed(trouble.retry_after_seconds or _PULLING_SECONDS)
         except (ModelNotReady, ShuttingDown) as trouble:
             return Snoozed(0 if isinstance(trouble, ShuttingDown) else _PULLING_SECONDS)
-        return self._done(lease, body, [] if log is None else log.rest())
 
-    def _done(self, lease: Lease, body: dict[str, Any], rest: Sequence[EventBatch]) -> Outcome:
+    def _done(
+        self, lease: Lease, reservation: Reservation, body: dict[str, Any], rest: Sequence[EventBatch]
+    ) -> Outcome:
         content = to_json(body)
         if len(content) > self._settings.responses.bytes_max:
             return Failed(too_large(), retryable=False)
         usage = body["usage"]
         self._metrics.prompt_tokens.labels(body["model"]).inc(usage["input_tokens"])
         self._metrics.completion_tokens.labels(body["model"]).inc(usage["output_tokens"])
+        cached = usage["input_tokens_details"]["cached_tokens"]
+        used = Use(1, usage["input_tokens"], usage["output_tokens"], cached)
+        reservation.model = body["model"]
+        reservation.settled_elsewhere(used)
 
         async def write(transaction: Transaction) -> None:
             for batch in rest:
                 await self._responses.add_events(transaction, lease.id, batch)
             await self._responses.finish(transaction, lease.id, body["status"], content)
+            await self._meter.write(transaction, [(reservation.account, used)])
 
         return Done(write, event=body["status"])
 

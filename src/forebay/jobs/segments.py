@@ -18,6 +18,9 @@ from forebay.inference import Usage
 from forebay.jobs.kinds import Run
 from forebay.jobs.lines import pack_numbers
 from forebay.jobs.outcome import Interruption
+from forebay.metering.jobs import JobMeter
+from forebay.metering.meter import Reservation
+from forebay.quotas import Account, Use
 from forebay.store.batches import Batch, BatchStore, Segment
 from forebay.store.dead_letters import DeadLetterStore, LostLine
 from forebay.store.jobs import JobStore
@@ -34,6 +37,20 @@ class Result:
     line: bytes
     usage: Usage | None = None
     lost: LostLine | None = None
+    used: "Used | None" = None
+
+    def release(self) -> None:
+        """It will not be written."""
+        if self.used is not None:
+            self.used.reservation.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What a line has used, of what was reserved for it."""
+
+    reservation: Reservation
+    use: Use
 
 
 @dataclass(slots=True)
@@ -45,6 +62,11 @@ class _Draft:
     output: bytes
     errors: bytes
     lost: list[LostLine] = field(default_factory=list)
+
+    @property
+    def used(self) -> list[tuple[Account, Use]]:
+        found = [result.used for result in self.results if result.used is not None]
+        return [(each.reservation.account, each.use) for each in found]
 
     @property
     def usage(self) -> Usage:
@@ -60,12 +82,19 @@ class SegmentStore:
     """Writes segments: the bytes first, then one transaction that names them."""
 
     def __init__(
-        self, jobs: JobStore, batches: BatchStore, dead_letters: DeadLetterStore, blobs: Blobs, clock: Clock
+        self,
+        jobs: JobStore,
+        batches: BatchStore,
+        dead_letters: DeadLetterStore,
+        blobs: Blobs,
+        meter: JobMeter,
+        clock: Clock,
     ) -> None:
         self._jobs = jobs
         self._batches = batches
         self._dead_letters = dead_letters
         self._blobs = blobs
+        self._meter = meter
         self._clock = clock
 
     async def write(self, run: Run, batch: Batch, number: int, results: Sequence[Result]) -> None:
@@ -80,6 +109,7 @@ class SegmentStore:
                 reach("chunk.segment_written")
                 await self._commit(run, batch, draft)
                 run.progressed = True
+                _settle(results)
                 reach("chunk.segment_committed")
             except (StoreUnavailable, InsufficientStorage):
                 await self._clock.sleep(self._clock.jitter(pause))
@@ -103,6 +133,13 @@ class SegmentStore:
             await self._jobs.fence(transaction, run.lease)
             await self._batches.add_segment(transaction, draft.segment, draft.usage)
             await self._dead_letters.add_lines(transaction, batch.job, batch.endpoint, batch.input_file_id, draft.lost)
+            await self._meter.write(transaction, draft.used)
+
+
+def _settle(results: Sequence[Result]) -> None:
+    for result in results:
+        if result.used is not None:
+            result.used.reservation.settled_elsewhere(result.used.use)
 
 
 def _draft(run: Run, batch: Batch, number: int, results: Sequence[Result]) -> _Draft:
@@ -255,6 +292,8 @@ class SegmentWriter:
             if not self._writing.cancelled():
                 with suppress(LeaseLost):  # which may be why it is abandoned
                     self._writing.result()
+        for result in self._results:
+            result.release()
         self._results.clear()
         self._taken = self._taken_bytes = self.bytes = 0
         self._unwritten.written(self)

@@ -4,13 +4,14 @@ It refuses formats that are no JSON, and more recordings at once than a worker h
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from forebay.config import AudioSettings
 from forebay.dialects.openai.audio_events import SpeechShape, usage_in_tokens
 from forebay.dialects.openai.call import Call
 from forebay.errors import InvalidRequest, Preempted
 from forebay.media.recordings import Recordings
+from forebay.quotas import Amounts, Use, milliseconds
 from forebay.scheduler.gather import Gathered
 from forebay.scheduler.transcriber import Compute, Kept, Transcriber
 from forebay.speech import Segment
@@ -26,8 +27,10 @@ class SpeechLines:
         self._transcriber = transcriber
         self._places = asyncio.Semaphore(settings.lines_at_once)
 
-    async def answer(self, call: Call, compute: Compute) -> Gathered:
+    async def answer(self, call: Call, compute: Compute, take: Callable[[Amounts], None]) -> Gathered:
         """The answer to `call`; `compute` runs one stretch, again from its beginning where its place was taken back.
+
+        `take` is told how much it takes before anything is computed, and may refuse.
 
         Raises InvalidRequest for a format that has no place in a line, what becomes of the recording, and what `compute`
         raises.
@@ -45,6 +48,7 @@ class SpeechLines:
         async with self._places, self._recordings.spool() as spool:
             await self._recordings.fetch(spool, speech.source, call.request.project)
             async with self._recordings.decode(spool) as recording:
+                take(Amounts(1, audio_ms=milliseconds(recording.seconds)))
                 finished = _Finished()
                 while True:
                     try:
@@ -55,7 +59,8 @@ class SpeechLines:
                     except Preempted:
                         continue
         written = await asyncio.to_thread(shape.written, transcript)
-        return Gathered(written.body, usage_in_tokens(transcript))
+        used = Use(1, audio_ms=milliseconds(transcript.duration))
+        return Gathered(written.body, usage_in_tokens(transcript), used)
 
 
 class _Finished:

@@ -29,6 +29,8 @@ from forebay.jobs.outcome import Cancelled, Done, Failed, Outcome
 from forebay.jobs.retry import Delay
 from forebay.media.recordings import Recording, Recordings
 from forebay.media.spool import Spool
+from forebay.metering.meter import Reservation
+from forebay.quotas import Amounts, Use, milliseconds
 from forebay.scheduler.transcriber import (
     ALIGNING,
     DIARIZING,
@@ -91,10 +93,11 @@ class TranscriptionWork:
         assert call.speech is not None, "these endpoints are about recordings"
         try:
             self._rooms.admission.expect([call.request.model, *call.speech.further_models])
-            transcript = await self._worked_on(lease, run, asked, call)
+            async with self._rooms.meter.reserved(lease.job, call) as reservation:
+                transcript = await self._worked_on(lease, run, asked, call, reservation)
+                return await self._done(lease, reservation, transcript)
         except WAITS as trouble:
             return later(trouble)
-        return await self._done(lease, call.request.model, transcript)
 
     async def after(self, job: Job, state: JobState) -> None:
         """For the process in which an attempt has ended."""
@@ -102,22 +105,27 @@ class TranscriptionWork:
             reach("transcription.settled")
             await self._rooms.close(job.id)
 
-    async def _done(self, lease: Lease, model: str, transcript: Transcript) -> Outcome:
+    async def _done(self, lease: Lease, reservation: Reservation, transcript: Transcript) -> Outcome:
         content = await asyncio.to_thread(lambda: to_json(transcript_to_wire(transcript)))
         if len(content) > RESULT_BYTES_MAX:
             error = InvalidRequest("The transcript is larger than what is kept. Send the recording in parts.")
             return Failed(error, retryable=False)
 
-        used = usage_in_tokens(transcript)
-        self._rooms.metrics.prompt_tokens.labels(model).inc(used.prompt_tokens)
-        self._rooms.metrics.completion_tokens.labels(model).inc(used.completion_tokens)
+        tokens, model = usage_in_tokens(transcript), reservation.model
+        self._rooms.metrics.prompt_tokens.labels(model).inc(tokens.prompt_tokens)
+        self._rooms.metrics.completion_tokens.labels(model).inc(tokens.completion_tokens)
+        used = Use(1, audio_ms=milliseconds(transcript.duration))
+        reservation.settled_elsewhere(used)
 
         async def write(transaction: Transaction) -> None:
             await self._rooms.store.finish(transaction, lease.id, content)
+            await self._rooms.meter.write(transaction, [(reservation.account, used)])
 
         return Done(write)
 
-    async def _worked_on(self, lease: Lease, run: Run, asked: MediaJob, call: Call) -> Transcript:
+    async def _worked_on(
+        self, lease: Lease, run: Run, asked: MediaJob, call: Call, reservation: Reservation
+    ) -> Transcript:
         assert call.speech is not None, "these endpoints are about recordings"
         ledger = _Stretches(self._rooms, lease, run, plan_of(call.speech))
         async with ledger.telling():
@@ -127,6 +135,7 @@ class TranscriptionWork:
                 ledger.stage(DECODING, 0)
                 decoding = self._recordings.decode(spool, on_progress=lambda percent: ledger.stage(DECODING, percent))
                 async with decoding as recording:
+                    reservation.raise_to(lambda: Amounts(1, audio_ms=milliseconds(recording.seconds)))
                     kept = await self._rooms.store.parts(lease.id)
                     ledger.done = tuple(kept_from_wire(from_json(each.body)) for each in kept)
                     return await self._transcribed(call, recording, ledger)

@@ -174,7 +174,7 @@ class Meter:
             try:
                 return await self.reserve(project, key_id, model, capability, estimate)
             except QuotaExceeded:
-                if freed is None or self._balance(project).reserved == NOTHING:
+                if freed is None or not self._could_fit(project, estimate()):
                     return await self._reserve_after_look(project, key_id, model, capability, estimate)
             freed.clear()
             await freed.wait()
@@ -269,6 +269,15 @@ class Meter:
             window.moving = NOTHING
 
     # The inside.
+
+    def _could_fit(self, project: str, amounts: Amounts) -> bool:
+        """Whether `amounts` would be there if nothing of what is reserved were used."""
+        reserved = self._balance(project).reserved
+        left = list(self._left(project))
+        short = [quota.resource for quota, rest in left if amounts.of(quota.resource) > rest]
+        return bool(short) and all(
+            amounts.of(quota.resource) <= rest + reserved.of(quota.resource) for quota, rest in left
+        )
 
     def _balance(self, project: str) -> _Balance:
         return self._balances.setdefault(project, _Balance())

@@ -11,6 +11,7 @@ from forebay.clock import Clock
 from forebay.dialects.openai.call import Call
 from forebay.errors import EngineTimeout
 from forebay.inference import Usage
+from forebay.quotas import Use
 from forebay.replicas.connection import EngineStream
 from forebay.replicas.pauses import Limit
 from forebay.scheduler.permit import Permit
@@ -22,6 +23,14 @@ class Gathered:
 
     body: bytes
     usage: Usage | None
+    media: Use | None = None  # of a recording or of pictures, which count for other than tokens
+
+    @property
+    def use(self) -> Use:
+        """What it counts for."""
+        if self.media is not None or self.usage is None:
+            return self.media or Use(1)
+        return Use(1, self.usage.prompt_tokens, self.usage.completion_tokens, self.usage.cached_tokens)
 
 
 def _nobody_listens() -> None:

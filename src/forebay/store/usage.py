@@ -47,9 +47,10 @@ class UsageStore:
         self._database = database
         self._clock = clock
 
-    async def add(self, transaction: Transaction, account: Account, use: Use) -> None:
+    async def add(self, transaction: Transaction, used: Mapping[Account, Use]) -> None:
         """Count what a job has used, in the transaction that keeps its result; the last statement of it that waits."""
-        await self._add(transaction, {(day_of(self._clock.now()), account): use})
+        day = day_of(self._clock.now())
+        await self._add(transaction, {(day, account): use for account, use in used.items()})
 
     async def fold(self, node: str, fold: Fold) -> None:
         """Count records of a journal, if that is not done already. Raises StoreUnavailable and InsufficientStorage."""

@@ -1,0 +1,53 @@
+"""What jobs may use and have used: reserved before an attempt computes, counted in the transaction that keeps its result.
+
+It refuses to count an attempt that has brought nothing: a line counts once, however often it was tried.
+"""
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from forebay.dialects.openai.call import Call
+from forebay.metering.estimate import at_most
+from forebay.metering.meter import Meter, Reservation
+from forebay.quotas import Account, Amounts, Use
+from forebay.store.database import Transaction
+from forebay.store.jobs import Job
+from forebay.store.usage import UsageStore
+
+
+class JobMeter:
+    """The meter, for work whose results go into the database."""
+
+    def __init__(self, meter: Meter, usage: UsageStore) -> None:
+        self._meter = meter
+        self._usage = usage
+
+    async def reserve(self, job: Job, call: Call) -> Reservation:
+        """Take what `call` may use at most, as soon as others of the project do not hold it. Raises QuotaExceeded."""
+        estimate: list[Amounts] = []
+
+        def once() -> Amounts:
+            if not estimate:
+                estimate.append(at_most(call))
+            return estimate[0]
+
+        return await self._meter.reserve_in_turn(
+            job.project_id, job.key_id or "", call.request.model, call.request.capability, once
+        )
+
+    @asynccontextmanager
+    async def reserved(self, job: Job, call: Call) -> AsyncIterator[Reservation]:
+        """The same while a block lasts that settles it, or brings nothing."""
+        reservation = await self.reserve(job, call)
+        try:
+            yield reservation
+        finally:
+            reservation.release()
+
+    async def write(self, transaction: Transaction, used: Iterable[tuple[Account, Use]]) -> None:
+        """Count it, as the last statement of the transaction that waits for anybody."""
+        totals: dict[Account, Use] = {}
+        for account, use in used:
+            totals[account] = totals.get(account, Use()) + use
+        if totals:
+            await self._usage.add(transaction, totals)
