@@ -79,7 +79,7 @@ class PaceSettings(Section):
         1.25, description="The bound is halved when they take more than so many times as long."
     )
     probe_seconds_min: Seconds = Field(
-        5, description="Wait before a bound that did harm is tried again; it doubles each time that it does."
+        20, description="Wait before a bound that did harm is tried again; it doubles each time that it does."
     )
     probe_seconds_max: Seconds = Field(300, description="Longest such wait.")
     baseline_seconds: Seconds = Field(

@@ -31,12 +31,19 @@ EVENTS = {
     "engine.condemned": "An engine is to be replaced because it did not stop a request or does not answer.",
     "engine.slots_halved": "An engine ran out of memory and starts again with fewer slots.",
     "engine.slots_restored": "The cool-down after running out of memory is over.",
+    "engine.paused": "An engine with batch work alone stands still for online work on its device.",
+    "engine.resumed": "An engine that stood still goes on.",
+    "pace.changed": "How much batch work may run beside online work on a device.",
     "engine.line": "A line that an engine printed, with the ids of the requests in flight on it.",
     "engine.no_tools_probe": "An engine did not say what its chat template can do.",
     "model.state": "A model changed its state.",
     "model.waiting": "A model waits for memory, and for whom.",
     "model.swapped": "A model leaves its memory to another.",
     "model.idle": "A model is unloaded because nobody has asked for it.",
+    "memory.gate_closed": "The machine has little memory left, or a hot GPU: it loads nothing, and batch work waits.",
+    "memory.gate_opened": "The machine loads models again.",
+    "memory.unmeasured": "The memory of this machine cannot be measured; the last figures count on.",
+    "memory.peaks_away": "What models came to hold cannot be read from the database or written to it; it is tried again.",
     "model.pulling": "A model's file is being fetched.",
     "model.pull_failed": "A model's file could not be fetched.",
     "upstream.circuit_opened": "A provider failed several times in a row and is left alone for a while.",
@@ -84,6 +91,18 @@ class Metrics:
         self.batch_running = self._gauge("batch_running", "Places in use by batch work.", "model")
         self.batch_waiting = self._gauge("batch_waiting", "Lines of batches that wait for a place.", "model")
         self.preemptions = self._counter("preemptions", "Places taken back from batch work.", "model")
+        self.pace_level = self._gauge("pace_level", "Places of batch work that do no harm beside online work.", "device")
+        self.paused = self._gauge("paused_engines", "Engines that stand still for online work.", "device")
+        self.paused_seconds = self._counter("paused_seconds", "Time that engines stood still.", "device")
+        self.memory_total = self._gauge("memory_total_bytes", "What engines may take in all.", "device")
+        self.memory_available = self._gauge("memory_available_bytes", "What nobody has taken.", "device")
+        self.memory_measured = self._gauge("memory_measured_bytes", "What engines hold.", "model", "device")
+        self.memory_charged = self._gauge("memory_charged_bytes", "What is reserved for engines.", "model", "device")
+        self.memory_peak = self._gauge("memory_peak_bytes", "The most one process came to.", "model", "device")
+        self.memory_gate = self._gauge("memory_gate_open", "Whether the machine is well enough to load models.")
+        self.host_cpu = self._gauge("host_cpu_share", "Share of the processors in use.")
+        self.celsius = self._gauge("celsius", "Temperature of the hottest sensor.", "device")
+        self.gpu_utilisation = self._gauge("gpu_utilisation_share", "Share of the time that a GPU computes.", "device")
         self.engine_starts = self._counter("engine_starts", "Engine processes launched.", "model")
         self.engine_deaths = self._counter("engine_deaths", "Engine processes that ended unasked.", "model", "kind")
         self.quarantined = self._counter("quarantined_inputs", "Inputs put into quarantine.", "model")

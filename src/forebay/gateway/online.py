@@ -45,6 +45,7 @@ from forebay.scheduler.scheduler import Scheduler
 from forebay.telemetry import Log, Metrics
 
 _SWEEP_SECONDS = 1.0
+_SLOW_READER_SECONDS = 0.005  # what comes after a reader who took longer says nothing of the engine
 _BYTES_PER_TOKEN = 4
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -345,7 +346,7 @@ class OnlineAnswer(Response):
                     if call.stream:
                         await self._relay(visit, permit, stream, send)
                     else:
-                        body = await self._gather(visit, call, stream, send)
+                        body = await self._gather(visit, permit, call, stream, send)
             except TimeoutError:
                 raise EngineTimeout from None
         visit.waiting = Waiting.LINE
@@ -366,10 +367,13 @@ class OnlineAnswer(Response):
         clock = self._door.clock
         relay = self._call.shape.relay(self._call, rename=permit.replica.traits.remote_model is not None)
         visit.progress = relay.progress
+        ear = permit.ear
         while data := await stream.read():
-            out = relay.feed(data)
-            if not visit.first_content_at and relay.progress.content_seen:
-                visit.first_content_at = clock.monotonic()
+            out, read_at = relay.feed(data), clock.monotonic()
+            if relay.progress.content_seen:
+                visit.first_content_at = visit.first_content_at or read_at
+                if ear is not None:
+                    ear.hear(relay.progress.events, read_at)
             if relay.done and self._keep is not None:
                 self._held += out
             else:
@@ -377,6 +381,8 @@ class OnlineAnswer(Response):
                     self._account_for(visit)
                 await self._send_events(visit, send, out)
             visit.waiting, visit.since = Waiting.ENGINE, clock.monotonic()
+            if ear is not None and visit.since - read_at > _SLOW_READER_SECONDS:
+                ear.skip(relay.progress.events, visit.since)
         if not relay.done:
             raise EngineGarbled
 
@@ -389,13 +395,16 @@ class OnlineAnswer(Response):
         for message in in_pieces(events, ends=False):
             await self._send(visit, send, message)
 
-    async def _gather(self, visit: Visit, call: Call, stream: EngineStream, send: Send) -> bytes:
+    async def _gather(self, visit: Visit, permit: Permit, call: Call, stream: EngineStream, send: Send) -> bytes:
         clock = self._door.clock
         gatherer = call.shape.gatherer(call)
         visit.progress = gatherer.progress
         while data := await stream.read():
             gatherer.feed(data)
-            visit.first_content_at = visit.first_content_at or clock.monotonic()
+            read_at = clock.monotonic()
+            visit.first_content_at = visit.first_content_at or read_at
+            if permit.ear is not None:
+                permit.ear.hear(gatherer.progress.events, read_at)
             await self._between_reads(visit, send)
             visit.waiting, visit.since = Waiting.ENGINE, clock.monotonic()
         return gatherer.body()

@@ -119,7 +119,7 @@ class Pace:
 
     def joined(self, now: float) -> None:
         """An online request waits or runs from now on."""
-        if self._online == 0 and now - self._online_until >= self._settings.resume_seconds:
+        if self._alone(self._settings.resume_seconds, now):
             self._step(now, self._level, 0)
         elif self._stair > self._proven:
             self._give_up(now)
@@ -148,11 +148,10 @@ class Pace:
 
     def bound(self, now: float) -> Bound:
         """What batch work may fill now. (1) Nobody is online, and has not been for long enough; (2) the floor; (3) the level."""
-        gap = now - self._online_until if self._online == 0 else -1.0
         floor = 1 if now < self._floor_until else 0
         return Bound(
-            yielding=None if gap >= self._settings.resume_seconds else max(floor, min(self._level, self._stair)),
-            staying=None if gap >= self._settings.quiet_seconds else max(floor, self._level),
+            yielding=None if self._alone(self._settings.resume_seconds, now) else max(floor, self._allowed),
+            staying=None if self._alone(self._settings.quiet_seconds, now) else max(floor, self._level),
         )
 
     def next_look(self, now: float) -> float | None:
@@ -188,6 +187,9 @@ class Pace:
         ratio = 1 + (seconds - baseline.mean) / scale
         self._evidence.add(min(_RATIO_MAX, ratio), min(1.0, baseline.deviation / scale))
         return self._judge(now)
+
+    def _alone(self, seconds: float, now: float) -> bool:
+        return self._online == 0 and now >= self._online_until + seconds
 
     @property
     def _allowed(self) -> int:

@@ -11,13 +11,14 @@ from forebay.errors import InvalidRequest, Preempted
 from forebay.inference import Request
 from forebay.replicas.connection import EngineStream
 from forebay.replicas.replica import Replica
+from forebay.scheduler.devices import Ear
 
 
 class Permit:
     """One admitted request and the replica that it runs on. `waited_seconds` is its time in line.
 
     `on_left` is called when its block has been left, and `on_stopped` when the engine has stopped: before that, if the
-    answer was read to its end.
+    answer was read to its end. `ear`, if there is one, is told how fast the answer comes.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Permit:
         self.position = position
         self.waited_seconds = waited_seconds
         self.held = False
+        self.ear: Ear | None = None
         self.on_left: Callable[[], None] = lambda: None
         self.on_stopped: Callable[[], None] = lambda: None
         self._grace_seconds = grace_seconds

@@ -22,13 +22,15 @@ _NEW_SHARES = Shares()
 class Background:
     """The batch work of a model: the first that waits, the places that it fills, and those it has to leave free.
 
-    `starves`: none of it runs, and none has been served for as long as the floor allows.
+    `starves`: none of it runs, and none has been served for as long as the floor allows. `room` bounds the places that it
+    may fill in all, for the sake of online work on the same device; None is no bound.
     """
 
     head: Ticket | None = None
     running: int = 0
     reserved: int = 0
     starves: bool = False
+    room: int | None = None
 
 
 def rank(ticket: Ticket, now: float, ageing_seconds: float) -> tuple[float, int]:
@@ -168,6 +170,8 @@ def retry_after_seconds(waiting: int, slots: int, mean_run_seconds: float, longe
 
 def _leaves_enough(head: Ticket, background: Background, seats: list[Seats]) -> bool:
     needed = min(head.places, max((seat.slots for seat in seats), default=0))
+    if background.room is not None and background.running + (needed if background.running else 1) > background.room:
+        return False  # one that needs more places than there is room for goes alone
     return background.running + needed <= sum(seat.slots for seat in seats) - background.reserved
 
 

@@ -22,6 +22,7 @@ from forebay.inference import Priority, Request
 from forebay.replicas.replica import Replica
 from forebay.replicas.residency import Wanted
 from forebay.scheduler.demand import Demand
+from forebay.scheduler.devices import Devices
 from forebay.scheduler.permit import Permit
 from forebay.scheduler.policy import (
     Background,
@@ -37,7 +38,7 @@ from forebay.scheduler.queue import Line, Ticket
 from forebay.scheduler.router import Seats
 from forebay.scheduler.shares import Weights, equal
 from forebay.scheduler.wants import Seen, wanted
-from forebay.server_config import SchedulerSettings
+from forebay.server_config import PaceSettings, SchedulerSettings
 from forebay.telemetry import Metrics
 
 _FIRST_GUESS_SECONDS = 2.0
@@ -71,12 +72,13 @@ class Fleet(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The bounds of one model's line; without a grace of its own its engines have that of all."""
+    """The bounds of one model's line; without a grace of its own its engines have that of all, without a `device` no pace."""
 
     slots: int
     queue_places: int
     queue_timeout_seconds: float
     cancel_grace_seconds: float | None = None
+    device: str = ""
 
 
 @dataclass(slots=True)
@@ -118,6 +120,7 @@ class Scheduler:
         clock: Clock,
         metrics: Metrics,
         weights: Weights = equal,
+        pace: PaceSettings | None = None,
     ) -> None:
         self._fleet = fleet
         self._settings = settings
@@ -126,6 +129,15 @@ class Scheduler:
         self._metrics = metrics
         window = settings.headroom_seconds
         self._halls = {name: _hall(limits, weights, window) for name, limits in models.items()}
+        self._devices = Devices(
+            {name: limits.device for name, limits in models.items()},
+            fleet.replicas,
+            lambda model: len(self._halls[model].backlog),
+            lambda model: self._grant(model, self._halls[model]),
+            pace or PaceSettings(),
+            clock,
+            metrics,
+        )
         self._number = 0
         self._closed = False
         for name, hall in self._halls.items():
@@ -183,6 +195,7 @@ class Scheduler:
         hall = self._halls[model]
         alive = {replica.id for replica in self._fleet.replicas(model)}
         hall.running = {key: count for key, count in hall.running.items() if count or key in alive}
+        self._devices.changed(model)
         self._grant(model, hall)
         trouble = self._fleet.trouble(model) if len(hall.line) or len(hall.backlog) else None
         if trouble is not None:
@@ -238,6 +251,7 @@ class Scheduler:
         else:
             hall.line.join(ticket)
             hall.demand.change(ticket.places, now)
+        self._devices.joined(ticket)
         self._grant(request.model, hall)
         if hall.grants[ticket.number].done():
             return ticket, 0
@@ -291,6 +305,7 @@ class Scheduler:
         permit = Permit(request, replica, place, waited, grace, self._fleet.condemn)
         if not ticket.batch:
             self._metrics.queue_wait.labels(ticket.model).observe(waited)
+            permit.ear = self._devices.ear(ticket.model)
         elif ticket.preempted:
             permit.preempt()
         else:
@@ -331,6 +346,7 @@ class Scheduler:
     def _gone(self, hall: _Hall, ticket: Ticket) -> None:
         """What is left to do when a ticket neither waits nor runs any longer."""
         hall.seen.note(ticket, self._clock.monotonic())
+        self._devices.gone(ticket)
         if not ticket.batch:
             hall.demand.change(-ticket.places, self._clock.monotonic())
         elif not (hall.batch or len(hall.backlog) or ticket.preempted):
@@ -364,6 +380,7 @@ class Scheduler:
         else:
             hall.line.serve(ticket)
         replica.grant()
+        self._devices.granted(ticket, replica)
         hall.grants[ticket.number].set_result(replica)
 
     def _background(self, hall: _Hall, seats: list[Seats], now: float) -> Background:
@@ -377,6 +394,7 @@ class Scheduler:
             running=_places(hall.batch.values()),
             reserved=reserved(hall.demand.peak(now), slots),
             starves=not hall.batch and self._floor_at(hall) <= now,
+            room=self._devices.room(head.model),
         )
 
     def _make_room(self, hall: _Hall, online: list[Ticket], seats: list[Seats], now: float) -> None:

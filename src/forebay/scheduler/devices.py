@@ -1,0 +1,288 @@
+"""Which work is where: counts online and batch work on each device, and pauses and resumes engines as its pace says.
+
+Told by the scheduler of every change, it never awaits. It refuses to pause an engine that has anything but batch work, and
+knows no device of models that run elsewhere: those are not paced.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from forebay.clock import Clock
+from forebay.replicas.replica import Replica
+from forebay.scheduler.pace import Bound, Claim, Pace, Signal, to_run
+from forebay.scheduler.queue import Ticket
+from forebay.server_config import PaceSettings
+from forebay.telemetry import Log, Metrics
+
+_TURN_SECONDS = 10.0  # of an engine, when several want what the bound lets only one of them have
+_SAMPLE_SECONDS = 0.01  # tokens of one answer are looked at together for so long
+_SAMPLE_SECONDS_ALONE = 0.1  # the same while there is no batch work that they could tell anything about
+_FREE = Bound(None, None)
+
+
+@dataclass(slots=True)
+class _Device:
+    """What is known of one device. `batch` has the replica of each batch ticket that was granted a place on it.
+
+    `online` counts online requests by replica, `last_online` is when a model last had one. `since` is when a replica was
+    last paused or resumed. `offered` is the bound at which those who wait were last told to look again.
+    """
+
+    name: str
+    models: list[str]
+    pace: Pace
+    online: Counter[str] = field(default_factory=Counter)
+    last_online: dict[str, float] = field(default_factory=dict)
+    online_of: Counter[str] = field(default_factory=Counter)
+    batch: dict[int, tuple[Ticket, Replica]] = field(default_factory=dict)
+    since: dict[str, float] = field(default_factory=dict)
+    served_at: dict[str, float] = field(default_factory=dict)
+    offered: Bound = _FREE
+    offering: asyncio.Handle | None = None
+    alarm: tuple[float, asyncio.Task[None]] | None = None
+
+
+class Ear:
+    """Hears how fast one online answer comes."""
+
+    __slots__ = ("_device", "_devices", "_granted_at", "_model", "_since", "_tokens")
+
+    def __init__(self, devices: "Devices", device: _Device, model: str, granted_at: float) -> None:
+        self._devices = devices
+        self._device = device
+        self._model = model
+        self._granted_at = granted_at
+        self._since = -1.0
+        self._tokens = 0
+
+    def hear(self, tokens: int, now: float) -> None:
+        """The answer has so many tokens now."""
+        if self._since < 0:
+            self._devices.note(self._device, Signal.FIRST, self._model, now - self._granted_at, now)
+        else:
+            gone, new = now - self._since, tokens - self._tokens
+            if new <= 0 or gone < (_SAMPLE_SECONDS if self._device.batch else _SAMPLE_SECONDS_ALONE):
+                return
+            self._devices.note(self._device, Signal.TOKEN, self._model, gone / new, now)
+        self._since, self._tokens = now, tokens
+
+    def skip(self, tokens: int, now: float) -> None:
+        """The time until now was its reader's."""
+        if self._since >= 0:
+            self._since, self._tokens = now, tokens
+
+
+class Devices:
+    """Owned by the scheduler, which alone calls it, but for what ears hear.
+
+    `waiting` says how many batch requests of a model wait; `offer` has the scheduler look whether one of them may go on.
+    """
+
+    def __init__(
+        self,
+        device_of: Mapping[str, str],
+        replicas: Callable[[str], list[Replica]],
+        waiting: Callable[[str], int],
+        offer: Callable[[str], None],
+        settings: PaceSettings,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._replicas = replicas
+        self._waiting = waiting
+        self._offer = offer
+        self._settings = settings
+        self._clock = clock
+        self._metrics = metrics
+        self._log = Log()
+        self._devices: dict[str, _Device] = {}
+        self._of: dict[str, _Device] = {}
+        for model, name in device_of.items():
+            if name and settings.enabled:
+                device = self._devices.setdefault(name, _Device(name, [], Pace(settings)))
+                device.models.append(model)
+                self._of[model] = device
+        for device in self._devices.values():
+            self._measure(device)
+
+    def joined(self, ticket: Ticket) -> None:
+        """`ticket` waits. Online, it has batch work stand still at once."""
+        device = self._of.get(ticket.model)
+        if device is None:
+            return
+        now = self._clock.monotonic()
+        if not ticket.batch:
+            device.pace.joined(now)
+            device.online_of[ticket.model] += 1
+        self._settle(device, now)
+
+    def granted(self, ticket: Ticket, replica: Replica) -> None:
+        """`ticket` has a place on `replica`, and is about to run there."""
+        device = self._of.get(ticket.model)
+        if device is None:
+            return
+        now = self._clock.monotonic()
+        if ticket.batch:
+            device.batch[ticket.number] = (ticket, replica)
+            device.since.setdefault(replica.id, now)
+            device.served_at[ticket.model] = now
+        else:
+            device.online[replica.id] += 1
+            self._resume(device, replica, now)
+            device.pace.seen(Signal.WAIT, ticket.model, now - ticket.joined_at, now)
+        self._settle(device, now)
+
+    def gone(self, ticket: Ticket) -> None:
+        """`ticket` neither waits nor runs any longer."""
+        device = self._of.get(ticket.model)
+        if device is None:
+            return
+        now = self._clock.monotonic()
+        if ticket.batch:
+            _, replica = device.batch.pop(ticket.number, (None, None))
+            if replica is not None and not any(other is replica for _, other in device.batch.values()):
+                self._resume(device, replica, now)
+                device.since.pop(replica.id, None)
+        else:
+            device.pace.left(now)
+            device.online_of[ticket.model] -= 1
+            device.last_online[ticket.model] = now
+            if ticket.replica_id:
+                device.online[ticket.replica_id] -= 1
+                device.online += Counter()  # forgets those at nought
+        self._settle(device, now)
+
+    def changed(self, model: str) -> None:
+        """Replicas of `model` came or went, or are about to go."""
+        device = self._of.get(model)
+        if device is not None:
+            self._settle(device, self._clock.monotonic())
+
+    def room(self, model: str) -> int | None:
+        """Places that batch work of `model` may fill in all; None if as many as there are."""
+        device = self._of.get(model)
+        if device is None:
+            return None
+        now = self._clock.monotonic()
+        bound = device.pace.bound(now)
+        limit = bound.staying if self._stays(device, model, now) else bound.yielding
+        if limit is None:
+            return None
+        others = sum(
+            ticket.taken for ticket, replica in device.batch.values() if ticket.model != model and not replica.paused
+        )
+        return max(0, limit - others)
+
+    def ear(self, model: str) -> Ear | None:
+        """What hears an online answer of `model` that begins now."""
+        device = self._of.get(model)
+        return None if device is None else Ear(self, device, model, self._clock.monotonic())
+
+    def note(self, device: _Device, signal: Signal, model: str, seconds: float, now: float) -> None:
+        """An online answer took so long for `signal`."""
+        if device.pace.seen(signal, model, seconds, now):
+            self._log.debug("pace.changed", device=device.name, level=device.pace.level)
+            self._settle(device, now)
+
+    def _stays(self, device: _Device, model: str, now: float) -> bool:
+        """Whether batch work of `model` may soon run beside online work in one process, which cannot be paused."""
+        last = device.last_online.get(model)
+        if device.online_of[model] or (last is not None and now < last + self._settings.quiet_seconds):
+            return True
+        return not all(replica.traits.pausable for replica in self._replicas(model))
+
+    def _settle(self, device: _Device, now: float) -> None:
+        """Have those engines run that may, and look again when time alone changes that."""
+        if not device.batch and not any(self._waiting(model) for model in device.models):
+            device.pace.batch(0, now, held=False)
+            self._set_alarm(device, None)
+            return
+        device.pace.tick(now)
+        bound = device.pace.bound(now)
+        places, replicas = self._places(device)
+        staying = sum(places[replica.id] for replica in replicas if not self._may_pause(device, replica))
+        free = None if bound.yielding is None else max(0, bound.yielding - staying)
+        claims = [
+            Claim(replica.id, places[replica.id], not replica.paused, device.since.get(replica.id, now))
+            for replica in replicas
+            if self._may_pause(device, replica)
+        ]
+        running = to_run(claims, free, now, _TURN_SECONDS)
+        paced = sum(places[claim.replica_id] for claim in claims if claim.replica_id in running)
+        for replica in replicas:
+            if self._may_pause(device, replica) and replica.id not in running:
+                self._pause(device, replica, now)
+            else:
+                self._resume(device, replica, now)
+        held = len(running) < len(claims) or any(self._waiting(model) for model in device.models)
+        device.pace.batch(staying + (paced if free is None else min(paced, free)), now, held=held)
+        self._set_alarm(device, device.pace.next_look(now))
+        self._plan_offer(device, bound)
+
+    def _places(self, device: _Device) -> tuple[Counter[str], list[Replica]]:
+        """What batch work fills by replica, and the replicas."""
+        places: Counter[str] = Counter()
+        replicas: dict[str, Replica] = {}
+        for ticket, replica in device.batch.values():
+            places[replica.id] += ticket.taken
+            replicas[replica.id] = replica
+        return places, list(replicas.values())
+
+    def _may_pause(self, device: _Device, replica: Replica) -> bool:
+        if device.online[replica.id] or not replica.pausable:
+            return False
+        return any(other is replica for other in self._replicas(replica.model))  # not while it is to leave
+
+    def _pause(self, device: _Device, replica: Replica, now: float) -> None:
+        if replica.paused:
+            return
+        replica.pause()
+        device.since[replica.id] = now
+        self._log.debug("engine.paused", model=replica.model, replica=replica.id, device=device.name)
+
+    def _resume(self, device: _Device, replica: Replica, now: float) -> None:
+        if not replica.paused:
+            return
+        replica.resume()
+        self._metrics.paused_seconds.labels(device.name).inc(now - device.since.get(replica.id, now))
+        device.since[replica.id] = now
+        self._log.debug("engine.resumed", model=replica.model, replica=replica.id, device=device.name)
+
+    def _plan_offer(self, device: _Device, bound: Bound) -> None:
+        """Have those look again who wait for the bound to let them in, when the scheduler is done with what it does."""
+        if bound == _FREE == device.offered or device.offering is not None:
+            return
+        device.offered = bound
+        if any(self._waiting(model) for model in device.models):
+            device.offering = asyncio.get_running_loop().call_soon(self._offer_all, device)
+
+    def _offer_all(self, device: _Device) -> None:
+        """Whose batch work was served the longest time ago looks first."""
+        device.offering = None
+        for model in sorted(device.models, key=lambda one: device.served_at.get(one, 0.0)):
+            if self._waiting(model):
+                self._offer(model)
+
+    def _set_alarm(self, device: _Device, due: float | None) -> None:
+        """Look again at `due`. One that goes off too early does no harm: it sets the next."""
+        if device.alarm is not None:
+            if due is not None and device.alarm[0] <= due:
+                return
+            device.alarm[1].cancel()
+            device.alarm = None
+        if due is not None:
+            device.alarm = (due, asyncio.get_running_loop().create_task(self._look_again(device, due)))
+
+    async def _look_again(self, device: _Device, due: float) -> None:
+        await self._clock.sleep(max(0.0, due - self._clock.monotonic()))
+        device.alarm = None
+        self._settle(device, self._clock.monotonic())
+
+    def _measure(self, device: _Device) -> None:
+        def paused() -> int:
+            return len({replica.id for _, replica in device.batch.values() if replica.paused})
+
+        self._metrics.pace_level.labels(device.name).set_function(lambda: device.pace.level)
+        self._metrics.paused.labels(device.name).set_function(paused)
