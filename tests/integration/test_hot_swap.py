@@ -1,39 +1,175 @@
 """Models that do not fit into memory together take turns in it: nothing is lost, and nothing is left behind."""
 
 import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
 
-from tests.support.answers import ask
+import psutil
+
+from tests.faults.test_engine_death import begin
+from tests.support.answers import Answer, ask
 from tests.support.processes import lives
-from tests.support.server import eventually, serving
+from tests.support.server import Server, eventually, serving
 
 JSON_LOG = {"FOREBAY_LOG_FORMAT": "json"}
-MODEL = '[models.{name}]\nengine = "fake"\nmemory_bytes = {mib}_000_000\nslots = 2\n{more}\n'
-
-
-def model(name: str, mib: int = 600, more: str = "") -> str:
-    return MODEL.format(name=name, mib=mib, more=more)
-
-
+MODEL = '[models.{name}]\nengine = "fake"\nmemory_bytes = {mega}_000_000\nslots = 2\n{more}\n'
 BASE = """
 default_models = false
 [memory]
 host_bytes = 1_000_000_000
 residency_seconds = 0.1
-swap_wait_seconds = 0.5
+swap_wait_seconds = 0.3
+[supervisor]
+backoff_seconds_min = 0.05
+backoff_seconds_max = 0.2
 """
+LONG = "[[fake tokens=150 token_ms=10]]"
+
+
+def model(name: str, mega: int = 600, more: str = "") -> str:
+    return MODEL.format(name=name, mega=mega, more=more)
+
+
+PAIR = BASE + model("one") + model("two")
+
+
+def names(server: Server, event: str) -> list[str]:
+    """The models of every such event, in order."""
+    return [found["model"] for found in server.named(event)]
+
+
+async def until_state(server: Server, name: str, state: str) -> dict[str, Any]:
+    async def reached() -> dict[str, Any] | None:
+        found = await server.model(name)
+        return found if found["state"] == state else None
+
+    found: dict[str, Any] = await eventually(reached, what=f"{name} to be {state}")
+    return found
+
+
+def engines(server: Server) -> dict[str, psutil.Process]:
+    """The engine of each model that has one, by the last start of each."""
+    found = {}
+    for name in dict.fromkeys(names(server, "engine.starting")):
+        try:
+            found[name] = psutil.Process(server.engine_pid(name))
+        except (psutil.NoSuchProcess, IndexError):
+            continue
+    return {name: process for name, process in found.items() if lives(process)}
 
 
 async def test_two_models_that_do_not_fit_together_take_turns() -> None:
-    async with serving(BASE + model("one") + model("two"), environment=JSON_LOG) as server:
+    async with serving(PAIR + model("huge", 2000), environment=JSON_LOG) as server:
         for name in ("one", "two", "one"):
             assert (await ask(server, f"Hello, {name}.", model=name)).whole
-            assert len(server.engine_pids()) <= 2
-        assert [event["model"] for event in server.named("engine.starting")] == ["one", "two", "one"]
-        assert [event["model"] for event in server.named("model.swapped")] == ["one", "two"]
-        await eventually(lambda: len(server.engine_pids()) == 1, what="one engine alone")
+            assert list(engines(server)) == [name], "whoever leaves is gone before the next is launched"
+        assert names(server, "engine.starting") == ["one", "two", "one"]
+        assert names(server, "model.swapped") == ["one", "two"]
         assert (await server.model("two"))["state"] == "stopped"
         assert await server.metric("forebay_swaps_total", model="one") == 1
+
+        refused = await ask(server, "Hello?", model="huge")
+        assert (refused.status, refused.code) == (503, "model_too_large")
+        assert refused.headers["x-should-retry"] == "false"
+        assert "huge needs 1.9 GiB on host, which has 0.9 GiB." in refused.error["message"]  # type: ignore[index]
+
+        both = [ask(server, f"Caller {each}.", model=("one", "two")[each % 2]) for each in range(24)]
+        answers = await asyncio.gather(*both)
+        assert all(answer.whole for answer in answers)
+        assert len(names(server, "engine.starting")) <= 3 + 4, "those who come in turns are served together"
+        await eventually(lambda: len(engines(server)) == 1, what="one engine alone")
         family = server.family()
         assert await server.stop() == 0
         assert not [process for process in family if lives(process)]
-        _ = asyncio
+
+
+async def test_whoever_has_waited_long_enough_gets_the_memory_of_one_that_is_at_work() -> None:
+    async with serving(PAIR, environment=JSON_LOG) as server:
+        streams = [(await begin(server, f"{each} {LONG}", model="one"))[0] for each in range(2)]
+        behind = [asyncio.create_task(ask(server, f"Behind {each}.", model="one")) for each in range(4)]
+        other = asyncio.create_task(ask(server, "Hello, two.", model="two"))
+        found = await until_state(server, "two", "waiting")
+        assert "one" in found["reason"]
+        assert found["waiting"] == 1
+        listed = {each["id"]: each for each in (await server.get("/v1/models"))["data"]}
+        assert (listed["two"]["state"], listed["two"]["reason"]) == ("waiting", found["reason"])
+        await until_state(server, "one", "draining")
+        assert (await server.load("one"))[1] == 4, "it gets nothing new, and its line is held"
+        assert all([(await stream).whole for stream in streams])
+        assert (await other).whole
+        assert all(answer.whole for answer in await asyncio.gather(*behind))
+        assert names(server, "engine.starting") == ["one", "two", "one"]
+        assert await server.metric("forebay_engine_deaths_total") == 0
+
+        last, _ = await begin(server, LONG, model="one")
+        waiting = asyncio.create_task(ask(server, "Hello, two.", model="two"))
+        await until_state(server, "two", "waiting")
+        await server.post("/admin/models/two/unload")
+        assert (await waiting).code == "engine_unavailable"
+        assert (await server.model("two"))["state"] == "stopped"
+        assert (await last).whole
+
+        last, _ = await begin(server, LONG, model="one")
+        waiting = asyncio.create_task(ask(server, "Hello, two.", model="two"))
+        await until_state(server, "two", "waiting")
+        ended = await server.stop()
+        told: Answer = await waiting
+        assert (ended, told.code) == (0, "shutting_down")
+
+
+async def test_engines_that_die_while_they_leave_or_come_hold_no_memory() -> None:
+    config = PAIR + model("bad", more='options.fail_start = "exit"') + model("small", 300)
+    async with serving(config, environment=JSON_LOG) as server:
+        stream, _ = await begin(server, LONG, model="one")
+        other = asyncio.create_task(ask(server, "Hello, two.", model="two"))
+        await until_state(server, "one", "draining")
+        os.kill(server.engine_pid("one"), signal.SIGKILL)
+        assert (await stream).code == "engine_crashed"
+        assert (await other).whole
+        assert (await ask(server, "And again.", model="one")).whole
+
+        assert (await ask(server, "Hello?", model="bad")).code == "engine_unavailable"
+        assert (await ask(server, "Hello, small.", model="small")).whole
+        assert (await ask(server, "Hello, one.", model="one")).whole
+        await eventually(lambda: set(engines(server)) == {"one", "small"}, what="two engines alone")
+        os.kill(server.engine_pid("one"), signal.SIGKILL)
+        assert (await ask(server, "Hello, two.", model="two")).whole
+        assert "one" not in engines(server), "the memory of the dead went to the next"
+
+
+async def test_models_that_are_loaded_at_the_start_and_do_not_fit_together_end_serve(tmp_path: Path) -> None:
+    (tmp_path / "forebay.toml").write_text(
+        BASE + model("one", more="preload = true") + model("two", more="preload = true")
+    )
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("FOREBAY_")}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "forebay.cli", "serve", "--port", "0",
+        cwd=tmp_path, env={**inherited, "FOREBAY_ADMIN_KEY": "x" * 40},
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(30):
+            _, complaint = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    last = complaint.decode().splitlines()[-1]
+    assert process.returncode == 1
+    assert last.startswith(
+        "forebay: The models that are loaded at the start do not fit into memory together: two needs "
+    )
+    assert "Take `preload` from two or another" in last
+
+
+async def test_a_preloaded_model_that_left_is_no_reason_to_call_the_server_unready() -> None:
+    config = BASE + model("one", more="preload = true\nidle_unload_seconds = 0.5")
+    async with serving(config, environment=JSON_LOG) as server:
+        await until_state(server, "one", "stopped")
+        assert names(server, "model.idle") == ["one"]
+        assert await server.ready()
+        assert (await ask(server, "Hello again.", model="one")).whole
+        await server.post("/admin/models/one/unload")
+        assert not await server.ready(), "an operator's unload is another matter"

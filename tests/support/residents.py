@@ -204,6 +204,8 @@ class House:
 
     def _move(self, stand: Stand) -> None:
         before = stand.ready_at
+        for _, batch in stand.runs:
+            self.last[stand.kind.name, batch] = self.now
         stand.move(self.now)
         if before is None and stand.ready_at is not None:
             self.story.loads.append((self.now, stand.kind.name))

@@ -154,6 +154,7 @@ def test_a_model_that_cannot_start_is_the_first_to_leave() -> None:
     ask(home, "broken", seconds=1)
     home.stands("broken")[0].hopeful = False
     home.lines["broken"].clear()  # nobody waits for what does not come up
+    assert home.residency.refusal(home.record("two"), home.records) is None
     ask(home, "two", seconds=3)
     assert up(home, "two")
 

@@ -224,7 +224,7 @@ class Residency:
             busy=busy,
             pinned=record.settings.pinned,
             awaited=awaited,
-            idle_since=now if busy else max(ready_at, wanted.last_at or -inf),
+            idle_since=now if busy else max(0.0, ready_at, wanted.last_at or 0.0),
             loaded_at=ready_at,
             reload_seconds=keeper.load_seconds,
             last_online_at=now if online or wanted.online else wanted.last_online_at,
