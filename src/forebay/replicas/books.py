@@ -1,32 +1,192 @@
-"""What models take of memory, as far as the settings say.
+"""What is known of memory: what engines may take in all, what each model will take and what each replica holds now.
 
-It refuses to guess: a model of which nothing is known takes nothing.
+It measures every few seconds, in a thread. It refuses to decide who is loaded: the residency asks it, and the ledger
+decides.
+
+What a model will take is, in this order: what its settings say, what it was measured to come to, what its files suggest.
 """
 
+import asyncio
+from collections.abc import Callable, Iterable
+
+from forebay.clock import Clock
+from forebay.errors import SetupError
+from forebay.model_config import UpstreamModel
+from forebay.peaks import PeakStore, input_class
+from forebay.replicas import needs
 from forebay.replicas.catalog import Catalog
+from forebay.replicas.gauge import Gauge, Reading
+from forebay.replicas.health import Gate
 from forebay.replicas.keeper import Keeper
-from forebay.replicas.memory import HOST, Bytes
+from forebay.replicas.learned import Learned, largest
+from forebay.replicas.memory import HOST, Bytes, charge
 from forebay.server_config import MemorySettings
+from forebay.telemetry import Log, Metrics
 
-_PLENTY = 2**60
+Keepers = Callable[[], Iterable[tuple[str, Keeper]]]
 
 
-class DeclaredBooks:
-    """Memory by declaration alone."""
+class MeasuredBooks:
+    """The books of a server. Its constructor measures the machine once; `run` goes on measuring."""
 
-    def __init__(self, catalog: Catalog, settings: MemorySettings) -> None:
+    def __init__(
+        self, catalog: Catalog, settings: MemorySettings, gauge: Gauge, clock: Clock, metrics: Metrics, log: Log
+    ) -> None:
+        self.keepers: Keepers = tuple
+        self.gate = Gate(settings)
         self._catalog = catalog
-        self._totals = {HOST: settings.host_bytes or _PLENTY}
+        self._settings = settings
+        self._gauge = gauge
+        self._clock = clock
+        self._metrics = metrics
+        self._log = log
+        prints = {name: needs.fingerprint(catalog.get(name)) for name in catalog.names()}
+        self._learned = Learned(prints, settings.peak_days, clock, log)
+        self._estimates: dict[str, Bytes] = {}
+        self._labels: set[tuple[str, str]] = set()
+        self._held: dict[int, Bytes] = {}
+        self._unmeasured = False
+        self._take(gauge.read())
 
     def totals(self) -> Bytes:
+        """What engines may take in all, by device."""
         return self._totals
 
     def need(self, model: str) -> Bytes:
-        declared = self._catalog.get(model).memory_bytes
-        return {} if declared is None else {HOST: declared}
+        """What one more replica of `model` will take."""
+        settings = self._catalog.get(model)
+        if isinstance(settings, UpstreamModel):
+            return {}
+        told = {} if settings.memory_bytes is None else needs.declared(settings, settings.memory_bytes)
+        return {**self._expected(model), **told}
 
     def held(self, model: str, keeper: Keeper) -> Bytes:
-        return self.need(model)
+        """What a replica is charged with now. What an operator has said it takes, it is charged with at least."""
+        need, measured = self.need(model), self._measured(keeper)
+        said = self._catalog.get(model).memory_bytes is not None
+        reserved = said or keeper.ready_at is None
+        return {
+            device: charge(
+                need.get(device, 0), measured.get(device), self._learned.at_work(model, device), starting=reserved
+            )
+            for device in need.keys() | measured.keys()
+        }
 
     def closed(self) -> str | None:
-        return None
+        """Why nothing may be loaded now, if so."""
+        return self.gate.reason or None
+
+    async def recall(self, store: PeakStore) -> None:
+        """Take over what earlier starts have learned, and let later ones have what this one learns."""
+        await self._learned.recall(store)
+
+    async def run(self) -> None:
+        """Measure and learn, until cancelled."""
+        try:
+            while True:
+                await self._clock.sleep(self._settings.measure_seconds)
+                await self.measure()
+                await self._learned.save_when_due()
+        finally:
+            await self._learned.save()
+
+    async def measure(self) -> None:
+        """Measure the machine and every engine that runs."""
+        running = {pid: (model, keeper) for model, keeper in self.keepers() if (pid := _pid(keeper)) is not None}
+        try:
+            reading = await asyncio.to_thread(self._gauge.read, tuple(running))
+        except SetupError as error:
+            if not self._unmeasured:
+                self._log.warning("memory.unmeasured", reason=str(error))
+            self._unmeasured = True
+            return
+        self._unmeasured = False
+        self._take(reading)
+        for pid, (model, keeper) in running.items():
+            if _pid(keeper) == pid:
+                self._learn(model, keeper, reading.peaks.get(pid, {}))
+        self._show(reading)
+
+    def _expected(self, model: str) -> Bytes:
+        """What it was seen to come to; before it has worked at least what its files suggest."""
+        guess = self._estimate(model)
+        devices = guess.keys() | {device for device in self._totals if self._learned.most(model, device) is not None}
+        return {device: self._expected_on(model, device, guess.get(device, 0)) for device in devices}
+
+    def _expected_on(self, model: str, device: str, guess: int) -> int:
+        most = self._learned.most(model, device)
+        return most if most is not None else max(guess, self._learned.at_rest(model, device))
+
+    def _estimate(self, model: str) -> Bytes:
+        """From its files, once they are there; they do not change while the server runs."""
+        if model in self._estimates:
+            return self._estimates[model]
+        path = self._catalog.path(model) if self._catalog.needs_file(model) else None
+        gpus = {gpu.name: gpu.total_bytes for gpu in self._reading.gpus}
+        found = needs.estimate(self._catalog.get(model), path, gpus)
+        if path is None or path.exists():
+            self._estimates[model] = found
+        return found
+
+    def _measured(self, keeper: Keeper) -> Bytes:
+        pid = _pid(keeper)
+        return self._held.get(pid, {}) if pid is not None else {}
+
+    def _take(self, reading: Reading) -> None:
+        self._reading = reading
+        self._held = dict(reading.held)
+        self._totals = self._gauge.totals(reading)
+        if self.gate.update(reading):
+            if self.gate.open:
+                self._log.info("memory.gate_opened")
+            else:
+                self._log.warning("memory.gate_closed", reason=self.gate.reason)
+
+    def _learn(self, model: str, keeper: Keeper, peaks: Bytes) -> None:
+        replica = keeper.replica
+        if replica is None:
+            return
+        size = replica.largest_input if keeper.ready_at is not None else 0
+        replica.largest_input = largest(request.body for request in replica.in_flight.values())
+        for device, count in peaks.items():
+            self._learned.observe(model, device, input_class(size), count, keeper.load_seconds)
+
+    # What the metrics show.
+
+    def _show(self, reading: Reading) -> None:
+        metrics = self._metrics
+        metrics.memory_available.labels(HOST).set(reading.available_bytes)
+        for device, count in self._totals.items():
+            metrics.memory_total.labels(device).set(count)
+        metrics.memory_gate.set(int(self.gate.open))
+        metrics.host_cpu.set(reading.cpu_share)
+        if reading.celsius is not None:
+            metrics.celsius.labels(HOST).set(reading.celsius)
+        for gpu in reading.gpus:
+            metrics.memory_available.labels(gpu.name).set(gpu.total_bytes - gpu.used_bytes)
+            if gpu.celsius is not None:
+                metrics.celsius.labels(gpu.name).set(gpu.celsius)
+            if gpu.utilisation is not None:
+                metrics.gpu_utilisation.labels(gpu.name).set(gpu.utilisation)
+        self._show_models()
+
+    def _show_models(self) -> None:
+        """What replicas hold and are charged with, by model; one that is gone holds nothing."""
+        measured: dict[tuple[str, str], int] = {}
+        charged: dict[tuple[str, str], int] = {}
+        for model, keeper in self.keepers():
+            for device, count in self._measured(keeper).items():
+                measured[model, device] = measured.get((model, device), 0) + count
+            for device, count in self.held(model, keeper).items():
+                charged[model, device] = charged.get((model, device), 0) + count
+        self._labels |= measured.keys() | charged.keys()
+        for labels in self._labels:
+            self._metrics.memory_measured.labels(*labels).set(measured.get(labels, 0))
+            self._metrics.memory_charged.labels(*labels).set(charged.get(labels, 0))
+            self._metrics.memory_peak.labels(*labels).set(self._learned.most(*labels) or 0)
+
+
+def _pid(keeper: Keeper) -> int | None:
+    """The first process of the engine that it keeps now."""
+    replica = keeper.replica
+    return replica.process.pid if replica is not None and replica.process is not None else None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from forebay.errors import SetupError
 from forebay.replicas.memory import HOST
 from forebay.replicas.nvml import Gpu, Nvml
 from forebay.server_config import MemorySettings
@@ -52,7 +53,16 @@ class Gauge:
         psutil.cpu_percent()  # the first answer is for no time at all; later ones are for the time since the last
 
     def read(self, families: Iterable[int] = ()) -> Reading:
-        """Measure the machine, and what is held by each of `families`: a process and all that it started. Blocks."""
+        """Measure the machine, and what is held by each of `families`: a process and all that it started. Blocks.
+
+        Raises SetupError where this machine cannot be measured.
+        """
+        try:
+            return self._read(families)
+        except (OSError, ValueError, psutil.Error) as error:
+            raise SetupError(f"The memory of this machine cannot be measured: {error}.") from None
+
+    def _read(self, families: Iterable[int]) -> Reading:
         total, available = self._host()
         gpus = self._gpus.read() if self._gpus is not None else ()
         found = {first: _family(self._root, first) for first in families}
@@ -149,8 +159,9 @@ def _searched(first: int) -> tuple[int, ...]:
 
 def _hottest() -> float | None:
     """The hottest sensor of the machine, where psutil finds one."""
-    sensors = getattr(psutil, "sensors_temperatures", dict)()
-    return max((float(row.current) for rows in sensors.values() for row in rows), default=None)
+    look = getattr(psutil, "sensors_temperatures", None)  # not there on every system
+    rows = [row for rows in look().values() for row in rows] if look is not None else []
+    return max((float(row.current) for row in rows), default=None)
 
 
 # Control groups: a container's limits. Each group from our own up to the mount counts, in both versions.

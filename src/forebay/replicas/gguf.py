@@ -46,13 +46,14 @@ Scalar = int | float | bool | bytes
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a sound header says."""
+    """What a sound header says. `token_values`: numbers that the KV cache has for each token, if it tells."""
 
     version: int
     architecture: str
     tensors: int
     parameters: int
     context_length: int | None
+    token_values: int | None
     chat_template: str | None
 
 
@@ -243,15 +244,33 @@ def _summary(version: int, metadata: dict[bytes, Scalar], tensors: int, paramete
     architecture = _text(metadata, b"general.architecture", 64)
     if not architecture:
         raise _Unsound("it does not name its architecture")
-    context = metadata.get(f"{architecture}.context_length".encode())
     return GgufHeader(
         version=version,
         architecture=architecture,
         tensors=tensors,
         parameters=parameters,
-        context_length=context if type(context) is int and context > 0 else None,
+        context_length=_count(metadata, f"{architecture}.context_length"),
+        token_values=_token_values(metadata, architecture),
         chat_template=_text(metadata, b"tokenizer.chat_template", _TEMPLATE_BYTES_MAX),
     )
+
+
+def _token_values(metadata: dict[bytes, Scalar], architecture: str) -> int | None:
+    """Keys and values of all layers; None where the header does not tell, or tells for each layer another."""
+    layers = _count(metadata, f"{architecture}.block_count")
+    heads = _count(metadata, f"{architecture}.attention.head_count")
+    width = _count(metadata, f"{architecture}.embedding_length")
+    shared = _count(metadata, f"{architecture}.attention.head_count_kv") or heads
+    if not (layers and heads and width and shared):
+        return None
+    key = _count(metadata, f"{architecture}.attention.key_length") or width // heads
+    value = _count(metadata, f"{architecture}.attention.value_length") or width // heads
+    return layers * shared * (key + value)
+
+
+def _count(metadata: dict[bytes, Scalar], key: str) -> int | None:
+    value = metadata.get(key.encode())
+    return value if type(value) is int and value > 0 else None
 
 
 def _text(metadata: dict[bytes, Scalar], key: bytes, bytes_max: int) -> str | None:

@@ -34,7 +34,10 @@ class ReplicaState(StrEnum):
 
 
 class Replica:
-    """One live engine. A new process is a new Replica."""
+    """One live engine. A new process is a new Replica.
+
+    `largest_input`: bytes of the largest request since somebody, who measures, last set it back.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Replica:
         self.tools: bool | None = None
         self.in_flight: dict[int, Request] = {}
         self.refusing: dict[int, Request] = {}
+        self.largest_input = 0
         self.death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self.idle = asyncio.Event()
         self.idle.set()
@@ -125,6 +129,7 @@ class Replica:
         self._sequence += 1
         number = self._sequence
         self.in_flight[number] = request
+        self.largest_input = max(self.largest_input, len(request.body))
         self.idle.clear()
         if request.priority is not Priority.BATCH:
             self.resume()

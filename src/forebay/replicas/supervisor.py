@@ -102,6 +102,10 @@ class Supervisor:
         """Every model of the catalogue."""
         return list(self._models.values())
 
+    def keepers(self) -> list[tuple[str, Keeper]]:
+        """Every keeper, and whose it is."""
+        return [(record.name, keeper) for record in self._models.values() for keeper in record.keepers]
+
     def state(self, model: str) -> ModelState:
         """Where `model` is in its life."""
         record = self._models[model]

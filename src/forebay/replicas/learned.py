@@ -1,0 +1,110 @@
+"""What models were seen to hold of memory, by the size of what they worked on: for this start and for later ones.
+
+It keeps the highest figure of each class in memory and writes it to the store now and then. It refuses to believe for
+ever what a model came to once, and to hold anybody up where the store does not answer.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from forebay.clock import Clock
+from forebay.errors import ForebayError
+from forebay.peaks import Peak, PeakStore
+from forebay.telemetry import Log
+
+_DAY_SECONDS = 86_400.0
+_SAVE_SECONDS = 30.0  # between two writes
+_SAVE_SECONDS_MAX = 5.0  # for one write
+_WORTH_KEEPING = 1.02  # a figure that is higher by less than this is the same
+_AS_MUCH_AGAIN = 0.9  # what shows that a model comes to its peak still
+_AT_REST = 0  # the class of no input: what a start and rest come to
+
+
+class Learned:
+    """The peaks of all models of a server. Used on one event loop."""
+
+    def __init__(self, fingerprints: dict[str, str], peak_days: int, clock: Clock, log: Log) -> None:
+        self._fingerprints = fingerprints
+        self._believed_seconds = peak_days * _DAY_SECONDS
+        self._clock = clock
+        self._log = log
+        self._store: PeakStore | None = None
+        self._peaks: dict[tuple[str, str, int], Peak] = {}
+        self._unsaved: set[tuple[str, str, int]] = set()
+        self._saved_at = clock.monotonic()
+        self._away = False
+
+    async def recall(self, store: PeakStore) -> None:
+        """Take over what is known from earlier starts; from now on `store` gets what is learned."""
+        self._store = store
+        try:
+            for peak in await store.load(self._since()):
+                if self._fingerprints.get(peak.model) == peak.fingerprint:
+                    self._peaks.setdefault((peak.model, peak.device, peak.input_class), peak)
+        except ForebayError as error:
+            self._tell(error)
+
+    def observe(self, model: str, device: str, size_class: int, count: int, load_seconds: float) -> None:
+        """A replica of `model` came to `count` bytes while nothing larger than `size_class` was in flight on it."""
+        key, now = (model, device, size_class), self._clock.now()
+        known = self._peaks.get(key)
+        if known is None or known.measured_at < self._since() or count > known.peak_bytes * _WORTH_KEEPING:
+            self._peaks[key] = Peak(model, self._fingerprints[model], device, size_class, count, load_seconds, now)
+            self._unsaved.add(key)
+        elif count >= known.peak_bytes * _AS_MUCH_AGAIN and now - known.measured_at > _DAY_SECONDS:
+            self._peaks[key] = replace(known, measured_at=now)
+            self._unsaved.add(key)
+
+    def most(self, model: str, device: str) -> int | None:
+        """The most that a replica of `model` came to, its start included; None before it has worked."""
+        known = self._known(model, device)
+        return max(known.values()) if any(known) else None
+
+    def at_work(self, model: str, device: str) -> int | None:
+        """The most that a replica of `model` came to at work; None before it has worked."""
+        return max((count for size_class, count in self._known(model, device).items() if size_class), default=None)
+
+    def at_rest(self, model: str, device: str) -> int:
+        """The most that a start of `model` came to; 0 if it was never seen."""
+        return self._known(model, device).get(_AT_REST, 0)
+
+    async def save_when_due(self) -> None:
+        """Write what is new, if the last time was long enough ago."""
+        if self._clock.monotonic() - self._saved_at >= _SAVE_SECONDS:
+            await self.save()
+
+    async def save(self) -> None:
+        """Write what is new now. Where the store does not answer, it is written the next time."""
+        self._saved_at = self._clock.monotonic()
+        if self._store is None or not self._unsaved:
+            return
+        keys, self._unsaved = self._unsaved, set()
+        try:
+            async with self._clock.timeout(_SAVE_SECONDS_MAX):
+                await self._store.save([self._peaks[key] for key in keys], self._since())
+            self._away = False
+        except (ForebayError, TimeoutError) as error:
+            self._unsaved |= keys
+            self._tell(error)
+
+    def _known(self, model: str, device: str) -> dict[int, int]:
+        """Bytes by class, without those that nobody believes any longer."""
+        since = self._since()
+        return {
+            size_class: peak.peak_bytes
+            for (name, place, size_class), peak in self._peaks.items()
+            if (name, place) == (model, device) and peak.measured_at >= since
+        }
+
+    def _since(self) -> float:
+        return self._clock.now() - self._believed_seconds
+
+    def _tell(self, error: Exception) -> None:
+        if not self._away:
+            self._log.warning("memory.peaks_away", reason=str(error) or "it did not answer in time")
+        self._away = True
+
+
+def largest(bodies: Iterable[bytes]) -> int:
+    """The size of the largest of `bodies`."""
+    return max((len(body) for body in bodies), default=0)
