@@ -1,13 +1,16 @@
-"""A first guess at a batch, from the beginning of its input file: how many lines it has, and of which model.
+"""What can be said of a batch before its check: a first guess from the beginning of its input file, or a count of all.
 
-It refuses to judge the file: that is the check's business, which reads all of it.
+It refuses to judge the file: that is the check's business, which reads every line.
 """
 
 from dataclasses import dataclass
 
 from forebay.blobs.blobs import Blobs
+from forebay.clock import Clock, Slices
+from forebay.config import BatchSettings
 from forebay.dialects.openai.batches import parse_line
 from forebay.errors import InvalidRequest, NotFound
+from forebay.jobs.lines import raw_lines
 from forebay.store.files import File
 
 _SAMPLE_BYTES = 65_536
@@ -31,3 +34,14 @@ async def guess(blobs: Blobs, file: File, endpoint: str) -> Guess | None:
         return None
     lines = max(1, whole.count(b"\n"))
     return Guess(first.model, max(1, round(file.bytes * lines / len(whole))))
+
+
+async def count_lines(blobs: Blobs, file: File, settings: BatchSettings, clock: Clock) -> int:
+    """How many lines a file has, blank ones left out; no further than the check would read. Raises NotFound."""
+    count, slices = 0, Slices(clock)
+    async for line in raw_lines(blobs.stream(file.blob_key), settings.line_bytes_max):
+        count += line.data is None or bool(line.data.strip())
+        if count > settings.lines_max:
+            break
+        await slices.pause()
+    return count

@@ -23,6 +23,7 @@ BATCH = "batch"  # the kinds of its jobs
 CHUNK = "chunk"
 RUN = "run"  # the stages of a batch after its check
 JOIN = "join"
+LINES = "lines"  # in the payload of a batch: how many there are in its file
 PAGE_SIZE_MAX = 100
 _SMOOTHING = 0.3
 _JOB = "job_"
@@ -157,6 +158,16 @@ class BatchStore:
             .where(jobs.c.project_id == project_id, jobs.c.kind == BATCH, jobs.c.state.in_(LIVE))
         )
         return int(await transaction.scalar(query) or 0)
+
+    async def queued_lines(self, transaction: Transaction, project_id: str) -> int:
+        """How many lines of a project's live batches have not ended, for who has held the project as `unfinished` does.
+
+        Before the check of a batch that is what was counted when it came, if it was.
+        """
+        columns = (jobs.c.total, jobs.c.completed, jobs.c.failed, jobs.c.payload)
+        live = (jobs.c.project_id == project_id, jobs.c.kind == BATCH, jobs.c.state.in_(LIVE))
+        rows = await transaction.execute(sa.select(*columns).where(*live))
+        return sum((row.total or row.payload.get(LINES, 0)) - row.completed - row.failed for row in rows)
 
     async def refuse(self, transaction: Transaction, batch_id: str, errors: Sequence[Mapping[str, Any]]) -> None:
         """Keep what is wrong with the whole file."""
