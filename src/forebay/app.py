@@ -67,6 +67,7 @@ from forebay.replicas.supervisor import Supervisor
 from forebay.scheduler.assembly import Assembler
 from forebay.scheduler.painter import Painter
 from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.scheduler.shares import Weights, equal
 from forebay.scheduler.transcriber import Transcriber
 from forebay.store.batches import BATCH, CHUNK, JOIN, BatchStore
 from forebay.store.database import Database
@@ -163,7 +164,14 @@ class Imaging:
 class Machine:
     """The machine room and the hallway: whatever runs models in this process."""
 
-    def __init__(self, settings: Settings, environment: Mapping[str, str], clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        environment: Mapping[str, str],
+        clock: Clock,
+        metrics: Metrics,
+        weights: Weights = equal,
+    ) -> None:
         self.catalog = Catalog(settings)
         launcher = LocalLauncher(
             _for_engines(settings, environment),
@@ -182,6 +190,7 @@ class Machine:
             settings.supervisor.cancel_grace_seconds,
             clock,
             metrics,
+            weights,
             pace=settings.pace,
         )
         self.supervisor.on_change = self.scheduler.changed
@@ -280,6 +289,7 @@ def build_office(
         clock,
         metrics,
         works=settings.jobs.enabled,
+        weights=stores.meter.weight,
     )
 
 
@@ -327,7 +337,8 @@ def _chunk_kind(
     lines = LineRunner(
         calls, admission, machine.assembler, recorded, painted, stores.job_meter, settings, clock, metrics
     )
-    work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock)
+    weights = stores.meter.weight
+    work = ChunkWork(stores.batches, segments, stores.blobs, lines, machine.catalog, settings.batches, clock, weights)
     return Kind(
         CHUNK,
         work.perform,
@@ -365,7 +376,7 @@ class House:
         self._log = Log()
         self._stop = asyncio.Event()
         metrics = Metrics()
-        machine = Machine(settings, environment, self._clock, metrics)
+        machine = Machine(settings, environment, self._clock, metrics, stores.meter.weight)
         self._machine = machine
         self._peaks = stores.model_memory
         self._outbound = Outbound(settings.outbound, self._clock)
@@ -543,7 +554,7 @@ async def work(settings: Settings, environment: Mapping[str, str], on_ready: Cal
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        machine = Machine(settings, environment, clock, metrics)
+        machine = Machine(settings, environment, clock, metrics, stores.meter.weight)
         outbound = Outbound(settings.outbound, clock)
         images = Images(settings.media, outbound, UploadedFiles(stores.files, stores.blobs), clock)
         calls = Calls(machine.catalog, images, settings.audio.diarization_model)
