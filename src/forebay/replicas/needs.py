@@ -113,16 +113,16 @@ def _weights(path: Path | None, model: Model) -> int:
 
 
 def _folder(path: Path, variant: str | None) -> int:
-    """The weights in a folder of a pipeline: of each part those of the variant, or else the plain ones."""
-    sizes: dict[Path, dict[bool, int]] = {}
+    """The weights in a folder of a pipeline: of each part those of the variant (`model.fp16.safetensors`), or the plain."""
+    sizes: dict[Path, dict[str, int]] = {}
     for number, file in enumerate(path.rglob("*")):
         if number >= _FILES_MAX:
             break
         if file.suffix in _WEIGHTS and file.is_file():
-            named = variant is not None and f".{variant}." in file.name
+            _, _, named = file.stem.rpartition(".") if "." in file.stem else ("", "", "")
             part = sizes.setdefault(file.parent, {})
             part[named] = part.get(named, 0) + file.stat().st_size
-    return sum(part.get(True, part.get(False, 0)) for part in sizes.values())
+    return sum(part.get(variant or "", part.get("", 0)) for part in sizes.values())
 
 
 def _named(device: str) -> str:
