@@ -9,17 +9,11 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
-from pydantic import SecretStr
 
-from forebay.clock import SystemClock
-from forebay.config import Settings
-from forebay.store.database import Database
-from forebay.store.key_format import Role
-from forebay.store.keys import KeyStore
 from tests.support import postgres
 from tests.support.batches import finished, results, submit, upload
 from tests.support.images import data_url
-from tests.support.jobs import job_of, progress_of, result, rows, until_at, until_ended
+from tests.support.jobs import job_of, keys_of, progress_of, result, rows, until_at, until_ended
 from tests.support.picture_jobs import (
     EDITS,
     GENERATIONS,
@@ -86,14 +80,8 @@ async def server(url: str | None) -> AsyncIterator[Server]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def keys(server: Server, url: str | None) -> dict[str, str]:
-    """Keys of further projects, by name."""
-    secret = None if url is None else SecretStr(url)
-    database = await Database.open(Settings(data_dir=server.folder / "data", database_url=secret))
-    store = KeyStore(database, SystemClock())
-    found = {name: (await store.create_key(name))[1] for name in ("stranger", "many")}
-    found["reader"] = (await store.create_key("default", role=Role.READ_ONLY))[1]
-    await database.close()
-    return found
+    """Keys beside that of the administrator, by name."""
+    return await keys_of(server, url)
 
 
 async def made(server: Server, job_id: str, form: str | None = None) -> dict[str, Any]:

@@ -1,15 +1,19 @@
-"""Jobs over HTTP: looking, waiting, and reading what they have found or made."""
+"""Jobs over HTTP: looking, waiting, and reading what they have found or made; keys of those who do."""
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import sqlalchemy as sa
 from pydantic import SecretStr
 
+from forebay.clock import SystemClock
 from forebay.config import Settings
 from forebay.store.database import Database
+from forebay.store.key_format import Role
+from forebay.store.keys import KeyStore
 from tests.support.server import Server, eventually
 
 ENDED = {"completed", "failed", "cancelled", "expired"}
@@ -63,10 +67,24 @@ async def result(server: Server, job_id: str, form: str | None = None, key: str 
 
 async def rows(server: Server, query: str, url: str | None = None) -> list[Any]:
     """What the server's database says."""
+    async with _database(server, url) as database, database.read() as connection:
+        return [tuple(row) for row in await connection.execute(sa.text(query))]
+
+
+async def keys_of(server: Server, url: str | None = None) -> dict[str, str]:
+    """Keys of two further projects, `stranger` and `many`, and of a `reader` of the default one, by these names."""
+    async with _database(server, url) as database:
+        store = KeyStore(database, SystemClock())
+        found = {name: (await store.create_key(name))[1] for name in ("stranger", "many")}
+        found["reader"] = (await store.create_key("default", role=Role.READ_ONLY))[1]
+        return found
+
+
+@asynccontextmanager
+async def _database(server: Server, url: str | None) -> AsyncIterator[Database]:
     secret = None if url is None else SecretStr(url)
     database = await Database.open(Settings(data_dir=server.folder / "data", database_url=secret))
     try:
-        async with database.read() as connection:
-            return [tuple(row) for row in await connection.execute(sa.text(query))]
+        yield database
     finally:
         await database.close()

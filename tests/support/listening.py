@@ -23,11 +23,8 @@ async def recordings(folder: Path, *, free_bytes_min: int = 0, **settings: Any) 
         made = Recordings(
             AudioSettings(**settings), folder / "audio", way_out, stored, SystemClock(), free_bytes_min=free_bytes_min
         )
-        made.open()
-        try:
+        async with _opened(made):
             yield made
-        finally:
-            await made.close()
 
 
 @asynccontextmanager
@@ -45,11 +42,17 @@ async def pictures(
             SystemClock(),
             free_bytes_min=free_bytes_min,
         )
-        made.open()
-        try:
+        async with _opened(made):
             yield made
-        finally:
-            await made.close()
+
+
+@asynccontextmanager
+async def _opened(made: Recordings | Pictures) -> AsyncIterator[None]:
+    made.open()
+    try:
+        yield
+    finally:
+        await made.close()
 
 
 @asynccontextmanager
