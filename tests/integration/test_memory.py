@@ -1,0 +1,90 @@
+"""A running server measures its engines, learns what they come to, and loads nothing on a machine that is not well."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.answers import ask
+from tests.support.server import Server, eventually, serving
+
+MIB = 2**20
+JSON_LOG = {"FOREBAY_LOG_FORMAT": "json"}
+BASE = """
+default_models = false
+[memory]
+measure_seconds = 0.1
+available_min_share = {least}
+available_resume_share = 1.0
+[models.heavy]
+engine = "fake"
+options.ballast_bytes = 157_286_400
+[models.light]
+engine = "fake"
+"""
+
+
+def told(server: Server, model: str) -> int:
+    """What the kernel says that the engine of `model` holds, with its guard and whatever it started."""
+    guard = psutil.Process(server.guard_pid(model))
+    return sum(int(each.memory_full_info().pss) for each in (guard, *guard.children(recursive=True)))
+
+
+async def host(server: Server, metric: str, model: str) -> float:
+    return await server.metric(f"forebay_memory_{metric}_bytes", model=model, device="host")
+
+
+async def test_engines_are_measured_and_what_they_came_to_is_known_to_the_next_start(tmp_path: Path) -> None:
+    async with serving(BASE.format(least=0.0), folder=tmp_path, environment=JSON_LOG) as server:
+        for model in ("heavy", "light"):
+            assert (await ask(server, "Hello.", model=model)).whole
+
+        async def at_work() -> bool:
+            return min([await host(server, "peak", model) for model in ("heavy", "light")]) > 0
+
+        await eventually(at_work, what="both to have been measured at work")
+        for model in ("heavy", "light"):
+            measured = await host(server, "measured", model)
+            assert measured == pytest.approx(told(server, model), rel=0.05)
+            charged = await host(server, "charged", model)
+            assert measured <= charged == pytest.approx(measured, rel=0.1)
+        assert await host(server, "measured", "heavy") > 150 * MIB
+        assert await host(server, "measured", "light") < 100 * MIB
+        peak = await host(server, "peak", "heavy")
+
+        total = await server.metric("forebay_memory_total_bytes", device="host")
+        assert total <= psutil.virtual_memory().total * 0.8
+        assert await server.metric("forebay_memory_available_bytes", device="host") > 0
+        assert await server.metric("forebay_memory_gate_open") == 1
+        assert await server.metric("forebay_host_cpu_share") >= 0
+
+        await server.post("/admin/models/heavy/unload")
+
+        async def gone() -> bool:
+            return await host(server, "charged", "heavy") == 0
+
+        await eventually(gone, what="what was unloaded to hold nothing")
+        assert await server.stop() == 0
+
+    async with serving(BASE.format(least=0.0), folder=tmp_path, environment=JSON_LOG) as server:
+        await server.post("/admin/models/heavy/load")
+
+        async def recalled() -> bool:
+            return await host(server, "peak", "heavy") > 0
+
+        await eventually(recalled, what="the peak of the last life")
+        assert await host(server, "peak", "heavy") == pytest.approx(peak, rel=0.05)
+
+
+async def test_a_machine_that_is_not_well_loads_nothing_and_says_why() -> None:
+    async with serving(BASE.format(least=0.9999), environment=JSON_LOG) as server:
+        await server.post("/admin/models/light/load")
+
+        async def waits() -> bool:
+            return bool((await server.model("light"))["state"] == "waiting")
+
+        await eventually(waits, what="it to wait")
+        assert "of its memory available; it loads again at 100.0%" in (await server.model("light"))["reason"]
+        assert await server.metric("forebay_memory_gate_open") == 0
+        assert server.named("memory.gate_closed")
+        assert not server.named("engine.starting")
