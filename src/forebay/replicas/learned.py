@@ -29,7 +29,7 @@ class Learned:
         self._clock = clock
         self._log = log
         self._store: PeakStore | None = None
-        self._peaks: dict[tuple[str, str, int], Peak] = {}
+        self._peaks: dict[tuple[str, str], dict[int, Peak]] = {}  # by model and device, then by class
         self._unsaved: set[tuple[str, str, int]] = set()
         self._saved_at = clock.monotonic()
         self._away = False
@@ -40,20 +40,20 @@ class Learned:
         try:
             for peak in await store.load(self._since()):
                 if self._fingerprints.get(peak.model) == peak.fingerprint:
-                    self._peaks.setdefault((peak.model, peak.device, peak.input_class), peak)
+                    self._of(peak.model, peak.device).setdefault(peak.input_class, peak)
         except ForebayError as error:
             self._tell(error)
 
     def observe(self, model: str, device: str, size_class: int, count: int, load_seconds: float) -> None:
         """A replica of `model` came to `count` bytes while nothing larger than `size_class` was in flight on it."""
-        key, now = (model, device, size_class), self._clock.now()
-        known = self._peaks.get(key)
+        peaks, now = self._of(model, device), self._clock.now()
+        known = peaks.get(size_class)
         if known is None or known.measured_at < self._since() or count > known.peak_bytes * _WORTH_KEEPING:
-            self._peaks[key] = Peak(model, self._fingerprints[model], device, size_class, count, load_seconds, now)
-            self._unsaved.add(key)
+            peaks[size_class] = Peak(model, self._fingerprints[model], device, size_class, count, load_seconds, now)
+            self._unsaved.add((model, device, size_class))
         elif count >= known.peak_bytes * _AS_MUCH_AGAIN and now - known.measured_at > _DAY_SECONDS:
-            self._peaks[key] = replace(known, measured_at=now)
-            self._unsaved.add(key)
+            peaks[size_class] = replace(known, measured_at=now)
+            self._unsaved.add((model, device, size_class))
 
     def most(self, model: str, device: str) -> int | None:
         """The most that a replica of `model` came to, its start included; None before it has worked."""
@@ -81,20 +81,21 @@ class Learned:
         keys, self._unsaved = self._unsaved, set()
         try:
             async with self._clock.timeout(_SAVE_SECONDS_MAX):
-                await self._store.save([self._peaks[key] for key in keys], self._since())
+                rows = [self._of(model, device)[size_class] for model, device, size_class in keys]
+                await self._store.save(rows, self._since())
             self._away = False
         except (ForebayError, TimeoutError) as error:
             self._unsaved |= keys
             self._tell(error)
 
+    def _of(self, model: str, device: str) -> dict[int, Peak]:
+        return self._peaks.setdefault((model, device), {})
+
     def _known(self, model: str, device: str) -> dict[int, int]:
         """Bytes by class, without those that nobody believes any longer."""
         since = self._since()
-        return {
-            size_class: peak.peak_bytes
-            for (name, place, size_class), peak in self._peaks.items()
-            if (name, place) == (model, device) and peak.measured_at >= since
-        }
+        peaks = self._peaks.get((model, device), {})
+        return {size_class: peak.peak_bytes for size_class, peak in peaks.items() if peak.measured_at >= since}
 
     def _since(self) -> float:
         return self._clock.now() - self._believed_seconds
