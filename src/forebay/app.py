@@ -38,6 +38,7 @@ from forebay.jobs.media_work import MediaRooms
 from forebay.jobs.node import Node
 from forebay.jobs.office import Office
 from forebay.jobs.picture_lines import PictureLines
+from forebay.jobs.pruner import Sweep
 from forebay.jobs.response import ResponseEnds, ResponseWork, response_kind
 from forebay.jobs.retry import Delay, doubling
 from forebay.jobs.segments import SegmentStore
@@ -194,9 +195,15 @@ class Machine:
             pace=settings.pace,
         )
         self.supervisor.on_change = self.scheduler.changed
+        self.scheduler.well = lambda: self.memory.gate.open
+        self.memory.on_turn = self._look_again
         self.supervisor.residency.demand = self.scheduler.wanted
         self.supervisor.residency.on_leave = self.scheduler.clear_out
         self.assembler = Assembler(settings.embeddings.cache_bytes, clock, metrics)
+
+    def _look_again(self) -> None:
+        for name in self.catalog.names():
+            self.scheduler.changed(name)
 
     async def run(self) -> None:
         """Keep engines alive and measure them, until cancelled."""
@@ -221,7 +228,6 @@ def build_office(
     metrics: Metrics,
 ) -> Office:
     """The back office with every kind of job that there is."""
-    keep = settings.jobs.keep_seconds
     batches = _batch_work(settings, stores, machine, clock)
     admission = Admission(machine.catalog, machine.scheduler, settings, clock)
     rooms = MediaRooms(stores.jobs, stores.media_jobs, stores.blobs, calls, admission, stores.job_meter, clock, metrics)
@@ -236,6 +242,25 @@ def build_office(
         image_kind(images, settings.images, _delay(settings)),
         webhook_kind(stores.webhooks, outbound, settings, clock),
     ]
+
+    return Office(
+        stores.jobs,
+        stores.webhooks,
+        stores.dead_letters,
+        kinds,
+        _sweeps(settings, stores, batches),
+        stores.node,
+        settings.jobs,
+        clock,
+        metrics,
+        works=settings.jobs.enabled,
+        weights=stores.meter.weight,
+    )
+
+
+def _sweeps(settings: Settings, stores: Stores, batches: BatchWork) -> list[Sweep]:
+    """What removes whatever has outlived its time."""
+    keep = settings.jobs.keep_seconds
 
     async def finished_jobs(now: float, rows: int) -> int:
         return await stores.jobs.prune(now - keep, rows)
@@ -267,30 +292,18 @@ def build_office(
     async def usage(now: float, rows: int) -> int:
         return await stores.usage.prune(day_of(now - settings.usage.keep_days * _DAY_SECONDS), rows)
 
-    return Office(
-        stores.jobs,
-        stores.webhooks,
-        stores.dead_letters,
-        kinds,
-        [
-            finished_jobs,
-            old_dead_letters,
-            files,
-            uploads,
-            segments,
-            responses,
-            media,
-            idempotency_keys,
-            messages,
-            usage,
-        ],
-        stores.node,
-        settings.jobs,
-        clock,
-        metrics,
-        works=settings.jobs.enabled,
-        weights=stores.meter.weight,
-    )
+    return [
+        finished_jobs,
+        old_dead_letters,
+        files,
+        uploads,
+        segments,
+        responses,
+        media,
+        idempotency_keys,
+        messages,
+        usage,
+    ]
 
 
 def _batch_work(settings: Settings, stores: Stores, machine: Machine, clock: Clock) -> BatchWork:
@@ -414,6 +427,8 @@ class House:
         )
         state.image_places = Places(settings.images.requests_at_once, "pictures")
         state.intake = stores.intake
+        state.usage, state.projects = stores.usage, stores.projects
+        state.meter, state.books = stores.meter, stores.books
         state.push_tokens = PushTokens(settings.intake, self.keys, self._outbound, self._clock)
         state.metrics, state.started_at = metrics, self._clock.now()
         state.authenticator = Authenticator(self.keys, settings.auth, settings.admin_key, self._clock)

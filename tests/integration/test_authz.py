@@ -52,7 +52,8 @@ BODIES |= {
     % image_url(picture()).encode(),
     "/v1/images/generations": b'{"model": "fake", "prompt": "a", "size": "64x64"}',
 }
-FILLED_IN = {"name": "fake", "name:path": "fake"}
+BODIES["/admin/projects/{project}"] = b"{}"
+FILLED_IN = {"name": "fake", "name:path": "fake", "project": "default"}
 
 # What each caller gets, by what docs/api.md says of the route. 404 is the answer of a route that one may use, for
 # what belongs to another project; 400 that of one that makes something out of a body, which is not sent here.

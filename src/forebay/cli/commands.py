@@ -21,6 +21,8 @@ HELP = {  # the first paragraph of each command's own help; tests/house holds th
     "doctor": "Look at this machine and the configuration; status 1 if something would stop `forebay serve`.",
     "models": "List, pull, verify and remove models.",
     "keys": "Create, list and revoke API keys.",
+    "projects": "List projects, and set their shares and quotas.",
+    "usage": "Show what was used, by day and project, key, model or capability.",
     "batch": "Hand in files of requests and fetch their results.",
     "jobs": "List, show, cancel and retry jobs.",
     "dead-letters": "List, show and requeue what was given up.",

@@ -26,10 +26,12 @@ from forebay.gateway import (
     images,
     intake,
     jobs,
+    projects,
     responses,
     results,
     signed,
     uploads,
+    usage,
     webhooks,
 )
 from forebay.gateway.answers import error_answer, json_answer, read_body, shape_at
@@ -96,6 +98,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(intake.router)
     app.include_router(signed.open_router)
     app.include_router(results.router)
+    app.include_router(usage.router)
+    app.include_router(projects.router)
     app.add_exception_handler(ForebayError, _forebay_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)

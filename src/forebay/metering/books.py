@@ -126,6 +126,10 @@ class Books:
         page.totals[entry.day, account] += use
         reach("usage.journaled")
 
+    async def refresh(self) -> None:
+        """Bring the meter what is set by now. Raises StoreUnavailable and InsufficientStorage."""
+        await self._fold()
+
     async def load(self, project: str) -> None:
         """Bring the meter what a project has used. Raises StoreUnavailable and InsufficientStorage."""
         await self._fold([project])

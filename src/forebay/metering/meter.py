@@ -109,7 +109,7 @@ class Meter:
     """The balances of the projects that one process works for, and their shares."""
 
     def __init__(self, defaults: Sequence[Quota], clock: Clock) -> None:
-        self._defaults = tuple(defaults)
+        self.defaults = tuple(defaults)
         self._clock = clock
         self._limits: Mapping[str, ProjectLimits] = {}
         self._quotas: dict[str, tuple[Quota, ...]] = {}
@@ -133,7 +133,7 @@ class Meter:
         """The quotas of a project that are in force."""
         quotas = self._quotas.get(project)
         if quotas is None:
-            quotas = self._limits.get(project, ProjectLimits()).over(self._defaults)
+            quotas = self._limits.get(project, ProjectLimits()).over(self.defaults)
             self._quotas[project] = quotas
         return quotas
 

@@ -1,0 +1,229 @@
+"""Usage and quotas from outside: what is counted, who sees it, and that nobody goes beyond a quota."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.support.batches import create, finished, jsonl, line, results, upload
+from tests.support.images import data_url as image_url
+from tests.support.images import picture
+from tests.support.recordings import data_url, wav
+from tests.support.server import FAKE, Server, chat_body, eventually, serving
+
+CONFIG = FAKE + "slots = 16\nqueue_places = 200\n[usage]\nfold_seconds = 0.1\n[batches]\nsegment_seconds = 0.2\n"
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server() -> AsyncIterator[Server]:
+    async with serving(CONFIG, environment={"FOREBAY_LOG_FORMAT": "json"}) as running:
+        yield running
+
+
+def forebay(server: Server, *arguments: str) -> str:
+    """Run a command beside the server, on its database."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
+    command = [sys.executable, "-m", "forebay.cli", *arguments, "--data-dir", str(server.folder / "data")]
+    done = subprocess.run(command, env=kept, cwd=server.folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def limited(server: Server, name: str, *quotas: str) -> str:
+    """A key of a project with these quotas."""
+    key = await server.create_key(name)
+    status, shown = await post(server, f"/admin/projects/{name}", {"quotas": quotas})
+    assert status == 200, shown
+    return key
+
+
+async def post(server: Server, path: str, body: Any) -> tuple[int, Any]:
+    async with server.session.post(server.url + path, json=body, headers=server.headers) as response:
+        return response.status, await response.json()
+
+
+async def ask(server: Server, key: str, path: str, body: Any) -> tuple[int, Any, dict[str, str]]:
+    headers = {"Authorization": f"Bearer {key}"}
+    async with server.session.post(server.url + path, json=body, headers=headers) as response:
+        return response.status, await response.json(content_type=None), dict(response.headers)
+
+
+async def used(server: Server, key: str, *groups: str) -> list[dict[str, Any]]:
+    """What a project has used today."""
+    address = f"{server.url}/v1/usage?limit=1&group_by=" + ",".join(groups)
+    async with server.session.get(address, headers={"Authorization": f"Bearer {key}"}) as response:
+        assert response.status == 200, await response.text()
+        (bucket,) = (await response.json())["data"]
+        return list(bucket["results"])
+
+
+async def counted(server: Server, key: str, requests: int) -> dict[str, Any]:
+    """What a project has used when so many requests are counted; nothing more comes after."""
+
+    async def there() -> dict[str, Any] | None:
+        found = await used(server, key)
+        return found[0] if found and found[0]["num_model_requests"] >= requests else None
+
+    found: dict[str, Any] = await eventually(there, what=f"{requests} requests to be counted")
+    assert found["num_model_requests"] == requests
+    return found
+
+
+async def test_every_kind_of_work_is_counted_in_its_own_units(server: Server) -> None:
+    key = await server.create_key("kinds")
+    headers = {"Authorization": f"Bearer {key}"}
+    await ask(server, key, "/v1/chat/completions", chat_body("one two [[fake tokens=3]]"))
+    async with await server.send(chat_body("one two [[fake tokens=3]]", stream=True), **headers) as stream:
+        assert b"[DONE]" in await stream.read()
+    await ask(server, key, "/v1/embeddings", {"model": "fake", "input": ["one two", "three"]})
+    await ask(server, key, "/v1/audio/transcriptions", {"model": "fake", "url": data_url(wav(2))})
+    await ask(server, key, "/v1/images/generations", {"model": "fake", "prompt": "a", "size": "64x64", "n": 2})
+    edit = {"model": "fake", "prompt": "a", "images": [{"image_url": image_url(picture())}]}
+    assert (await ask(server, key, "/v1/images/edits", edit))[0] == 200
+    assert (await ask(server, key, "/v1/chat/completions", chat_body("[[fake status=500]]")))[0] == 500
+    assert (await ask(server, key, "/v1/chat/completions", chat_body("a", model="none")))[0] == 404
+    total = await counted(server, key, 6)
+    assert total["audio_seconds"] == 2
+    assert total["images"] == 3
+    by = {each["capability"]: each for each in await used(server, key, "capability")}
+    assert set(by) == {"chat", "embedding", "transcription", "image_generation", "image_edit"}
+    assert (by["chat"]["num_model_requests"], by["chat"]["output_tokens"]) == (2, 6)
+    assert by["chat"]["input_tokens"] > 0
+    assert by["embedding"]["input_tokens"] > 0
+    assert by["image_generation"]["megapixel_steps"] > 0
+    assert [each["model"] for each in await used(server, key, "model")] == ["fake"]
+    table = forebay(server, "usage", "--project", "kinds", "--by", "capability", "--by", "model")
+    assert "image_generation" in table
+    assert "transcription" in table
+
+
+async def test_a_stream_that_its_caller_cuts_is_counted_as_far_as_it_came(server: Server) -> None:
+    key = await server.create_key("cutter")
+    body = chat_body("[[fake tokens=400 token_ms=20]]", stream=True)
+    async with await server.send(body, Authorization=f"Bearer {key}") as stream:
+        await stream.content.readuntil(b"\n\n")
+        await stream.content.readuntil(b"\n\n")
+    found = await counted(server, key, 1)
+    assert 0 < found["output_tokens"] < 400
+
+
+async def test_of_a_hundred_at_once_exactly_as_many_pass_as_the_quota_allows(server: Server) -> None:
+    key = await limited(server, "hundred", "requests=37/day", "tokens=1000000/month")
+
+    async def one() -> tuple[int, Any, dict[str, str]]:
+        return await ask(server, key, "/v1/chat/completions", chat_body("[[fake tokens=2]]"))
+
+    answers = await asyncio.gather(*(one() for _ in range(100)))
+    assert Counter(status for status, _, _ in answers) == {200: 37, 429: 63}
+    _, refusal, headers = next(each for each in answers if each[0] == 429)
+    assert refusal["error"]["code"] == refusal["error"]["type"] == "insufficient_quota"
+    assert headers["x-quota-limit-requests"] == "37"
+    assert headers["x-quota-remaining-requests"] == "0"
+    assert headers["x-quota-reset-requests"].endswith("s")
+    assert 0 < int(headers["x-quota-remaining-tokens"]) < 1_000_000
+    assert ("retry-after" in headers) is not (headers.get("x-should-retry") == "false")
+    await counted(server, key, 37)
+    project = await server.get("/admin/projects/hundred")
+    assert next((each["quota"], each["used"]) for each in project["quotas"]) == ("requests=37/day", 37)
+
+
+async def test_no_request_goes_beyond_a_quota_of_tokens(server: Server) -> None:
+    key = await limited(server, "tokens", "tokens=1500/day")
+    body = chat_body("[[fake tokens=20]]", max_tokens=20)
+    answers = await asyncio.gather(*(ask(server, key, "/v1/chat/completions", body) for _ in range(100)))
+    passed = sum(status == 200 for status, _, _ in answers)
+    assert 0 < passed < 100
+    found = await counted(server, key, passed)
+    assert 0 < found["input_tokens"] + found["output_tokens"] <= 1500
+    status, refusal, _ = await ask(server, key, "/v1/chat/completions", chat_body("a", max_tokens=3000))
+    assert (status, refusal["error"]["code"]) == (429, "insufficient_quota")
+    for path, body in (
+        ("/v1/embeddings", {"model": "fake", "input": ["word " * 1000]}),
+        ("/v1/responses", {"model": "fake", "input": "a", "max_output_tokens": 3000, "store": False}),
+    ):
+        assert (await ask(server, key, path, body))[0] == 429
+
+
+async def test_recordings_and_pictures_beyond_a_quota_are_refused_before_they_cost_anything(server: Server) -> None:
+    key = await limited(server, "media", "audio_seconds=5/day", "megapixel_steps=1/month")
+    recording = {"model": "fake", "url": data_url(wav(2))}
+    statuses = [(await ask(server, key, "/v1/audio/transcriptions", recording))[0] for _ in range(3)]
+    assert statuses == [200, 200, 429]
+    drawing = {"model": "fake", "prompt": "a", "size": "1024x1024", "n": 2}
+    assert (await ask(server, key, "/v1/images/generations", drawing))[0] == 429
+    found = await counted(server, key, 2)
+    assert (found["audio_seconds"], found["megapixel_steps"]) == (4, 0)
+
+
+async def test_lines_of_a_batch_beyond_the_quota_are_error_lines(server: Server) -> None:
+    key = await limited(server, "lines", "requests=25/day")
+    mine = type(server)(server.process, server.folder, server.folder / "server.log")
+    mine.url, mine.key = server.url, key
+    try:
+        file = await upload(mine, jsonl(line(str(number), "[[fake tokens=2]]") for number in range(40)))
+        status, batch = await create(mine, file["id"])
+        assert status == 200, batch
+        output, errors = await results(mine, await finished(mine, batch["id"]))
+    finally:
+        await mine.disconnect()
+    assert (len(output), len(errors)) == (25, 15)
+    codes = {each["response"]["body"]["error"]["code"] for each in errors}
+    assert codes == {"insufficient_quota"}
+    found = await counted(server, key, 25)
+    assert found["output_tokens"] == batch_tokens(output)
+    assert (await used(server, key, "key"))[0]["api_key_id"].startswith("key_")
+
+
+def batch_tokens(output: list[dict[str, Any]]) -> int:
+    return sum(each["response"]["body"]["usage"]["completion_tokens"] for each in output)
+
+
+async def test_a_project_sees_its_own_and_an_administrator_everything(server: Server) -> None:
+    one, two = await server.create_key("own_a"), await server.create_key("own_b")
+    for key in (one, two, two):
+        await ask(server, key, "/v1/chat/completions", chat_body("[[fake tokens=1]]"))
+    await counted(server, one, 1)
+    await counted(server, two, 2)
+    assert [each["project"] for each in await used(server, one, "project")] == ["own_a"]
+    everything = {each["project"]: each["num_model_requests"] for each in await used(server, server.key, "project")}
+    assert (everything["own_a"], everything["own_b"]) == (1, 2)
+    other = [each["project_id"] for each in await used(server, server.key, "project") if each["project"] == "own_b"]
+    address = f"{server.url}/v1/usage?project_ids={other[0]}"
+    async with server.session.get(address, headers={"Authorization": f"Bearer {one}"}) as response:
+        assert not [each for bucket in (await response.json())["data"] for each in bucket["results"]]
+
+
+async def test_pages_of_days_and_mistakes(server: Server) -> None:
+    days: list[str] = []
+    page = ""
+    while True:
+        found = await server.get(f"/v1/usage?start_time=2026-01-01&end_time=2026-02-20&limit=31{page}")
+        days += [bucket["day"] for bucket in found["data"]]
+        if not found["has_more"]:
+            break
+        page = f"&page={found['next_page']}"
+    assert (days[0], days[-1], len(days)) == ("2026-01-01", "2026-02-20", 51)
+    for query in ("group_by=x", "start_time=x", "end_time=2026-13-01", "page=x", "bucket_width=1h", "limit=0"):
+        found = await server.get(f"/v1/usage?{query}")
+        assert found["error"]["type"] == "invalid_request_error", query
+
+
+async def test_limits_are_listed_and_set_from_the_command_line(server: Server) -> None:
+    await server.create_key("shop")
+    shown = forebay(server, "projects", "set", "shop", "--weight", "2", "--quota", "requests=9/month")
+    assert "requests=9/month" in shown
+    assert "shop" in forebay(server, "projects", "list")
+    project = await server.get("/admin/projects/shop")
+    assert (project["weight"], project["quotas"][0]["limit"]) == (2, 9)
+    status, answer = await post(server, "/admin/projects/shop", {"quotas": ["requests=9"]})
+    assert (status, answer["error"]["param"]) == (400, "quotas")
+    status, answer = await post(server, "/admin/projects/shop", {"reset": True})
+    assert (status, answer["quotas"]) == (200, [])
