@@ -23,8 +23,8 @@ from forebay.server_config import (
     HttpSettings,
     LogSettings,
     MemorySettings,
-    QuotaSettings,
     PaceSettings,
+    QuotaSettings,
     RehearsalSettings,
     SchedulerSettings,
     SupervisorSettings,
@@ -126,6 +126,11 @@ class BatchSettings(Section):
     )
     line_backoff_seconds: Seconds = Field(0.5, description="Wait before a line is tried again; it doubles with each.")
     window_seconds_min: Seconds = Field(10, description="Shortest `completion_window`.")
+    resume_prefix: bool = Field(
+        True,
+        description="Lines at temperature 0 that gave their slot to online requests go on from what they had written, "
+        "where the engine still has it in its cache; otherwise they begin anew.",
+    )
 
 
 class FileSettings(Section):

@@ -91,6 +91,8 @@ class Metrics:
         self.batch_running = self._gauge("batch_running", "Places in use by batch work.", "model")
         self.batch_waiting = self._gauge("batch_waiting", "Lines of batches that wait for a place.", "model")
         self.preemptions = self._counter("preemptions", "Places taken back from batch work.", "model")
+        self.resumes = self._counter("resumes", "Lines that went on, or could not.", "model", "outcome")
+        self.resumed_tokens = self._counter("resumed_tokens", "Tokens not written twice.", "model")
         self.pace_level = self._gauge("pace_level", "Places of batch work that do no harm beside online work.", "device")
         self.paused = self._gauge("paused_engines", "Engines that stand still for online work.", "device")
         self.paused_seconds = self._counter("paused_seconds", "Time that engines stood still.", "device")

@@ -11,6 +11,7 @@ from forebay.dialects.openai.call import Call
 from forebay.errors import CircuitOpen, Overloaded
 from forebay.jobs.pauses import Pauses
 from forebay.replicas.catalog import Catalog
+from forebay.replicas.commands import traits_of
 from forebay.scheduler.gather import Gathered, gather
 from forebay.scheduler.scheduler import Scheduler
 
@@ -28,6 +29,10 @@ class Admission:
         self._scheduler = scheduler
         self._stall_seconds = settings.supervisor.stall_seconds
         self._clock = clock
+
+    def continues(self, model: str) -> bool:
+        """Whether the engine of `model` can go on with a text from its cache."""
+        return traits_of(self._catalog.get(model)).continues
 
     def expect(self, models: Iterable[str]) -> None:
         """Have `models` up for what comes. Raises ModelNotReady and EngineUnavailable if nobody should wait for one."""

@@ -22,13 +22,13 @@ from forebay.errors import (
     ForebayError,
     ModelNotReady,
     Overloaded,
-    Preempted,
     ServerError,
     ShuttingDown,
     StoreUnavailable,
 )
 from forebay.inference import Priority
 from forebay.jobs.admission import Admission
+from forebay.jobs.continuation import Continuation
 from forebay.jobs.lines import Place
 from forebay.jobs.picture_lines import PictureLines
 from forebay.jobs.retry import doubling
@@ -95,6 +95,7 @@ class LineRunner:
     ) -> None:
         self._calls = calls
         self._admission = admission
+        self._continuation = Continuation(admission, settings, metrics)
         self._assembler = assembler
         self._speech = speech
         self._pictures = pictures
@@ -199,12 +200,8 @@ class LineRunner:
         return (await self._admission.run(named, on_read=on_read, on_opened=line.opened)).body
 
     async def _admitted(self, line: _Line, call: Call, on_read: OnRead) -> Gathered:
-        """Wait for a place as long as it takes, and run; again whenever the place was taken back."""
-        while True:
-            try:
-                return await self._admission.run(call, on_read=on_read, on_opened=line.opened)
-            except Preempted:
-                continue
+        """Wait for a place as long as it takes, and run; on or anew whenever the place was taken back."""
+        return await self._continuation.run(call, on_read=on_read, on_opened=line.opened)
 
     def _answered(self, line: _Line, model: str, gathered: Gathered) -> Result:
         if gathered.usage is not None:

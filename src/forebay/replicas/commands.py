@@ -51,7 +51,8 @@ class Traits:
     `counts_items`: it tells the tokens of each input or document;
     `truncation` is its field that lets it cut one that is too long; `logits`: it scores documents by logits;
     `input_types`: it reads queries in another way than documents. `metrics_path`: where it tells figures of its own.
-    `pausable`: it takes no harm from being stopped for minutes at any point.
+    `pausable`: it takes no harm from being stopped for minutes at any point. `continues`: it goes on with an answer that
+    was begun, and tells how much of that was in its cache.
     """
 
     probe_path: str
@@ -70,6 +71,7 @@ class Traits:
     input_types: bool = False
     metrics_path: str = ""
     pausable: bool = True
+    continues: bool = False
 
 
 def traits_of(model: Model) -> Traits:
@@ -84,6 +86,7 @@ def traits_of(model: Model) -> Traits:
                 extensions="llama.cpp",
                 sees_images=llama.mmproj_file is not None,
                 logits=True,
+                continues=llama.cache_ram_bytes > 0,
             )
         case OnnxModel(options=onnx):
             return Traits(

@@ -194,6 +194,7 @@ class GenerationGatherer:
         for event in self._reader.feed(data):
             self.progress.events += 1
             self.progress.note_usage(event)
+            self.note(event)
             self._head = self._head or event
             for choice in event["choices"]:
                 self._add(choice)
@@ -221,8 +222,11 @@ class GenerationGatherer:
             }
         )
 
+    def note(self, event: dict[str, Any]) -> None:
+        """Look at an event before it is added."""
+
     def text_of(self, index: int, text: str) -> str:
-        """What a completion says where the engine wrote `text`."""
+        """What a choice says where the engine wrote `text`."""
         return text
 
     def _add(self, wire: dict[str, Any]) -> None:
@@ -245,7 +249,7 @@ class GenerationGatherer:
         choice.finish_reason = wire.get("finish_reason") or choice.finish_reason
 
     def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
-        text = "".join(choice.text)
+        text = self.text_of(index, "".join(choice.text))
         forced = tool_call_from(text, self._call.request.id, index) if self._call.forced_tool else None
         if forced is not None:
             text, choice.finish_reason, choice.tool_calls = "", "tool_calls", {0: forced}
@@ -254,7 +258,7 @@ class GenerationGatherer:
         if self._call.kind == "completion":
             return {
                 **head,
-                "text": self.text_of(index, text),
+                "text": text,
                 "logprobs": legacy_logprobs(logprobs) or choice.columns or None,
             }
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if choice.tool_calls else "")}
