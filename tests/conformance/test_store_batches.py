@@ -17,7 +17,7 @@ from forebay.jobs.kinds import Run
 from forebay.jobs.lines import Place, pack_places, unpack_numbers
 from forebay.jobs.outcome import Interruption
 from forebay.jobs.segments import Result, SegmentStore, folder
-from forebay.store.batches import BATCH, CHUNK, JOIN, RUN, Batch, BatchStore, NewBatch
+from forebay.store.batches import BATCH, CHUNK, JOIN, LINES, RUN, Batch, BatchStore, NewBatch
 from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore, LostLine
 from forebay.store.job_state import JobState
@@ -221,3 +221,25 @@ async def test_the_rates_of_batches_that_end_at_once_are_blended(office: Office)
     for _ in range(5):
         await asyncio.gather(*(learn() for _ in range(8)))
     assert await office.jobs.line_rate("fake") == pytest.approx(10.0)
+
+
+async def test_lines_in_line_are_those_that_have_not_ended_of_batches_that_live(office: Office) -> None:
+    async def queued(project: str = "default") -> int:
+        async with office.database.begin() as transaction:
+            assert await office.batches.unfinished(transaction, project) >= 0
+            return await office.batches.queued_lines(transaction, project)
+
+    other = (await KeyStore(office.database, office.clock).get_or_create_project("other")).id
+    assert await queued() == 0
+    batch = await make(office, lines=7)
+    await make(office, other, lines=9)
+    assert await queued() == 7
+    async with office.database.begin() as transaction:
+        await office.jobs.count(transaction, batch.id, completed=2, failed=1)
+        unchecked = NewJob(BATCH, "default", id="batch_unchecked", payload={LINES: 20})
+        await office.jobs.insert(transaction, [unchecked, NewJob(BATCH, "default", id="batch_uncounted")])
+    assert await queued() == 24
+    held = await office.jobs.lease({BATCH: 2}, "a", LEASE_SECONDS)
+    for each in held:
+        await settle(office, each, JobState.FAILED)
+    assert await queued() == 4
