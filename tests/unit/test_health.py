@@ -80,3 +80,12 @@ def test_between_two_turns_there_is_always_the_whole_gap(values: list[int]) -> N
 def test_thresholds_the_wrong_way_round_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match="is at"):
         MemorySettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_it_says_how_much_is_lacking_until_it_opens() -> None:
+    gate = Gate(SETTINGS)
+    told = []
+    for available in (50, 40, 70, 80):
+        gate.update(reading(available))
+        told.append(gate.lacking_bytes)
+    assert told == [0, 40, 10, 0]

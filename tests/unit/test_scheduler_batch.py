@@ -333,3 +333,27 @@ async def test_batch_work_that_is_preempted_again_and_again_comes_to_an_end(
     online.leave()
     await settle()
     assert scheduler.load(MODEL) == (0, 0)
+
+
+async def test_batch_work_waits_while_the_machine_is_not_well(hall: tuple[Room, Scheduler, FakeClock]) -> None:
+    _, scheduler, clock = hall
+    well = False
+    scheduler.well = lambda: well
+    batch = Visitor(scheduler, request(10, Priority.BATCH))
+    await settle()
+    clock.advance(SETTINGS.batch_floor_seconds + SETTINGS.headroom_seconds)
+    await settle()
+    assert batch.waits, "nor does its floor let it in"
+    online = Visitor(scheduler, request(0))
+    await settle()
+    assert online.permit is not None
+    online.leave()
+    await settle()
+    clock.advance(SETTINGS.headroom_seconds)
+    well = True
+    scheduler.changed(MODEL)
+    await settle()
+    assert batch.permit is not None
+    batch.leave()
+    await settle()
+    assert scheduler.load(MODEL) == (0, 0)

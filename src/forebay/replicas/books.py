@@ -33,6 +33,7 @@ class MeasuredBooks:
         self, catalog: Catalog, settings: MemorySettings, gauge: Gauge, clock: Clock, metrics: Metrics, log: Log
     ) -> None:
         self.keepers: Keepers = tuple
+        self.on_turn: Callable[[], None] = lambda: None  # the gate opened or closed
         self.gate = Gate(settings)
         self._catalog = catalog
         self._settings = settings
@@ -45,12 +46,17 @@ class MeasuredBooks:
         self._estimates: dict[str, Bytes] = {}
         self._labels: set[tuple[str, str]] = set()
         self._held: dict[int, Bytes] = {}
-        self._unmeasured = False
+        self._unmeasured, self._read_at = False, 0.0
         self._take(gauge.read())
+        self._allowed = self._totals
 
     def totals(self) -> Bytes:
         """What engines may take in all, by device."""
         return self._totals
+
+    def allowed(self) -> Bytes:
+        """What engines may hold now: as much, or less while the machine has too little left for all the rest."""
+        return self._allowed
 
     def need(self, model: str) -> Bytes:
         """What one more replica of `model` will take."""
@@ -63,6 +69,8 @@ class MeasuredBooks:
     def held(self, model: str, keeper: Keeper) -> Bytes:
         """What a replica is charged with now. What an operator has said it takes, it is charged with at least."""
         need, measured = self.need(model), self._measured(keeper)
+        if keeper.asleep_at is not None:
+            return self._asleep(need, measured, fresh=self._read_at > keeper.asleep_at)
         said = self._catalog.get(model).memory_bytes is not None
         reserved = said or keeper.ready_at is None
         return {
@@ -71,6 +79,10 @@ class MeasuredBooks:
             )
             for device in need.keys() | measured.keys()
         }
+
+    def _asleep(self, need: Bytes, measured: Bytes, *, fresh: bool) -> Bytes:
+        """What one that sleeps holds still: what is measured; until then all of the host, and nothing of its GPU."""
+        return dict(measured) if fresh else {HOST: max(need.get(HOST, 0), measured.get(HOST, 0))}
 
     def closed(self) -> str | None:
         """Why nothing may be loaded now, if so."""
@@ -93,6 +105,7 @@ class MeasuredBooks:
     async def measure(self) -> None:
         """Measure the machine and every engine that runs."""
         running = {pid: (model, keeper) for model, keeper in self.keepers() if (pid := _pid(keeper)) is not None}
+        began = self._clock.monotonic()
         try:
             reading = await asyncio.to_thread(self._gauge.read, tuple(running))
         except SetupError as error:
@@ -100,12 +113,20 @@ class MeasuredBooks:
                 self._log.warning("memory.unmeasured", reason=str(error))
             self._unmeasured = True
             return
-        self._unmeasured = False
+        self._unmeasured, self._read_at = False, began
         self._take(reading)
         for pid, (model, keeper) in running.items():
             if _pid(keeper) == pid:
                 self._learn(model, keeper, reading.peaks.get(pid, {}))
+        self._allowed = self._allowance()
         self._show(reading)
+
+    def _allowance(self) -> Bytes:
+        lacking = self.gate.lacking_bytes
+        if not lacking:
+            return self._totals
+        charged = sum(self.held(model, keeper).get(HOST, 0) for model, keeper in self.keepers())
+        return {**self._totals, HOST: max(0, min(self._totals[HOST], charged - lacking))}
 
     def _expected(self, model: str) -> Bytes:
         """What it was seen to come to; before it has worked at least what its files suggest."""
@@ -141,6 +162,7 @@ class MeasuredBooks:
                 self._log.info("memory.gate_opened")
             else:
                 self._log.warning("memory.gate_closed", reason=self.gate.reason)
+            self.on_turn()
 
     def _learn(self, model: str, keeper: Keeper, peaks: Bytes) -> None:
         replica = keeper.replica

@@ -16,6 +16,12 @@ class Gate:
         self._short = False
         self._hot = False
         self._reason = ""
+        self._lacking = 0
+
+    @property
+    def lacking_bytes(self) -> int:
+        """How much more memory has to become available before it opens; 0 if that is not why it is closed."""
+        return self._lacking
 
     @property
     def open(self) -> bool:
@@ -34,6 +40,8 @@ class Gate:
         share = reading.available_bytes / max(1, reading.total_bytes)
         limit = settings.available_resume_share if self._short else settings.available_min_share
         self._short = share < limit
+        enough = int(reading.total_bytes * settings.available_resume_share)
+        self._lacking = max(0, enough - reading.available_bytes) if self._short else 0
         hottest = max((gpu.celsius for gpu in reading.gpus if gpu.celsius is not None), default=None)
         degrees = settings.gpu_celsius_resume if self._hot else settings.gpu_celsius_max
         self._hot = hottest is not None and hottest > degrees

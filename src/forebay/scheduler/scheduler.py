@@ -11,7 +11,7 @@ to admit anybody once it is closed.
 import asyncio
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -122,6 +122,7 @@ class Scheduler:
         weights: Weights = equal,
         pace: PaceSettings | None = None,
     ) -> None:
+        self.well: Callable[[], bool] = lambda: True  # whether the machine can do with batch work
         self._fleet = fleet
         self._settings = settings
         self._grace_seconds = grace_seconds
@@ -386,7 +387,7 @@ class Scheduler:
     def _background(self, hall: _Hall, seats: list[Seats], now: float) -> Background:
         waiting = _waiting(hall, hall.backlog)
         head = next(in_order(waiting, now, math.inf, hall.backlog.shares), None)
-        if head is None:
+        if head is None or not self.well():
             return _NO_BATCH
         slots = sum(seat.slots for seat in seats)
         return Background(
