@@ -7,7 +7,8 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -90,13 +91,12 @@ class Line:
     metrics: Metrics
     engine: Engine
     chance: Random
-    sent: list[str] = field(default_factory=list)
 
     async def answer(self, call: Call, cuts: list[int] | None = None) -> dict[str, Any]:
         """What becomes of the line when somebody comes each time that it has written so many tokens since it last went on."""
         running = asyncio.create_task(self.continuation.run(call, on_read=lambda: None, on_opened=lambda: None))
         for tokens in cuts or []:
-            await eventually(lambda tokens=tokens: running.done() or self._written() >= tokens, what="so many tokens")
+            await eventually(partial(self._has_written, running, tokens), what="so many tokens")
             if running.done():
                 break
             await self.interrupt()
@@ -108,9 +108,11 @@ class Line:
         assert used.prompt_tokens == body["usage"]["prompt_tokens"]
         return body
 
-    def _written(self) -> int:
+    def _has_written(self, running: "asyncio.Task[Any]", tokens: int) -> bool:
+        """Since it last went on; or whether there is nothing more to come."""
         (slot,) = self.engine.get("/slots")[1]
-        return int(slot["next_token"][0]["n_decoded"]) if slot["is_processing"] else 0
+        written = slot["next_token"][0]["n_decoded"] if slot["is_processing"] else 0
+        return running.done() or written >= tokens
 
     async def interrupt(self) -> None:
         """An online request, as long as most are."""
@@ -176,11 +178,17 @@ def said(body: dict[str, Any]) -> Any:
 
 @pytest.mark.timeout(1800)
 async def test_a_line_that_is_interrupted_says_what_it_says_undisturbed(prove: bool) -> None:
-    prompts, times, tokens = (PROMPTS, 8, 120) if prove else (PROMPTS[:3], 2, 64)
-    wrong: list[tuple[str, list[int], Any, Any]] = []
+    prompts, times, tokens = (PROMPTS, 8, 120) if prove else (PROMPTS[:2], 2, 64)
+    calls = [chat(prompt, max_tokens=tokens) for prompt in prompts]
+    calls += [
+        chat(
+            "Tell me a long story about the moon.", max_tokens=96, stop=["craters and", "of the sun", " the Earth, and"]
+        ),
+        completion("Once upon a time, in a village by the sea,", max_tokens=tokens, repeat_penalty=1.1),
+    ]
+    wrong: list[tuple[bytes, list[int], Any, Any]] = []
     async with line(7) as one:
-        for prompt in prompts:
-            call = chat(prompt, max_tokens=tokens)
+        for call in calls:
             await one.interrupt()
             await one.answer(call)
             await one.interrupt()
@@ -189,7 +197,7 @@ async def test_a_line_that_is_interrupted_says_what_it_says_undisturbed(prove: b
                 cuts = [one.chance.randrange(20, 56) for _ in range(one.chance.choice((1, 1, 2)))]
                 disturbed = said(await one.answer(call, cuts))
                 if disturbed != alone:
-                    wrong.append((prompt, cuts, alone, disturbed))
+                    wrong.append((call.request.body, cuts, alone, disturbed))
         preempted, kept = one.counted("preemptions"), one.counted("resumed_tokens")
         resumed, anew = one.counted("resumes", outcome="resumed"), one.counted("resumes", outcome="anew")
     print(f"{preempted:.0f} preemptions: {resumed:.0f} went on with {kept:.0f} tokens, {anew:.0f} began anew")
