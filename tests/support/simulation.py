@@ -18,7 +18,6 @@ from forebay.server_config import PaceSettings
 
 HEADROOM_SECONDS = 10.0
 TURN_SECONDS = 10.0
-PAUSE_SECONDS = 0.001  # what a signal takes to arrive
 MODEL = "chat"
 
 
@@ -72,13 +71,16 @@ class Engine:
 
 @dataclass(slots=True)
 class Seen:
-    """What came of a run. `yields` are the times from the first online request to the last engine's pause."""
+    """What came of a run. `left_running` counts engines that ran on when somebody came to a device without online work.
+
+    `batch_seconds` is batch work done, in seconds of one place alone; `held_longest` the longest pause of an engine.
+    """
 
     visits: list[Visit] = field(default_factory=list)
     batch_seconds: float = 0.0
     online_seconds: float = 0.0
     changes: list[tuple[float, int]] = field(default_factory=list)
-    yields: list[float] = field(default_factory=list)
+    left_running: int = 0
     held_longest: float = 0.0
     seconds: float = 0.0
 
@@ -124,7 +126,6 @@ class Simulation:
         self._waiting: deque[Visit] = deque()
         self._running = 0
         self._now = 0.0
-        self._counted_at = 0.0
 
     def run(self, arrivals: list[float], seconds: float) -> Seen:
         """Play `arrivals`; batch work is there all the time."""
@@ -155,7 +156,6 @@ class Simulation:
         gone, self._now = at - self._now, at
         share = 1 / (1 + self._running / max(1, self.machine.room))
         self.seen.batch_seconds += gone * share * min(max(1, self.machine.room), self._computing())
-        self._counted_at = at
 
     def _computing(self) -> int:
         return sum(engine.places for engine in self._engines if engine.runs) + self._lines
@@ -173,7 +173,9 @@ class Simulation:
         self._demand.change(1, self._now)
         self.pace.joined(self._now)
         self._waiting.append(visit)
-        self._apply(PAUSE_SECONDS)
+        first = self.pace.online == 1 and self.pace.bound(self._now).yielding == 0
+        self._apply()
+        self.seen.left_running += sum(engine.runs for engine in self._engines) if first else 0
         self._grant()
 
     def _grant(self) -> None:
@@ -218,7 +220,7 @@ class Simulation:
         if self._batch and due is not None:
             self._at(due, self._look)
 
-    def _apply(self, delay: float = 0.0) -> None:
+    def _apply(self) -> None:
         """Pause and resume engines, and let lines in, as the pace allows now."""
         if not self._batch:
             return
@@ -233,8 +235,6 @@ class Simulation:
                 engine.held_longest = max(engine.held_longest, self._now - engine.since)
             if runs != engine.runs:
                 engine.runs, engine.since = runs, self._now
-                if not runs and delay:
-                    self.seen.yields.append(delay)
         paced = sum(engine.places for engine in self._engines if engine.runs)
         paced = paced if places is None else min(paced, places)
         before = self.pace.next_look(self._now)

@@ -12,8 +12,11 @@ from enum import StrEnum
 from forebay.server_config import PaceSettings
 
 _WEIGHT_MIN = 1 / 32  # of a new sample in a baseline
-_SAMPLES_MIN = 3  # before a baseline is good for a comparison
+_SAMPLES_MIN = {"wait": 4, "first": 4, "token": 8}  # before a baseline is good for a comparison
 _EVIDENCE = 6  # samples for a verdict
+_EVIDENCE_SECONDS = 0.1  # at least, or there would be so many verdicts that some are wrong by chance
+_DOUBT = 1.5  # how much of the noise is taken for chance
+_DOUBT_EARLY = 4.0
 _EVIDENCE_BAD = 2  # samples for one that cannot wait
 _RATIO_MAX = 4.0  # one odd sample is no verdict
 _LEVEL_MAX = 1024
@@ -63,6 +66,7 @@ class _Baseline:
 class _Evidence:
     """Samples since the bound last changed, each as a share of its baseline."""
 
+    since: float = -math.inf
     count: int = 0
     ratios: float = 0.0
     noise: float = 0.0
@@ -73,9 +77,13 @@ class _Evidence:
         self.noise += noise
 
     @property
-    def ratio(self) -> float:
-        """Their mean, less what may be chance."""
-        return self.ratios / self.count - self.noise / self.count / math.sqrt(self.count)
+    def mean(self) -> float:
+        """How many times as long as without batch work it took."""
+        return self.ratios / self.count
+
+    def least(self, doubt: float) -> float:
+        """The same without what may be chance."""
+        return self.mean - doubt * self.noise / self.count / math.sqrt(self.count)
 
 
 class Pace:
@@ -173,10 +181,10 @@ class Pace:
         if not self._running and self._ran_until <= began:
             baseline.add(seconds, now, self._settings.baseline_seconds)
             self._rested += 1
-            return self._rested >= _EVIDENCE and baseline.count >= _SAMPLES_MIN and self._raise(now)
+            return self._rested >= _EVIDENCE and self._known(signal, model, now) and self._raise(now)
         if began < max(self._changed_at, self._floor_until) or self._running > max(1, self._allowed):
             return False
-        if not self._known(baseline, now):
+        if not self._known(signal, model, now):
             return self._rest(signal, model, now)
         scale = baseline.mean
         if signal is Signal.WAIT:  # what a caller feels is the wait and the answer's first token together
@@ -198,13 +206,17 @@ class Pace:
     def _judge(self, now: float) -> bool:
         """(1) Bad, as soon as it shows; (2) good, once there is enough of it and the bound has been used; (3) neither."""
         evidence, settings = self._evidence, self._settings
-        if evidence.count >= _EVIDENCE_BAD and evidence.ratio > settings.tolerance_bad:
+        enough = evidence.count >= _EVIDENCE and now >= evidence.since + _EVIDENCE_SECONDS
+        if (
+            evidence.count >= _EVIDENCE_BAD
+            and evidence.least(_DOUBT if enough else _DOUBT_EARLY) > settings.tolerance_bad
+        ):
             self._cut(now)
             return True
-        if evidence.count < _EVIDENCE:
+        if not enough:
             return False
-        good = evidence.ratio <= settings.tolerance_good and self._peak >= self._allowed
-        self._evidence = _Evidence()
+        good = evidence.mean <= settings.tolerance_good and self._peak >= self._allowed
+        self._evidence = _Evidence(now)
         if not good:
             return False
         self._proven = self._allowed
@@ -222,24 +234,26 @@ class Pace:
         self._step(now, level, level)
         return True
 
-    def _known(self, baseline: _Baseline | None, now: float) -> bool:
-        if baseline is None or baseline.count < _SAMPLES_MIN:
+    def _known(self, signal: Signal, model: str, now: float) -> bool:
+        baseline = self._baselines.get((model, signal, self._online.bit_length()))
+        if baseline is None or baseline.count < _SAMPLES_MIN[signal]:
             return False
         return now - baseline.at <= self._settings.baseline_seconds
 
     def _rest(self, signal: Signal, model: str, now: float) -> bool:
         """Have no batch work run for as long as it takes to see what `signal` is without, if nothing else tells."""
-        tokens = self._baselines.get((model, Signal.TOKEN, self._online.bit_length()))
-        if signal is Signal.WAIT or self._stair == 0 or (signal is Signal.FIRST and self._known(tokens, now)):
+        tells = signal is Signal.TOKEN or (signal is Signal.FIRST and not self._known(Signal.TOKEN, model, now))
+        if not tells or self._stair == 0:
             return False
         self._step(now, self._level, 0)
         return True
 
     def _give_up(self, now: float) -> None:
-        """Take back a step up that there has been no verdict on, or a bad one if that is what it would have been."""
-        if self._evidence.count and self._evidence.ratio > self._settings.tolerance_bad:
+        """Take back a step up that there has been no verdict on, unless what was seen of it is enough for one."""
+        evidence, settings = self._evidence, self._settings
+        if evidence.count >= _EVIDENCE_BAD and evidence.least(_DOUBT) > settings.tolerance_bad:
             self._cut(now)
-        else:
+        elif evidence.count < _EVIDENCE or evidence.mean > settings.tolerance_good:
             self._step(now, min(self._level, self._proven), self._proven)
 
     def _cut(self, now: float) -> None:
@@ -252,7 +266,7 @@ class Pace:
     def _step(self, now: float, level: int, stair: int) -> None:
         self._level, self._stair, self._changed_at = level, stair, now
         self._proven = min(self._proven, stair)
-        self._evidence, self._rested, self._peak = _Evidence(), 0, self._running
+        self._evidence, self._rested, self._peak = _Evidence(now), 0, self._running
 
 
 @dataclass(frozen=True, slots=True)
