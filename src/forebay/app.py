@@ -55,7 +55,7 @@ from forebay.metering.jobs import JobMeter
 from forebay.metering.meter import Meter
 from forebay.model_config import UpstreamModel
 from forebay.outbound import Outbound
-from forebay.quotas import day_of
+from forebay.quotas import Resource, day_of
 from forebay.replicas.books import MeasuredBooks
 from forebay.replicas.calls import Calls
 from forebay.replicas.catalog import Catalog
@@ -110,8 +110,9 @@ class Stores:
         self.node = node
         self.blobs = open_blobs(settings)
         self.keys = KeyStore(database, clock)
-        self.files = FileStore(database, clock, settings.files)
-        self.uploads = UploadStore(database, clock, settings.files)
+        self.meter = Meter(settings.quotas.parsed, clock)
+        self.files = FileStore(database, clock, settings.files, self._stored_bytes)
+        self.uploads = UploadStore(database, clock, settings.files, self._stored_bytes)
         self.jobs = JobStore(database, clock, settings.jobs.log_lines_max)
         self.webhooks = WebhookStore(database, clock, settings.webhooks)
         self.dead_letters = DeadLetterStore(database, clock)
@@ -125,11 +126,13 @@ class Stores:
         self.model_memory = ModelMemoryStore(database)
         self.usage = UsageStore(database, clock)
         self.projects = ProjectStore(database, clock)
-        self.meter = Meter(settings.quotas.parsed, clock)
         self.books = Books(
             self.usage, self.projects, self.meter, settings.data_dir / "usage", node, settings.usage, clock
         )
         self.job_meter = JobMeter(self.meter, self.usage)
+
+    def _stored_bytes(self, project: str) -> int | None:
+        return self.meter.level(project, Resource.STORED_BYTES)
 
 
 class Speech:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
-from forebay.errors import InvalidRequest
+from forebay.errors import InvalidRequest, QuotaExceeded
 
 AMOUNT_MAX = 2**53
 WEIGHT_MIN, WEIGHT_MAX = 0.01, 100.0
@@ -28,6 +28,14 @@ class Resource(StrEnum):
     QUEUED_LINES = "queued_lines"
 
 
+NOUNS = {
+    Resource.REQUESTS: "requests",
+    Resource.TOKENS: "tokens",
+    Resource.AUDIO_SECONDS: "seconds of sound",
+    Resource.MEGAPIXEL_STEPS: "megapixel-steps of pictures",
+    Resource.STORED_BYTES: "bytes in files",
+    Resource.QUEUED_LINES: "lines of batches in line",
+}
 LEVELS = frozenset({Resource.STORED_BYTES, Resource.QUEUED_LINES})
 _FINE = {Resource.AUDIO_SECONDS: 1000, Resource.MEGAPIXEL_STEPS: 1_000_000}  # parts of a unit that are counted
 
@@ -207,3 +215,18 @@ def parse_quotas(texts: Iterable[str]) -> tuple[Quota, ...]:
     if len(quotas) > QUOTAS_MAX or len({(quota.resource, quota.period) for quota in quotas}) < len(quotas):
         raise InvalidRequest("The same quota is given twice.", param="quotas")
     return quotas
+
+
+def check_level(resource: Resource, limit: int | None, held: int, wanted: int) -> None:
+    """Raise QuotaExceeded if `wanted` more beside the `held` are more than `limit`."""
+    if limit is not None and held + wanted > limit:
+        name = resource.replace("_", "-")
+        error = QuotaExceeded(
+            f"This project may have {limit} {NOUNS[resource]} at once, has {held}, and this would be {wanted} more."
+            " Remove some or wait until they are done, or ask the operator for more."
+        )
+        error.headers = {
+            f"x-quota-limit-{name}": str(limit),
+            f"x-quota-remaining-{name}": str(max(0, limit - held)),
+        }
+        raise error

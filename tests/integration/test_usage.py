@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
@@ -184,6 +185,22 @@ async def test_lines_of_a_batch_beyond_the_quota_are_error_lines(server: Server)
 
 def batch_tokens(output: list[dict[str, Any]]) -> int:
     return sum(each["response"]["body"]["usage"]["completion_tokens"] for each in output)
+
+
+async def test_stored_bytes_are_a_level_that_falls_again(server: Server) -> None:
+    key = await limited(server, "stored", "stored_bytes=1000")
+    file = await upload(server, b"x" * 900, purpose="user_data", key=key)
+    form = aiohttp.FormData({"purpose": "user_data"})
+    form.add_field("file", b"y" * 101, filename="y")
+    headers = {"Authorization": f"Bearer {key}"}
+    async with server.session.post(f"{server.url}/v1/files", data=form, headers=headers) as response:
+        refusal = await response.json()
+        assert (response.status, refusal["error"]["code"]) == (429, "insufficient_quota")
+        assert response.headers["x-quota-remaining-stored-bytes"] == "100"
+        assert "retry-after" not in response.headers
+    async with server.session.delete(f"{server.url}/v1/files/{file['id']}", headers=headers) as response:
+        assert response.status == 200
+    await upload(server, b"z" * 1000, purpose="user_data", key=key)
 
 
 async def test_a_project_sees_its_own_and_an_administrator_everything(server: Server) -> None:

@@ -12,19 +12,24 @@ from dataclasses import dataclass, field, replace
 
 from forebay.clock import Clock
 from forebay.errors import QuotaExceeded
-from forebay.quotas import NOTHING, Account, Amounts, Counted, Period, ProjectLimits, Quota, Resource, Use, parts_of
+from forebay.quotas import (
+    NOTHING,
+    NOUNS,
+    Account,
+    Amounts,
+    Counted,
+    Period,
+    ProjectLimits,
+    Quota,
+    Resource,
+    Use,
+    check_level,
+    parts_of,
+)
 
 Record = Callable[[Account, Use], None]
 Estimate = Callable[[], Amounts]
 _RETRY_SECONDS_MAX = 60.0  # clients wait no longer
-_NOUNS = {
-    Resource.REQUESTS: "requests",
-    Resource.TOKENS: "tokens",
-    Resource.AUDIO_SECONDS: "seconds of sound",
-    Resource.MEGAPIXEL_STEPS: "megapixel-steps of pictures",
-    Resource.STORED_BYTES: "bytes in files",
-    Resource.QUEUED_LINES: "lines of batches in line",
-}
 
 
 @dataclass(slots=True)
@@ -307,7 +312,7 @@ class Meter:
         return math.ceil(quota.period.ends_at(now) - now)
 
     def _exceeded(self, project: str, quota: Quota, wanted: Amounts) -> QuotaExceeded:
-        parts, noun = parts_of(quota.resource), _NOUNS[quota.resource]
+        parts, noun = parts_of(quota.resource), NOUNS[quota.resource]
         seconds = self._seconds_left(quota)
         needed = math.ceil(wanted.of(quota.resource) / parts)
         error = QuotaExceeded(
@@ -317,18 +322,3 @@ class Meter:
         )
         error.headers = self.headers(project)
         return error
-
-
-def check_level(resource: Resource, limit: int | None, held: int, wanted: int) -> None:
-    """Raise QuotaExceeded if `wanted` more beside the `held` are more than `limit`."""
-    if limit is not None and held + wanted > limit:
-        name = resource.replace("_", "-")
-        error = QuotaExceeded(
-            f"This project may have {limit} {_NOUNS[resource]} at once, has {held}, and this would be {wanted} more."
-            " Remove some or wait until they are done, or ask the operator for more."
-        )
-        error.headers = {
-            f"x-quota-limit-{name}": str(limit),
-            f"x-quota-remaining-{name}": str(max(0, limit - held)),
-        }
-        raise error

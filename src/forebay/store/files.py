@@ -7,7 +7,7 @@ ends, so that whatever a crash leaves behind is found by `sweep`.
         `----------------^           its blob goes between the last two steps
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,9 +16,12 @@ import sqlalchemy as sa
 from forebay.clock import Clock, new_id
 from forebay.config import FileSettings
 from forebay.errors import Conflict, InsufficientStorage, NotFound, StoreUnavailable
+from forebay.quotas import Resource, check_level
 from forebay.store.database import Database, Transaction
 from forebay.store.job_state import LIVE
 from forebay.store.tables import batches, files, jobs, projects, upload_parts, uploads
+
+Quota = Callable[[str], int | None]  # the bytes that a project may keep, where it is given fewer than all may
 
 LEFTOVER_SECONDS = 86_400  # nobody writes one blob for longer
 PAGE_SIZE_MAX = 10_000
@@ -51,22 +54,30 @@ class Remover(Protocol):
         ...
 
 
+def no_quota(_project_id: str) -> int | None:
+    """Nobody is given fewer than all may."""
+    return None
+
+
 class FileStore:
     """Every statement about files."""
 
-    def __init__(self, database: Database, clock: Clock, settings: FileSettings | None = None) -> None:
+    def __init__(
+        self, database: Database, clock: Clock, settings: FileSettings | None = None, quota: Quota = no_quota
+    ) -> None:
         self.database = database
         self._clock = clock
         self._settings = settings or FileSettings()
+        self._quota = quota
 
     async def begin(self, project_id: str, filename: str = "", purpose: str = "") -> File:
         """A file whose blob is about to be written: nobody sees it before `finish`.
 
-        Raises InsufficientStorage if the project has no room at all. Whoever fails calls `discard`.
+        Raises InsufficientStorage or QuotaExceeded if the project has no room at all. Whoever fails calls `discard`.
         """
         file = _new(project_id, new_id("file"), filename, purpose, self._clock.now())
         async with self.database.begin() as transaction:
-            await check_quota(transaction, project_id, 1, self._settings.project_bytes_max)
+            await self._check(transaction, project_id, 1)
             await transaction.execute(sa.insert(files).values(_row(file)))
         return file
 
@@ -75,10 +86,10 @@ class FileStore:
     ) -> File:
         """Make a begun file ready, with the name and purpose that `file` has by now.
 
-        `keep_seconds` from now it expires; None keeps it. Raises InsufficientStorage if the project has no room for it,
-        NotFound if it was swept.
+        `keep_seconds` from now it expires; None keeps it. Raises InsufficientStorage or QuotaExceeded if the project has no
+        room for it, NotFound if it was swept.
         """
-        await check_quota(transaction, file.project_id, size, self._settings.project_bytes_max)
+        await self._check(transaction, file.project_id, size)
         values = _ready(file, size, sha256, self._clock.now(), keep_seconds)
         query = (
             sa.update(files).where(files.c.id == file.id, files.c.state == "uploading").values(values).returning(files)
@@ -201,6 +212,10 @@ class FileStore:
             await self._remove(blobs, file_id)
         return len(found)
 
+    async def _check(self, transaction: Transaction, project_id: str, size: int) -> None:
+        bytes_max = self._settings.project_bytes_max
+        await check_quota(transaction, project_id, size, bytes_max, self._quota(project_id))
+
     def _visible(self, project_id: str) -> sa.Select[Any]:
         return sa.select(files).where(*_can_be_read(project_id, self._clock.now()))
 
@@ -220,8 +235,13 @@ def blob_key(file_id: str) -> str:
     return f"files/{file_id}"
 
 
-async def check_quota(transaction: Transaction, project_id: str, size: int, bytes_max: int) -> None:
-    """Raise InsufficientStorage unless the project may keep `size` more bytes; holds the project for the transaction."""
+async def check_quota(
+    transaction: Transaction, project_id: str, size: int, bytes_max: int, quota: int | None = None
+) -> None:
+    """Raise unless the project may keep `size` more bytes; holds the project for the transaction.
+
+    InsufficientStorage where that is more than any may, QuotaExceeded where it is more than its own quota.
+    """
     # On PostgreSQL two who ask at once wait for each other; SQLite has one writer anyway.
     held = sa.select(projects.c.id).where(projects.c.id == project_id).with_for_update(key_share=True)
     await transaction.execute(held)
@@ -237,6 +257,7 @@ async def check_quota(transaction: Transaction, project_id: str, size: int, byte
     used += await transaction.scalar(parts) or 0
     if used + size > bytes_max or count > FILES_PER_PROJECT_MAX:
         raise InsufficientStorage("This project's files take all the room that it may have. Delete some of them.")
+    check_level(Resource.STORED_BYTES, quota, int(used), size)
 
 
 def _new(project_id: str, file_id: str, filename: str, purpose: str, now: float) -> File:

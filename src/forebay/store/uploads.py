@@ -15,7 +15,7 @@ from forebay.clock import Clock, new_id
 from forebay.config import FileSettings
 from forebay.errors import InsufficientStorage, InvalidRequest, NotFound, Overloaded, StoreUnavailable
 from forebay.store.database import Database, Transaction
-from forebay.store.files import LEFTOVER_SECONDS, File, Remover, check_quota
+from forebay.store.files import LEFTOVER_SECONDS, File, Quota, Remover, check_quota, no_quota
 from forebay.store.tables import upload_parts, uploads
 
 PENDING_PER_PROJECT_MAX = 1000
@@ -54,10 +54,13 @@ class Part:
 class UploadStore:
     """Every statement about uploads and their parts."""
 
-    def __init__(self, database: Database, clock: Clock, settings: FileSettings | None = None) -> None:
+    def __init__(
+        self, database: Database, clock: Clock, settings: FileSettings | None = None, quota: Quota = no_quota
+    ) -> None:
         self.database = database
         self._clock = clock
         self._settings = settings or FileSettings()
+        self._quota = quota
 
     async def create(
         self,
@@ -70,8 +73,8 @@ class UploadStore:
         size: int,
         file_expires_after_seconds: int | None = None,
     ) -> Upload:
-        """A new upload. Raises InsufficientStorage where the project has no room, Overloaded if it has too many."""
-        await check_quota(transaction, project_id, size, self._settings.project_bytes_max)
+        """A new upload. Raises InsufficientStorage or QuotaExceeded for want of room, Overloaded if there are too many."""
+        await self._check(transaction, project_id, size)
         pending = sa.select(sa.func.count()).where(uploads.c.project_id == project_id, uploads.c.status == "pending")
         if (await transaction.scalar(pending) or 0) >= PENDING_PER_PROJECT_MAX:
             raise Overloaded("This project has too many unfinished uploads.", code="too_many_uploads")
@@ -113,7 +116,7 @@ class UploadStore:
         async with self.database.begin() as transaction:
             upload = await self._get(transaction, project_id, upload_id)
             _require_pending(upload)
-            await check_quota(transaction, project_id, 1, self._settings.project_bytes_max)
+            await self._check(transaction, project_id, 1)
             if (await transaction.scalar(count) or 0) >= self._settings.parts_max:
                 raise InvalidRequest(f"An upload has at most {self._settings.parts_max} parts.")
             await transaction.execute(sa.insert(upload_parts).values(_row(upload_parts, part)))
@@ -123,7 +126,7 @@ class UploadStore:
         """Make a part ready. Raises NotFound or InvalidRequest if its upload is over by now."""
         upload = await self._get(transaction, project_id, part.upload_id)
         _require_pending(upload)
-        await check_quota(transaction, project_id, size, self._settings.project_bytes_max)
+        await self._check(transaction, project_id, size)
         query = (
             sa.update(upload_parts)
             .where(upload_parts.c.id == part.id, upload_parts.c.state == "uploading")
@@ -178,6 +181,10 @@ class UploadStore:
                 await self._remove(blobs, part)
             except (StoreUnavailable, InsufficientStorage):
                 return
+
+    async def _check(self, transaction: Transaction, project_id: str, size: int) -> None:
+        bytes_max = self._settings.project_bytes_max
+        await check_quota(transaction, project_id, size, bytes_max, self._quota(project_id))
 
     async def sweep(self, blobs: Remover, now: float, rows_max: int) -> int:
         """Expire uploads, and remove the parts and the rows of those that are over; how many, at most `rows_max` each."""
