@@ -103,7 +103,10 @@ class JobSettings(Section):
     prune_seconds: Seconds = Field(60, description="How often what has expired is removed.")
     prune_rows_max: Count = Field(1000, description="Rows of a kind that are removed at once.")
     log_lines_max: Count = Field(200, description="Log lines that are kept of one job.")
-    watchers_max: Count = Field(200, description="Open streams of job events; further ones get 429.")
+    watchers_max: Count = Field(
+        200,
+        description="Open streams of job events; further ones get 429, and one project leaves a quarter to the others.",
+    )
     watch_seconds: Seconds = Field(0.5, description="How often a stream of job events looks for news.")
 
 
@@ -308,7 +311,7 @@ class MediaSettings(Section):
     )
     held_bytes_max: Bytes = Field(
         512 * 2**20,
-        description="The same of all requests at the front door, running and waiting; a further one gets 429.",
+        description="The same of all requests at the front door, running and waiting; a further one gets 429, and one project leaves a quarter to the others.",
     )
     pixels_max: Annotated[int, Field(ge=1, le=2**30)] = Field(
         40_000_000, description="Pixels of one image, by its header; more gets 413."
@@ -411,7 +414,7 @@ class ImageSettings(Section):
     )
     held_bytes_max: Bytes = Field(
         1024 * 2**20,
-        description="Pixels of all requests at the front door, before and after, and pictures in answers until they are sent; more gets 429.",
+        description="Pixels of all requests at the front door, before and after, and pictures in answers until they are sent; more gets 429, and one project leaves a quarter to the others.",
     )
     prepares_at_once: Annotated[int, Field(ge=1, le=64)] = Field(
         2, description="Images that are decoded, cut out or put together at once, each in a process of its own."

@@ -62,10 +62,10 @@ async def test_images_that_are_held_have_a_bound_and_texts_pass() -> None:
     scheduler = Scheduler(Room(clock), {MODEL: Limits(1, 2, 60.0)}, SchedulerSettings(), 1.0, clock, metrics)
     settings = Settings(media=MediaSettings(held_bytes_max=1_000))
     door = Door(scheduler, Assembler(0, clock, metrics), Rates(clock), Meter((), clock), settings, clock, metrics)
-    caller = Principal("key_1", "default", Role.MEMBER)
     text = Call(request(1), "chat", stream=True, include_usage=False, tier="default", shape=GENERATION)
 
-    def shows(image_chars: int) -> Visit:
+    def shows(image_chars: int, project: str = "default") -> Visit:
+        caller = Principal("key_1", project, Role.MEMBER)
         return Visit(replace(text, image_chars=image_chars), caller, 0, 0.0)
 
     large, small = shows(5_000), shows(400)
@@ -74,9 +74,13 @@ async def test_images_that_are_held_have_a_bound_and_texts_pass() -> None:
         with door.visiting(small), pytest.raises(Overloaded):
             door.check_room(small)
         door.check_room(shows(0))
-    with door.visiting(small), door.visiting(other := shows(600)):
+    with door.visiting(small), door.visiting(other := shows(600, "other")):
         door.check_room(other)
         with pytest.raises(Overloaded) as refused:
             door.check_room(shows(1))
+    with door.visiting(small), door.visiting(shows(350)):
+        with pytest.raises(Overloaded):
+            door.check_room(shows(1))
+        door.check_room(shows(250, "other"))
     assert refused.value.retry_after_seconds == 1
     door.check_room(shows(1_000))

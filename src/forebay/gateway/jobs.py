@@ -4,6 +4,7 @@ It refuses to tell of the jobs of others, and more streams of events at once tha
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from forebay.dialects.openai.errors import body_of
 from forebay.errors import Conflict, ForebayError, NotFound, Overloaded
 from forebay.gateway.answers import error_answer, json_answer
 from forebay.gateway.auth import Principal, principal, role_at_least
+from forebay.gateway.places import of_one_project
 from forebay.gateway.streams import send_while_there
 from forebay.jobs.desk import Desk, Outlook
 from forebay.store.job_state import FINISHED, JobState
@@ -166,23 +168,32 @@ class Watchers:
         self._watchers_max = watchers_max
         self._watch_seconds = watch_seconds
         self._watched: dict[str, set[asyncio.Event]] = {}
+        self._of_projects: Counter[str] = Counter()
         self._looking: asyncio.Task[None] | None = None
 
     @contextmanager
-    def watching(self, jobs: JobStore, clock: Clock, job_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set when there is news of a job, or the server stops. Raises Overloaded if there are too many."""
-        if sum(map(len, self._watched.values())) >= self._watchers_max:
+    def watching(self, jobs: JobStore, clock: Clock, job_id: str, project_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set when there is news of a job, or the server stops. Raises Overloaded if there are too many.
+
+        One project leaves a quarter to the others.
+        """
+        own, in_all = self._of_projects[project_id], self._of_projects.total()
+        if in_all >= self._watchers_max or own >= of_one_project(self._watchers_max):
             raise Overloaded(
                 "Too many streams of job events are open. Ask for the job itself from time to time instead.",
                 code="too_many_watchers",
             )
         news = asyncio.Event()
         self._watched.setdefault(job_id, set()).add(news)
+        self._of_projects[project_id] += 1
         if self._looking is None:
             self._looking = asyncio.create_task(self._look(jobs, clock))
         try:
             yield news
         finally:
+            self._of_projects[project_id] -= 1
+            if not self._of_projects[project_id]:
+                del self._of_projects[project_id]
             self._watched[job_id].discard(news)
             if not self._watched[job_id]:
                 del self._watched[job_id]
@@ -217,7 +228,7 @@ class WatchAnswer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the job is done, the reader is gone or the server stops."""
         try:
-            with self._watchers.watching(self._desk.jobs, self._clock, self._job.id) as news:
+            with self._watchers.watching(self._desk.jobs, self._clock, self._job.id, self._job.project_id) as news:
                 await send_while_there(self._events(news), receive, send)
         except Overloaded as error:
             await error_answer(error)(scope, receive, send)

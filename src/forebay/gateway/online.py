@@ -32,6 +32,7 @@ from forebay.errors import (
 )
 from forebay.gateway.answers import error_answer
 from forebay.gateway.auth import Principal
+from forebay.gateway.places import of_one_project
 from forebay.gateway.rates import Rates
 from forebay.gateway.streams import EVENT_STREAM, in_pieces
 from forebay.metering.estimate import at_most
@@ -170,10 +171,15 @@ class Door:
             self._visits.discard(visit)
 
     def check_room(self, visit: Visit) -> None:
-        """Raise Overloaded where the images of the others leave no room for those of `visit`."""
-        wanted = visit.call.image_chars
-        held = sum(other.call.image_chars for other in self._visits if other is not visit) if wanted else 0
-        if held and held + wanted > self._images_held_max:
+        """Raise Overloaded where the images of the others, or of its project, leave no room for those of `visit`."""
+        wanted, project = visit.call.image_chars, visit.principal.project_id
+        if not wanted:
+            return
+        others = [other for other in self._visits if other is not visit]
+        held = sum(other.call.image_chars for other in others)
+        own = sum(other.call.image_chars for other in others if other.principal.project_id == project)
+        most = self._images_held_max
+        if (held and held + wanted > most) or (own and own + wanted > of_one_project(most)):
             raise Overloaded("Too many images are waiting for their models. Try again later.", retry_after_seconds=1)
 
     def settle(self, visit: Visit, error: ForebayError | None) -> None:

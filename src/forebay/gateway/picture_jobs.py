@@ -132,7 +132,7 @@ class PictureResult(Response):
                 param="format",
                 code="answer_too_long",
             )
-        with room.held(BYTES_OF_ANSWER * size) if size else nullcontext():
+        with room.held(BYTES_OF_ANSWER * size, self._job.project_id) if size else nullcontext():
             body = await _rendered(request, self._job, asked, made, pictures, delivery)
             self.headers["content-length"] = str(len(body))
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

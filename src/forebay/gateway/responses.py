@@ -290,7 +290,7 @@ class EventsAnswer(Response):
         """Send events until the last one is sent, the reader is gone or the server stops."""
         try:
             with (
-                self._watchers.watching(self._desk.jobs, self._clock, self._kept.id) as news,
+                self._watchers.watching(self._desk.jobs, self._clock, self._kept.id, self._kept.project_id) as news,
                 self._responses.database.listen(channel_of(self._kept.id)) as told,
             ):
                 await send_while_there(self._told(news, told), receive, send)
