@@ -34,7 +34,9 @@ IN_FLIGHT = SLOTS + 2  # what the engine is at, and what waits for it
 SMALL = 20
 PAUSE_SECONDS = 0.5  # at most, between two small batches
 RESUME_SECONDS_MAX = 10.0
-NAMES = tuple(name for name in commit_points.NAMES if not name.startswith(("transcription.", "image.", "intake.")))
+NAMES = tuple(
+    name for name in commit_points.NAMES if not name.startswith(("transcription.", "image.", "intake.", "usage."))
+)
 OF_THE_SERVER = frozenset({"file.blob_written", "file.row_committed", "upload.joined", "batch.created"})
 REPEATED = ("chunk.leased", "chunk.segment_written", "chunk.segment_committed", "chunk.finished", "chunk.settled")
 
