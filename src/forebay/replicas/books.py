@@ -48,7 +48,7 @@ class MeasuredBooks:
         self._held: dict[int, Bytes] = {}
         self._unmeasured, self._read_at = False, 0.0
         self._take(gauge.read())
-        self._allowed = self._totals
+        self._allowed: Bytes = self._totals
 
     def totals(self) -> Bytes:
         """What engines may take in all, by device."""
@@ -88,6 +88,10 @@ class MeasuredBooks:
         """Why nothing may be loaded now, if so."""
         return self.gate.reason or None
 
+    def measured_at(self) -> float:
+        """When engines were last measured."""
+        return self._read_at
+
     async def recall(self, store: PeakStore) -> None:
         """Take over what earlier starts have learned, and let later ones have what this one learns."""
         await self._learned.recall(store)
@@ -105,7 +109,7 @@ class MeasuredBooks:
     async def measure(self) -> None:
         """Measure the machine and every engine that runs."""
         running = {pid: (model, keeper) for model, keeper in self.keepers() if (pid := _pid(keeper)) is not None}
-        began = self._clock.monotonic()
+        since, began = self._read_at, self._clock.monotonic()
         try:
             reading = await asyncio.to_thread(self._gauge.read, tuple(running))
         except SetupError as error:
@@ -117,7 +121,7 @@ class MeasuredBooks:
         self._take(reading)
         for pid, (model, keeper) in running.items():
             if _pid(keeper) == pid:
-                self._learn(model, keeper, reading.peaks.get(pid, {}))
+                self._learn(model, keeper, reading.held.get(pid, {}), reading.peaks.get(pid, {}), since)
         self._allowed = self._allowance()
         self._show(reading)
 
@@ -164,14 +168,22 @@ class MeasuredBooks:
                 self._log.warning("memory.gate_closed", reason=self.gate.reason)
             self.on_turn()
 
-    def _learn(self, model: str, keeper: Keeper, peaks: Bytes) -> None:
+    def _learn(self, model: str, keeper: Keeper, held: Bytes, peaks: Bytes, since: float) -> None:
+        """What it came to since the last reading. Where that was its start as well, work is known only by what it holds."""
         replica = keeper.replica
         if replica is None:
             return
-        size = replica.largest_input if keeper.ready_at is not None else 0
+        size, up = input_class(replica.largest_input), keeper.ready_at is not None
         replica.largest_input = largest(request.body for request in replica.in_flight.values())
-        for device, count in peaks.items():
-            self._learned.observe(model, device, input_class(size), count, keeper.load_seconds)
+        started = keeper.ready_at is None or keeper.ready_at > since
+        if started:
+            self._observe(model, keeper, 0, peaks)
+        if up and size:
+            self._observe(model, keeper, size, held if started else peaks)
+
+    def _observe(self, model: str, keeper: Keeper, size_class: int, counts: Bytes) -> None:
+        for device, count in counts.items():
+            self._learned.observe(model, device, size_class, count, keeper.load_seconds)
 
     # What the metrics show.
 
