@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay.inference import Priority
-from forebay.scheduler.policy import Background, in_order, next_grant, position, to_turn_away
+from forebay.scheduler.policy import Background, in_order, next_grant, position, rank, to_turn_away
 from forebay.scheduler.queue import Line, Ticket
 from forebay.scheduler.router import Seats
 from forebay.scheduler.shares import Shares
@@ -162,6 +162,50 @@ def test_everybody_has_one_place_in_the_order(
     places = [position(one, waiting, 100.0, AGEING, shares) for one in waiting]
     assert sorted(places) == list(range(1, len(waiting) + 1))
     assert {project: shares.start(project) for project in PROJECTS} == before, "a look changes nothing"
+
+
+def in_order_by_looking_at_everybody(waiting: list[Ticket], now: float, shares: Shares) -> list[Ticket]:
+    """What `in_order` says in its description, taken at its word."""
+    ends = {project: shares.start(project) for project in PROJECTS}
+    time, order, left = shares.now, list[Ticket](), list(waiting)
+    while left:
+        heads = [min(same, key=lambda one: rank(one, now, AGEING)) for same in by_project(left)]
+        starts = {project: max(time, end) for project, end in ends.items()}
+
+        def claim(ticket: Ticket, starts: dict[str, float] = starts, time: float = time) -> tuple[float, float, int]:
+            due = starts[ticket.project] <= time
+            level = rank(ticket, now, AGEING)[0] if due else ticket.priority
+            return (level, starts[ticket.project], ticket.number)
+
+        first = min(heads, key=claim)
+        time = starts[first.project]
+        ends[first.project] = time + first.places / shares.weight(first.project)
+        left.remove(first)
+        order.append(first)
+    return order
+
+
+def by_project(waiting: list[Ticket]) -> list[list[Ticket]]:
+    same: dict[str, list[Ticket]] = {}
+    for ticket in waiting:
+        same.setdefault(ticket.project, []).append(ticket)
+    return list(same.values())
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(PROJECTS), st.sampled_from(ONLINE), st.integers(1, 4), st.floats(0, 100)),
+        max_size=30,
+    ),
+    st.lists(st.tuples(st.sampled_from(PROJECTS), st.integers(1, 4)), max_size=8),
+)
+def test_the_order_is_what_it_says(rows: list[tuple[str, Priority, int, float]], served: list[tuple[str, int]]) -> None:
+    shares = Shares(lambda project: 0.5 + (project == "b"))
+    for project, cost in served:
+        shares.serve(project, cost)
+    waiting = [Ticket(n, "m", priority, k, at, project=p) for n, (p, priority, k, at) in enumerate(rows)]
+    assert list(in_order(waiting, 100.0, AGEING, shares)) == in_order_by_looking_at_everybody(waiting, 100.0, shares)
 
 
 def test_projects_that_come_once_are_forgotten_when_the_next_round_begins() -> None:

@@ -54,19 +54,69 @@ def in_order(
         lines.setdefault(ticket.project, []).append((rank(ticket, now, ageing_seconds), ticket))
     for line in lines.values():
         heapq.heapify(line)
-    trial = shares.copy()
-
-    def claim(project: str) -> tuple[float, float, int]:
-        (level, number), ticket = lines[project][0]
-        return (level if trial.is_due(project) else ticket.priority, trial.start(project), number)
-
-    while lines:
-        first = min(lines, key=claim)
+    turns = _Turns(shares, lines)
+    for project in lines:
+        turns.stand(project)
+    while (first := turns.take()) is not None:
         _, ticket = heapq.heappop(lines[first])
-        if not lines[first]:
-            del lines[first]
+        turns.serve(first, ticket.places)
+        if lines[first]:
+            turns.stand(first)
         yield ticket
-        trial.serve(first, ticket.places)
+
+
+class _Turns:
+    """Tries out whose turn it is, time after time, with no look at all projects at each: there may be many.
+
+    Those that are due share the start tag of now, and go by what they have gained; the others go by their tags, until
+    virtual time has come to them.
+    """
+
+    def __init__(self, shares: Shares, lines: Mapping[str, list[tuple[tuple[float, int], Ticket]]]) -> None:
+        self._shares = shares
+        self._lines = lines
+        self._now = shares.now
+        self._starts = {project: shares.start(project) for project in lines}
+        self._due: list[tuple[float, int, str]] = []
+        self._later: list[tuple[float, float, int, str]] = []  # these two may have some that are due or gone by now
+        self._coming: list[tuple[float, int, str]] = []
+        self._is_due: set[str] = set()
+
+    def stand(self, project: str) -> None:
+        """The first of its line stands for a project."""
+        (level, number), ticket = self._lines[project][0]
+        start = self._starts[project]
+        if start <= self._now:
+            self._is_due.add(project)
+            heapq.heappush(self._due, (level, number, project))
+        else:
+            heapq.heappush(self._later, (ticket.priority, start, number, project))
+            heapq.heappush(self._coming, (start, number, project))
+
+    def take(self) -> str | None:
+        """The project that goes next; None if there is none."""
+        while self._later and not self._waits(*self._later[0][2:]):
+            heapq.heappop(self._later)
+        due = (self._due[0][0], self._now, self._due[0][1]) if self._due else None
+        if self._later and (due is None or self._later[0][:3] < due):
+            return heapq.heappop(self._later)[3]
+        return heapq.heappop(self._due)[2] if due is not None else None
+
+    def serve(self, project: str, cost: float) -> None:
+        """Virtual time goes on to the start tag of what is served."""
+        self._now = max(self._now, self._starts[project])
+        self._starts[project] = self._now + cost / self._shares.weight(project)
+        self._is_due.discard(project)
+        while self._coming and self._coming[0][0] <= self._now:
+            _, number, other = heapq.heappop(self._coming)
+            if self._waits(number, other):
+                self._is_due.add(other)
+                heapq.heappush(self._due, (self._lines[other][0][0][0], number, other))
+
+    def _waits(self, number: int, project: str) -> bool:
+        """Whether this is still the first of a project that is not due."""
+        line = self._lines[project]
+        return project not in self._is_due and bool(line) and line[0][0][1] == number
 
 
 def next_grant(

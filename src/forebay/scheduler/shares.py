@@ -19,12 +19,12 @@ class Shares:
     """The tags of the projects that wait in one line.
 
     Virtual time is the start tag of what was served last. What is served begins at the end of what its project was
-    served before, but not before now, and ends so much later as it costs, divided by the weight of the project.
+    served before, but not before `now`, and ends so much later as it costs, divided by the weight of the project.
     """
 
     def __init__(self, weights: Weights = equal) -> None:
         self._weights = weights
-        self._now = 0.0
+        self.now = 0.0
         self._ends: dict[str, float] = {}
         self._running: Counter[str] = Counter()
 
@@ -37,19 +37,15 @@ class Shares:
 
     def start(self, project: str) -> float:
         """The start tag of what a project is served next: the lowest goes first."""
-        return max(self._now, self._ends.get(project, self._now))
-
-    def is_due(self, project: str) -> bool:
-        """Whether a project has had no more than its turn."""
-        return self._ends.get(project, self._now) <= self._now
+        return max(self.now, self._ends.get(project, self.now))
 
     def serve(self, project: str, cost: float = 1, *, ahead_of: str | None = None) -> None:
         """A project is served so many places; before its turn, if it goes `ahead_of` the one whose turn it is."""
         end = self.start(project) + cost / self._weights(project)
-        self._now = self.start(project if ahead_of is None else ahead_of)
+        self.now = self.start(project if ahead_of is None else ahead_of)
         self._ends[project] = end
         self._running[project] += 1
-        self._ends = {each: end for each, end in self._ends.items() if end > self._now}
+        self._ends = {each: end for each, end in self._ends.items() if end > self.now}
 
     def end(self, project: str, *, unused: float = 0) -> None:
         """One that was served has given its places back, so many of them without having used them."""
@@ -63,10 +59,4 @@ class Shares:
         """Nobody waits: what projects have had that run nothing is no matter any longer."""
         self._ends = {each: end for each, end in self._ends.items() if each in self._running}
         if not self._ends:
-            self._now = 0.0
-
-    def copy(self) -> "Shares":
-        """The same to try out what comes next."""
-        other = Shares(self._weights)
-        other._now, other._ends = self._now, dict(self._ends)
-        return other
+            self.now = 0.0
