@@ -1,89 +1,357 @@
-"""On which device a model computes, and which engines can stand still."""
+"""Batch work stands still for the online work of other models on its device, and for nobody else's."""
 
-import sys
-from pathlib import Path
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import aiohttp
 import pytest
-from pydantic import TypeAdapter
 
-from forebay.model_config import Model
-from forebay.replicas import devices
-from forebay.replicas.commands import device_of, traits_of
+from forebay.clock import Clock
+from forebay.inference import Priority, Request
+from forebay.replicas.commands import Traits
+from forebay.replicas.postmortem import Quarantine
+from forebay.replicas.replica import Replica, ReplicaState
+from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.server_config import PaceSettings, SchedulerSettings
+from forebay.telemetry import Metrics
+from tests.support.clock import FakeClock
+from tests.support.hallway import Bench, Room, Visitor, request, settle
 
-_MODEL: TypeAdapter[Model] = TypeAdapter(Model)
-
-
-def _model(engine: str, **options: Any) -> Model:
-    source = {} if engine in {"fake", "opencv", "upstream", "command"} else {"source": "file:/models/some"}
-    return _MODEL.validate_python({"engine": engine, **source, "options": options})
-
-
-@pytest.mark.parametrize(
-    ("engine", "options", "device"),
-    [
-        ("fake", {}, "cpu"),
-        ("fake", {"device": "gpu3"}, "gpu3"),
-        ("opencv", {}, "cpu"),
-        ("command", {"argv": ["serve"]}, "cpu"),
-        ("command", {"argv": ["serve"], "device": "gpu1"}, "gpu1"),
-        ("onnx", {"capability": "embedding"}, "cpu"),
-        ("onnx", {"capability": "embedding", "provider": "cuda"}, "gpu0"),
-        ("whisper", {}, "cpu"),
-        ("whisper", {"device": "cuda", "device_index": 2}, "gpu2"),
-        ("diffusion", {}, "cpu"),
-        ("diffusion", {"device": "cuda"}, "gpu0"),
-        ("speakers", {}, "cpu"),
-        ("vllm", {}, "gpu0"),
-        ("upstream", {"base_url": "https://models.example.com/v1"}, ""),
-    ],
-)
-def test_a_model_computes_where_its_options_say(engine: str, options: dict[str, Any], device: str) -> None:
-    assert device_of(_model(engine, **options)) == device
+PACE = PaceSettings(resume_seconds=0.1, quiet_seconds=2, hold_seconds_max=60, floor_seconds=3)
+SETTINGS = SchedulerSettings(headroom_seconds=10, batch_floor_seconds=1000)
+TOKEN_SECONDS = 0.02
 
 
-@pytest.mark.parametrize(
-    ("options", "on_cpu", "on_gpu"),
-    [
-        ({}, "cpu", "gpu0"),
-        ({"gpu_layers": 0}, "cpu", "cpu"),
-        ({"main_gpu": 1}, "cpu", "gpu1"),
-        ({"tensor_split": [0, 0, 1, 1]}, "cpu", "gpu2"),
-        ({"tensor_split": [0, 0, 1, 1], "main_gpu": 3}, "cpu", "gpu3"),
-    ],
-)
-def test_llama_cpp_takes_a_gpu_where_there_is_one(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], on_cpu: str, on_gpu: str
-) -> None:
-    model = _model("llama.cpp", **options)
-    for has_gpu, device in ((False, on_cpu), (True, on_gpu)):
-        monkeypatch.setattr("forebay.replicas.commands.llama_cpp_has_gpu", lambda has_gpu=has_gpu: has_gpu)
-        assert device_of(model) == device
+class Process:
+    """Stands for an engine process: it only remembers whether it stands still."""
+
+    def __init__(self) -> None:
+        self.stands = False
+
+    def pause(self) -> None:
+        self.stands = True
+
+    def resume(self) -> None:
+        self.stands = False
 
 
-def test_a_gpu_is_of_use_only_to_a_build_for_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    package, gpu = tmp_path / "xllamacpp", tmp_path / "nvidia0"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    library = package / "xllamacpp.abi3.so"
-    library.write_bytes(b"\x7fELF ggml_cpu_init \0")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "xllamacpp", raising=False)
-    monkeypatch.setattr(devices, "_GPU_FILES", (str(gpu),))
-    found = []
-    for change in (lambda: None, gpu.touch, lambda: library.write_bytes(b"\x7fELF ggml_cuda_init \0"), gpu.unlink):
-        change()
-        devices.llama_cpp_has_gpu.cache_clear()
-        found.append(devices.llama_cpp_has_gpu())
-    devices.llama_cpp_has_gpu.cache_clear()
-    assert found == [False, False, True, False]
+class Place(Bench):
+    """A replica that knows what is in flight on it."""
+
+    @asynccontextmanager
+    async def run(self, request: Request, *arguments: Any) -> AsyncIterator[Any]:
+        number = len(self.stops) + len(self.in_flight) + 1000 * self._sequence
+        self._sequence += 1
+        self.in_flight[number] = request
+        try:
+            async with super().run(request, *arguments[:-1], lambda: self._stopped(number, arguments[-1])):
+                yield None
+        except BaseException:
+            self.resume()
+            raise
+
+    def _stopped(self, number: int, on_stopped: Callable[[], None]) -> None:
+        del self.in_flight[number]
+        on_stopped()
 
 
-def test_engines_of_ours_can_stand_still_and_what_others_run_cannot() -> None:
-    ours = ("llama.cpp", "onnx", "whisper", "speakers", "aligner", "diffusion", "opencv", "fake")
-    options: dict[str, dict[str, Any]] = {"onnx": {"capability": "embedding"}}
-    assert all(traits_of(_model(engine, **options.get(engine, {}))).pausable for engine in ours)
-    assert traits_of(_model("command", argv=["serve"])).pausable
-    assert not traits_of(_model("command", argv=["serve"], pausable=False)).pausable
-    assert not traits_of(_model("vllm")).pausable
-    assert not traits_of(_model("upstream", base_url="https://models.example.com/v1")).pausable
+class House(Room):
+    """A machine room with several models."""
+
+    def replicas(self, model: str) -> list[Replica]:
+        return [replica for replica in self.all if replica.ready and replica.model == model]
+
+
+@dataclass
+class Hall:
+    house: House
+    scheduler: Scheduler
+    clock: FakeClock
+    metrics: Metrics
+    session: aiohttp.ClientSession
+
+    def open(self, model: str, slots: int = 4, *, pausable: bool = True) -> Place:
+        name = f"{model}_{len(self.house.all)}"
+        quarantine = Quarantine(1.0, 1, self.house.clock)
+        place = Place(name, model, slots, Traits("/", pausable=pausable), self.session, quarantine)
+        place.process = Process()  # type: ignore[assignment]
+        place.state = ReplicaState.READY
+        self.house.all.append(place)
+        self.scheduler.changed(model)
+        return place
+
+    async def visit(self, model: str, number: int, priority: Priority = Priority.DEFAULT) -> Visitor:
+        visitor = Visitor(self.scheduler, replace(request(number, priority), model=model))
+        await settle()
+        return visitor
+
+    async def batch(self, model: str, number: int) -> Visitor:
+        return await self.visit(model, number, Priority.BATCH)
+
+    async def leave(self, visitor: Visitor) -> None:
+        visitor.leave()
+        await settle()
+
+    async def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        await settle()
+
+    async def say(self, visitor: Visitor, tokens: int, seconds: float = TOKEN_SECONDS) -> None:
+        """Let an online answer come, a token after the other."""
+        assert visitor.permit is not None
+        ear = visitor.permit.ear
+        assert ear is not None
+        for _ in range(tokens):
+            visitor.tokens = getattr(visitor, "tokens", 0) + 1  # type: ignore[attr-defined]
+            self.clock.advance(seconds)
+            ear.hear(visitor.tokens, self.clock.monotonic())  # type: ignore[attr-defined]
+        await settle()
+
+    def sample(self, name: str) -> float:
+        return self.metrics.registry.get_sample_value(name, {"device": "cpu"}) or 0.0
+
+
+DEVICES = {"chat": "cpu", "speech": "cpu", "pictures": "cpu", "elsewhere": "", "other": "gpu0"}
+
+
+@pytest.fixture
+async def hall() -> AsyncIterator[Hall]:
+    async with aiohttp.ClientSession() as session:
+        clock, metrics = FakeClock(), Metrics()
+        house = House(clock)
+        limits = {name: Limits(4, 8, 60.0, device=device) for name, device in DEVICES.items()}
+        scheduler = Scheduler(house, limits, SETTINGS, 1.0, clock, metrics, pace=PACE)
+        yield Hall(house, scheduler, clock, metrics, session)
+        scheduler.close()
+
+
+def stands(place: Place) -> bool:
+    process: Any = place.process
+    assert process.stands == place.paused
+    return bool(process.stands)
+
+
+async def test_batch_work_of_another_model_stands_still_while_anybody_is_online(hall: Hall) -> None:
+    hall.open("chat")
+    speech = hall.open("speech")
+    line = await hall.batch("speech", 1)
+    assert not stands(speech)
+    online = await hall.visit("chat", 2)
+    assert stands(speech)
+    assert hall.sample("forebay_paused_engines") == 1
+    await hall.advance(5)
+    assert stands(speech)
+    await hall.leave(online)
+    assert stands(speech)
+    await hall.advance(PACE.resume_seconds)
+    assert not stands(speech)
+    assert hall.sample("forebay_paused_seconds_total") == pytest.approx(5 + PACE.resume_seconds)
+    await hall.leave(line)
+    assert hall.scheduler.load("speech") == (0, 0)
+
+
+async def test_one_who_only_waits_is_online_too(hall: Hall) -> None:
+    speech = hall.open("speech")
+    await hall.batch("speech", 1)
+    waiting = await hall.visit("chat", 2)  # of which there is no replica yet
+    assert waiting.waits
+    assert stands(speech)
+
+
+async def test_it_stands_still_before_anything_else_happens(hall: Hall) -> None:
+    hall.open("chat")
+    speech = hall.open("speech")
+    await hall.batch("speech", 1)
+    async with hall.scheduler.admit(replace(request(2), model="chat")):
+        assert stands(speech)
+
+
+@pytest.mark.parametrize("model", ["elsewhere", "other"])
+async def test_other_devices_and_what_runs_elsewhere_are_left_alone(hall: Hall, model: str) -> None:
+    hall.open("chat")
+    place = hall.open(model)
+    await hall.batch(model, 1)
+    online = await hall.visit("chat", 2)
+    assert not stands(place)
+    later = await hall.batch(model, 3)
+    assert not later.waits
+    await hall.leave(online)
+    speech = hall.open("speech")
+    await hall.advance(1)
+    await hall.batch("speech", 4)
+    await hall.visit(model, 5)
+    assert not stands(speech)
+
+
+async def test_a_replica_with_online_work_runs_on_and_goes_on_when_some_comes(hall: Hall) -> None:
+    hall.open("chat")
+    speech = hall.open("speech")
+    await hall.batch("speech", 1)
+    chatting = await hall.visit("chat", 2)
+    assert stands(speech)
+    heard = await hall.visit("speech", 3)
+    assert not stands(speech)
+    assert heard.permit is not None
+    await hall.leave(heard)
+    assert stands(speech)
+    await hall.leave(chatting)
+
+
+async def test_no_further_batch_work_is_let_in_until_nobody_is_online(hall: Hall) -> None:
+    hall.open("chat")
+    hall.open("speech")
+    online = await hall.visit("chat", 1)
+    lines = [await hall.batch("speech", number) for number in (2, 3)]
+    assert all(line.waits for line in lines)
+    await hall.leave(online)
+    await hall.advance(PACE.resume_seconds)
+    assert not any(line.waits for line in lines)
+
+
+async def test_batch_work_of_a_model_that_was_online_waits_for_quiet(hall: Hall) -> None:
+    hall.open("chat")
+    online = await hall.visit("chat", 1)
+    line = await hall.batch("chat", 2)
+    await hall.leave(online)
+    await hall.advance(PACE.resume_seconds)
+    assert line.waits, "it could not be paused if somebody came"
+    await hall.advance(PACE.quiet_seconds)
+    assert not line.waits
+
+
+async def test_batch_work_of_the_same_model_runs_on(hall: Hall) -> None:
+    chat = hall.open("chat")
+    line = await hall.batch("chat", 1)
+    await hall.visit("chat", 2)
+    assert not stands(chat)
+    assert line.permit is not None
+
+
+async def test_an_engine_that_cannot_be_paused_is_not(hall: Hall) -> None:
+    hall.open("chat")
+    pictures = hall.open("pictures", pausable=False)
+    await hall.batch("pictures", 1)
+    await hall.visit("chat", 2)
+    assert not stands(pictures)
+
+
+async def test_a_replica_that_is_to_leave_finishes_what_it_has(hall: Hall) -> None:
+    hall.open("chat")
+    speech = hall.open("speech")
+    line = await hall.batch("speech", 1)
+    await hall.visit("chat", 2)
+    assert stands(speech)
+    speech.state = ReplicaState.DRAINING
+    hall.scheduler.changed("speech")
+    assert not stands(speech)
+    await hall.leave(line)
+
+
+async def test_a_line_that_is_cancelled_wakes_its_replica_which_then_stands_again(hall: Hall) -> None:
+    hall.open("chat")
+    speech = hall.open("speech")
+    lines = [await hall.batch("speech", number) for number in (1, 2)]
+    await hall.visit("chat", 3)
+    assert stands(speech)
+    lines[0].task.cancel()
+    await settle()
+    assert not stands(speech), "it has to hear of it"
+    speech.stop_one()
+    assert stands(speech)
+
+
+async def test_batch_work_that_is_found_to_do_no_harm_goes_on_beside_online_work(hall: Hall) -> None:
+    hall.open("chat")
+    speech, pictures = hall.open("speech"), hall.open("pictures")
+    for number, model in enumerate(("speech", "pictures")):
+        await hall.batch(model, number)
+    online = await hall.visit("chat", 3)
+    assert stands(speech)
+    assert stands(pictures)
+    await hall.say(online, 12)
+    assert [stands(speech), stands(pictures)].count(True) == 1
+    await hall.say(online, 8)
+    assert not stands(speech)
+    assert not stands(pictures)
+    await hall.say(online, 8, 3 * TOKEN_SECONDS)
+    assert [stands(speech), stands(pictures)].count(True) >= 1
+
+
+async def test_those_who_wait_are_let_in_when_the_bound_grows(hall: Hall) -> None:
+    hall.open("chat")
+    hall.open("speech")
+    online = await hall.visit("chat", 1)
+    lines = [await hall.batch("speech", number) for number in (2, 3, 4)]
+    assert all(line.waits for line in lines)
+    await hall.say(online, 12)
+    assert [line.waits for line in lines].count(False) == 1
+    await hall.say(online, 8)
+    assert [line.waits for line in lines].count(False) == 2
+
+
+async def test_what_was_held_for_long_runs_for_a_while(hall: Hall) -> None:
+    hall.open("chat")
+    speech = hall.open("speech")
+    await hall.batch("speech", 1)
+    await hall.visit("chat", 2)
+    seen = []
+    for _ in range(2):
+        await hall.advance(PACE.hold_seconds_max)
+        seen.append(stands(speech))
+        await hall.advance(PACE.floor_seconds)
+        seen.append(stands(speech))
+    assert seen == [False, True, False, True]
+
+
+async def test_a_slow_reader_says_nothing_of_the_engine(hall: Hall) -> None:
+    hall.open("chat")
+    speech = hall.open("speech")
+    await hall.batch("speech", 1)
+    online = await hall.visit("chat", 2)
+    await hall.say(online, 12)
+    assert not stands(speech)
+    assert online.permit is not None
+    assert online.permit.ear is not None
+    for _ in range(6):
+        hall.clock.advance(1)
+        online.permit.ear.skip(online.tokens, hall.clock.monotonic())  # type: ignore[attr-defined]
+        await hall.say(online, 1)
+    assert not stands(speech)
+
+
+async def test_without_a_pace_nothing_stands_still() -> None:
+    clock: Clock = FakeClock()
+    async with aiohttp.ClientSession() as session:
+        house, metrics = House(clock), Metrics()  # type: ignore[arg-type]
+        limits = {name: Limits(4, 8, 60.0, device=device) for name, device in DEVICES.items()}
+        pace = PaceSettings(enabled=False)
+        scheduler = Scheduler(house, limits, SETTINGS, 1.0, clock, metrics, pace=pace)
+        hall = Hall(house, scheduler, clock, metrics, session)  # type: ignore[arg-type]
+        hall.open("chat")
+        speech = hall.open("speech")
+        await hall.batch("speech", 1)
+        online = await hall.visit("chat", 2)
+        assert not stands(speech)
+        assert online.permit is not None
+        assert online.permit.ear is None
+
+
+async def test_nothing_is_left_behind(hall: Hall) -> None:
+    hall.open("chat")
+    speech = hall.open("speech")
+    tasks = len(asyncio.all_tasks())
+    for number in range(20):
+        line = await hall.batch("speech", 10 * number)
+        online = await hall.visit("chat", 10 * number + 1)
+        waiting = await hall.batch("speech", 10 * number + 2)
+        await hall.leave(online)
+        await hall.advance(PACE.quiet_seconds)
+        await hall.leave(line)
+        await hall.leave(waiting)
+        assert not stands(speech)
+    await hall.advance(1000)
+    assert len(asyncio.all_tasks()) == tasks
+    assert hall.scheduler.load("speech") == (0, 0)

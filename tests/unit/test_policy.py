@@ -1,5 +1,6 @@
 """Who goes next, and where: the pure decisions."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,6 +129,24 @@ def test_batch_work_leaves_what_is_reserved(peak: int, batch: int, places: int, 
     grant = next_grant([], Background(head, running=batch, reserved=kept), [Seats("a", slots, in_use)], 0.0, AGEING)
     taken = min(places, slots)
     assert (grant is not None) == (batch + taken <= slots - kept and in_use + taken <= slots)
+
+
+@pytest.mark.parametrize(
+    ("room", "running", "places", "granted"),
+    [(None, 3, 1, True), (0, 0, 1, False), (1, 0, 1, True), (1, 1, 1, False), (3, 1, 2, True), (2, 1, 2, False)],
+)
+def test_batch_work_stays_within_the_room_on_its_device(
+    room: int | None, running: int, places: int, *, granted: bool
+) -> None:
+    background = Background(ticket(1, Priority.BATCH, places=places), running=running, room=room)
+    assert (next_grant([], background, [Seats("a", 8, running)], 0.0, AGEING) is not None) == granted
+
+
+def test_one_that_needs_more_than_the_room_goes_alone_and_one_that_starves_goes_without_any() -> None:
+    seats, large = [Seats("a", 8, 0)], ticket(1, Priority.BATCH, places=4)
+    assert next_grant([], Background(large, room=1), seats, 0.0, AGEING) is not None
+    assert next_grant([], Background(large, room=0), seats, 0.0, AGEING) is None
+    assert next_grant([], Background(large, room=0, starves=True), seats, 0.0, AGEING) is not None
 
 
 RUNNING = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3)), max_size=10)

@@ -27,7 +27,7 @@ class _Device:
     """What is known of one device. `batch` has the replica of each batch ticket that was granted a place on it.
 
     `online` counts online requests by replica, `last_online` is when a model last had one. `since` is when a replica was
-    last paused or resumed. `offered` is the bound at which those who wait were last told to look again.
+    last paused or resumed. `busy`: batch work runs or waits. `offered` is the bound at which those who wait were last told to look again.
     """
 
     name: str
@@ -39,6 +39,7 @@ class _Device:
     batch: dict[int, tuple[Ticket, Replica]] = field(default_factory=dict)
     since: dict[str, float] = field(default_factory=dict)
     served_at: dict[str, float] = field(default_factory=dict)
+    busy: bool = False
     offered: Bound = _FREE
     offering: asyncio.Handle | None = None
     alarm: tuple[float, asyncio.Task[None]] | None = None
@@ -63,7 +64,7 @@ class Ear:
             self._devices.note(self._device, Signal.FIRST, self._model, now - self._granted_at, now)
         else:
             gone, new = now - self._since, tokens - self._tokens
-            if new <= 0 or gone < (_SAMPLE_SECONDS if self._device.batch else _SAMPLE_SECONDS_ALONE):
+            if new <= 0 or gone < (_SAMPLE_SECONDS if self._device.busy else _SAMPLE_SECONDS_ALONE):
                 return
             self._devices.note(self._device, Signal.TOKEN, self._model, gone / new, now)
         self._since, self._tokens = now, tokens
@@ -195,7 +196,8 @@ class Devices:
 
     def _settle(self, device: _Device, now: float) -> None:
         """Have those engines run that may, and look again when time alone changes that."""
-        if not device.batch and not any(self._waiting(model) for model in device.models):
+        device.busy = bool(device.batch) or any(self._waiting(model) for model in device.models)
+        if not device.busy:
             device.pace.batch(0, now, held=False)
             self._set_alarm(device, None)
             return
