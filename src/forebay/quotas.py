@@ -5,12 +5,15 @@ It holds values alone, all in whole units, so that sums are exact. It refuses to
 
 import datetime as dt
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import lru_cache
+from operator import add, attrgetter
 
 from forebay.errors import InvalidRequest, QuotaExceeded
 
+DAY_SECONDS = 86_400
 AMOUNT_MAX = 2**53
 WEIGHT_MIN, WEIGHT_MAX = 0.01, 100.0
 QUOTAS_MAX = 16
@@ -48,21 +51,32 @@ class Period(StrEnum):
 
     def window(self, now: float) -> str:
         """The day or the month of a moment: `2026-11-21`, `2026-11`."""
-        day = day_of(now)
-        return day if self is Period.DAY else day[:7]
+        return _calendar(int(now // DAY_SECONDS)).names[self]
 
     def ends_at(self, now: float) -> float:
         """When the day or the month of a moment is over."""
-        moment = dt.datetime.fromtimestamp(now, dt.UTC)
-        first = moment.replace(hour=0, minute=0, second=0, microsecond=0)
-        if self is Period.DAY:
-            return (first + dt.timedelta(days=1)).timestamp()
-        return (first.replace(day=28) + dt.timedelta(days=4)).replace(day=1).timestamp()
+        return _calendar(int(now // DAY_SECONDS)).ends[self]
 
 
 def day_of(now: float) -> str:
     """The day of a moment in UTC, `2026-11-21`."""
-    return dt.datetime.fromtimestamp(now, dt.UTC).strftime("%Y-%m-%d")
+    return Period.DAY.window(now)
+
+
+@dataclass(frozen=True, slots=True)
+class _Day:
+    """The names of a day and of its month, and when each is over."""
+
+    names: Mapping[Period, str]
+    ends: Mapping[Period, float]
+
+
+@lru_cache(maxsize=8)
+def _calendar(day: int) -> _Day:
+    first = dt.datetime.fromtimestamp(day * DAY_SECONDS, dt.UTC)
+    month = (first.replace(day=28) + dt.timedelta(days=4)).replace(day=1)
+    names = {Period.DAY: first.strftime("%Y-%m-%d"), Period.MONTH: first.strftime("%Y-%m")}
+    return _Day(names, {Period.DAY: float((day + 1) * DAY_SECONDS), Period.MONTH: month.timestamp()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +106,16 @@ class Amounts:
 
     def of(self, resource: Resource) -> int:
         """What of it a quota is about, in the parts that are counted."""
-        match resource:
-            case Resource.REQUESTS:
-                return self.requests
-            case Resource.TOKENS:
-                return self.tokens
-            case Resource.AUDIO_SECONDS:
-                return self.audio_ms
-            case Resource.MEGAPIXEL_STEPS:
-                return self.pixel_steps
-            case _:
-                raise AssertionError(f"{resource} is a level")
+        return _AMOUNT_OF[resource](self)
 
 
 NOTHING = Amounts()
+_AMOUNT_OF: Mapping[Resource, Callable[[Amounts], int]] = {
+    Resource.REQUESTS: attrgetter("requests"),
+    Resource.TOKENS: attrgetter("tokens"),
+    Resource.AUDIO_SECONDS: attrgetter("audio_ms"),
+    Resource.MEGAPIXEL_STEPS: attrgetter("pixel_steps"),
+}
 
 
 def milliseconds(seconds: float) -> int:
@@ -136,12 +146,20 @@ class Use:
     images: int = 0
 
     def __add__(self, other: "Use") -> "Use":
-        return Use(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Use)))
+        return Use(*map(add, self.values, other.values))
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """All of it, in order."""
+        return _ALL_OF(self)
 
     @property
     def amounts(self) -> Amounts:
         """As quotas count it."""
         return Amounts(self.requests, self.prompt_tokens + self.completion_tokens, self.audio_ms, self.pixel_steps)
+
+
+_ALL_OF: Callable[[Use], tuple[int, ...]] = attrgetter(*(field.name for field in fields(Use)))
 
 
 @dataclass(frozen=True, slots=True)

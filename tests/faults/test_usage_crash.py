@@ -86,7 +86,7 @@ async def test_a_server_that_is_killed_at_every_point_of_the_books(tmp_path: Pat
 
 async def test_a_server_that_is_killed_at_any_moment(tmp_path: Path, prove: bool) -> None:
     told, chance = Told(), seeded(20261121)
-    for _ in range(40 if prove else 3):
+    for _ in range(40 if prove else 2):
         async with living(tmp_path) as server:
             asking = [asyncio.create_task(_ask_on(told, server, caller)) for caller in range(CALLERS)]
             enough = told.whole + chance.randrange(20, 120)

@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,7 +66,7 @@ class Journal:
     def append(self, entry: Entry) -> None:
         """Write one record, whole or not at all. Raises OSError."""
         account = entry.account
-        values = (entry.day, account.project, account.key_id, account.model, account.capability, *astuple(entry.use))
+        values = (entry.day, account.project, account.key_id, account.model, account.capability, *entry.use.values)
         record = to_json(values)
         data = _FRAME.pack(len(record), zlib.crc32(record)) + record
         written = 0

@@ -41,9 +41,8 @@ class _Window:
     moving: Amounts = NOTHING
     fresh: Amounts = NOTHING
 
-    @property
-    def used(self) -> Amounts:
-        return self.base + self.moving + self.fresh
+    def used(self, resource: Resource) -> int:
+        return self.base.of(resource) + self.moving.of(resource) + self.fresh.of(resource)
 
 
 @dataclass(slots=True)
@@ -76,6 +75,8 @@ class Reservation:
     @property
     def account(self) -> Account:
         """On whose account it goes."""
+        if self.model == self._account.model:
+            return self._account
         return replace(self._account, model=self.model)
 
     def raise_to(self, estimate: Estimate) -> None:
@@ -297,14 +298,13 @@ class Meter:
             yield from balance.windows.values()
 
     def _left(self, project: str) -> Iterator[tuple[Quota, int]]:
-        quotas = [quota for quota in self.quotas(project) if quota.period is not None]
-        if not quotas:
+        if not self.counts(project):
             return
         now, balance = self._clock.now(), self._balance(project)
-        for quota in quotas:
-            assert quota.period is not None, "chosen above"
-            taken = balance.at(quota.period, now).used + balance.reserved
-            yield quota, (quota.parts or 0) - taken.of(quota.resource)
+        for quota in self.quotas(project):
+            if quota.period is not None:
+                taken = balance.at(quota.period, now).used(quota.resource) + balance.reserved.of(quota.resource)
+                yield quota, (quota.parts or 0) - taken
 
     def _seconds_left(self, quota: Quota) -> int:
         assert quota.period is not None, "levels are in no header"

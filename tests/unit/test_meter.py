@@ -1,0 +1,209 @@
+"""What projects may still use: exact whoever asks at once, over midnights, folds that fail and limits that change."""
+
+import asyncio
+import datetime as dt
+
+import pytest
+
+from forebay.errors import InvalidRequest, QuotaExceeded
+from forebay.metering.meter import Meter, Reservation
+from forebay.quotas import (
+    NOTHING,
+    Account,
+    Amounts,
+    Counted,
+    Period,
+    ProjectLimits,
+    Resource,
+    Use,
+    day_of,
+    parse_quota,
+    parse_quotas,
+)
+from tests.support.clock import FakeClock
+
+NOON = dt.datetime(2026, 11, 30, 12, tzinfo=dt.UTC).timestamp()
+
+
+class _Books:
+    """Stands for the journal and the database of one process."""
+
+    def __init__(self, meter: Meter, clock: FakeClock) -> None:
+        self.meter, self.clock = meter, clock
+        self.stored = NOTHING
+        self.written = NOTHING
+        self.loads = 0
+        meter.attach(self.load, self.record)
+
+    def record(self, _account: Account, use: Use) -> None:
+        self.written += use.amounts
+
+    async def load(self, project: str) -> None:
+        self.loads += 1
+        await asyncio.sleep(0)
+        self.fold(project)
+
+    def fold(self, project: str = "a") -> None:
+        self.meter.begin_fold()
+        self.stored, self.written = self.stored + self.written, NOTHING
+        day = day_of(self.clock.now())
+        self.meter.counted({project: Counted(day, day[:7], self.stored, self.stored)})
+
+
+def _metered(*quotas: str) -> tuple[Meter, _Books, FakeClock]:
+    clock = FakeClock(now=NOON)
+    meter = Meter(parse_quotas(quotas), clock)
+    return meter, _Books(meter, clock), clock
+
+
+async def _reserve(meter: Meter, amounts: Amounts, project: str = "a") -> Reservation:
+    return await meter.reserve(project, "key", "m", "chat", lambda: amounts)
+
+
+async def _try(meter: Meter, amounts: Amounts) -> bool:
+    try:
+        (await _reserve(meter, amounts)).settle(Use(amounts.requests, amounts.tokens))
+    except QuotaExceeded:
+        return False
+    return True
+
+
+async def test_whoever_asks_at_once_gets_exactly_what_is_there() -> None:
+    meter, books, _ = _metered("requests=37/day")
+    got = await asyncio.gather(*(_try(meter, Amounts(1)) for _ in range(100)))
+    assert sum(got) == 37
+    assert books.written.requests + books.stored.requests == 37
+
+
+async def test_what_is_not_used_is_given_back_and_only_once() -> None:
+    meter, _, _ = _metered("tokens=100/day")
+    one = await _reserve(meter, Amounts(1, 90))
+    with pytest.raises(QuotaExceeded):
+        await _reserve(meter, Amounts(1, 11))
+    one.settle(Use(1, 5, 5))
+    one.settle(Use(1, 5, 5))
+    one.release()
+    two = await _reserve(meter, Amounts(1, 90))
+    two.release()
+    two.release()
+    assert meter.headers("a")["x-quota-remaining-tokens"] == "90"
+    three = await _reserve(meter, Amounts(1))
+    three.raise_to(lambda: Amounts(1, 90))
+    with pytest.raises(QuotaExceeded):
+        three.raise_to(lambda: Amounts(1, 91))
+    assert meter.headers("a")["x-quota-remaining-tokens"] == "0"
+    three.lower_to(Use(1, 20))
+    assert meter.headers("a")["x-quota-remaining-tokens"] == "70"
+
+
+async def test_nothing_is_asked_of_whom_no_quota_holds() -> None:
+    meter, books, _ = _metered("stored_bytes=5")
+    (await meter.reserve("a", "k", "m", "chat", pytest.fail)).settle(Use(1, 2, 3))
+    assert books.written.requests == 1
+    assert books.loads == 0
+    assert meter.headers("a") == {}
+
+
+async def test_a_day_begins_anew_and_its_month_does_not() -> None:
+    meter, _, clock = _metered("requests=2/day", "requests=3/month")
+    assert [await _try(meter, Amounts(1)) for _ in range(3)] == [True, True, False]
+    headers = meter.headers("a")
+    assert (headers["x-quota-limit-requests"], headers["x-quota-reset-requests"]) == ("2", f"{12 * 3600}s")
+    clock.jump(-86_400 * 10)  # the same month
+    assert [await _try(meter, Amounts(1)) for _ in range(2)] == [True, False]
+    assert meter.headers("a")["x-quota-limit-requests"] == "3"
+    clock.jump(86_400 * 11)  # the next one
+    assert await _try(meter, Amounts(1))
+
+
+async def test_a_fold_that_fails_loses_nothing_and_counts_nothing_twice() -> None:
+    meter, books, _ = _metered("requests=10/day")
+    for _ in range(3):
+        assert await _try(meter, Amounts(1))
+    meter.begin_fold()
+    assert await _try(meter, Amounts(1))
+    meter.fold_failed()
+    left = [meter.headers("a")["x-quota-remaining-requests"]]
+    meter.begin_fold()
+    left.append(meter.headers("a")["x-quota-remaining-requests"])
+    books.stored, books.written = books.written, NOTHING
+    day = day_of(NOON)
+    meter.counted({"a": Counted(day, day[:7], books.stored, books.stored)})
+    left.append(meter.headers("a")["x-quota-remaining-requests"])
+    assert left == ["6", "6", "6"]
+
+
+async def test_what_others_used_counts_after_a_fold() -> None:
+    meter, books, _ = _metered("requests=10/day")
+    assert await _try(meter, Amounts(1))
+    books.stored += Amounts(8)
+    books.fold()
+    assert [await _try(meter, Amounts(1)) for _ in range(2)] == [True, False]
+
+
+async def test_limits_of_a_project_replace_defaults_one_by_one() -> None:
+    meter, _, _ = _metered("requests=1/day", "tokens=1/day", "queued_lines=5")
+    meter.set_limits({"b": ProjectLimits(2.0, parse_quotas(["requests=2/day", "tokens=unlimited/day"]))})
+    assert (meter.weight("a"), meter.weight("b")) == (1.0, 2.0)
+    assert [str(quota) for quota in meter.quotas("b")] == ["requests=2/day", "queued_lines=5"]
+    (await _reserve(meter, Amounts(2, 1000), "b")).release()
+    with pytest.raises(QuotaExceeded):
+        await _reserve(meter, Amounts(1, 2))
+    assert meter.level("b", Resource.QUEUED_LINES) == 5
+    meter.check_level("b", Resource.QUEUED_LINES, 3, 2)
+    with pytest.raises(QuotaExceeded, match="at once"):
+        meter.check_level("b", Resource.QUEUED_LINES, 3, 3)
+
+
+async def test_work_that_can_wait_waits_for_what_others_may_give_back() -> None:
+    meter, _, _ = _metered("tokens=100/day")
+    first = await _reserve(meter, Amounts(1, 80))
+
+    async def patient(tokens: int) -> Reservation:
+        return await meter.reserve_in_turn("a", "k", "m", "chat", lambda: Amounts(1, tokens))
+
+    waiting = asyncio.create_task(patient(90))
+    hopeless = asyncio.create_task(patient(101))
+    with pytest.raises(QuotaExceeded):
+        await hopeless
+    assert not waiting.done()
+    first.settle(Use(1, 10))
+    second = await waiting
+    late = asyncio.create_task(patient(50))
+    await asyncio.sleep(0)
+    second.settle(Use(1, 60))
+    with pytest.raises(QuotaExceeded):  # 70 are gone for good
+        await late
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "tokens",
+        "tokens=1",
+        "tokens=-1/day",
+        "tokens=1/week",
+        "x=1/day",
+        "stored_bytes=1/day",
+        f"tokens={2**53 + 1}/day",
+    ],
+)
+def test_what_is_no_quota_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_quota(text)
+
+
+def test_quotas_are_read_as_they_are_written() -> None:
+    texts = ("tokens=5/day", "tokens=7/month", "megapixel_steps=2/day", "stored_bytes=9", "requests=unlimited/day")
+    assert tuple(map(str, parse_quotas(texts))) == texts
+    assert parse_quotas(texts)[2].parts == 2_000_000
+    with pytest.raises(InvalidRequest, match="twice"):
+        parse_quotas(["tokens=5/day", "tokens=6/day"])
+
+
+def test_months_end_with_their_last_day() -> None:
+    for text, ends in (("2026-11-30", "2026-12-01"), ("2026-12-31", "2027-01-01"), ("2028-02-29", "2028-03-01")):
+        moment = dt.datetime.fromisoformat(f"{text}T23:59:59+00:00").timestamp()
+        assert Period.MONTH.ends_at(moment) == Period.DAY.ends_at(moment) == moment + 1
+        assert (Period.MONTH.window(moment), day_of(moment + 1)) == (text[:7], ends)
