@@ -21,6 +21,7 @@ from forebay.replicas.memory import (
     agenda,
     charge,
     plan,
+    relief,
     size,
     used,
 )
@@ -254,6 +255,16 @@ def test_a_large_one_that_has_waited_long_keeps_what_is_free_from_small_ones() -
     for waited, expected in ((19.0, Fits), (20.0, Wait)):
         plans = agenda([Wish(need(8, "large"), waited_seconds=waited), small], resident, TOTALS, NOW, RULES)
         assert isinstance({wish.need.model: verdict for wish, verdict in plans}["small"], expected)
+
+
+def test_relief_takes_idle_ones_as_few_as_will_do_and_all_where_they_are_not_enough() -> None:
+    old, young = holding("old", 2, idle_since=NOW - 400), holding("young", 2, idle_since=NOW - 100)
+    online = holding("online", 2, last_online_at=NOW - 5)
+    rest = [holding("busy", 2, busy=True), holding("pinned", 2, pinned=True), online]
+    assert relief([young, old, *rest], {HOST: 10 * GIB}, NOW, RULES) is None
+    assert victims(relief([young, old, *rest], {HOST: 9 * GIB}, NOW, RULES)) == ["old"]
+    assert relief([young, replace(old, leaving=True), *rest], {HOST: 9 * GIB}, NOW, RULES) is None
+    assert victims(relief([young, old, *rest], {HOST: 1 * GIB}, NOW, RULES)) == ["old", "young"]
 
 
 HOLDINGS = st.lists(

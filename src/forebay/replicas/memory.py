@@ -199,6 +199,22 @@ def plan(
     return case.wait(waited_seconds)
 
 
+def relief(holdings: Sequence[Holding], allowed: Bytes, now: float, rules: Rules) -> Evict | None:
+    """Who leaves while more is held than is `allowed`: idle ones without online traffic lately, as few as will do.
+
+    Where all of them are not enough they leave nevertheless.
+    """
+    case = _Case(Need("", dict.fromkeys(allowed, 0)), holdings, allowed, {}, now, rules, for_batch=True)
+    gone = [one for one in holdings if one.leaving]
+    victims: list[Holding] = []
+    for one in case.candidates():
+        short = case.short([*gone, *victims])
+        if case.evictable(one) and any(one.bytes.get(device) for device in short):
+            victims.append(one)
+    reason = f"{_names(victims)} leaves: engines hold more than the machine can spare."
+    return Evict(tuple(victims), reason) if victims else None
+
+
 @dataclass(frozen=True, slots=True)
 class _Case:
     """One need against one picture of the machine."""
