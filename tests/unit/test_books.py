@@ -1,0 +1,179 @@
+"""What the books say of models and replicas, by a gauge that reads what a test tells it."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from forebay.config import Settings
+from forebay.errors import SetupError
+from forebay.inference import Capability, Request
+from forebay.replicas.books import MeasuredBooks
+from forebay.replicas.catalog import Catalog
+from forebay.replicas.gauge import Gauge, Reading
+from forebay.replicas.keeper import Keeper
+from forebay.replicas.memory import HOST
+from forebay.telemetry import Log, Metrics
+from tests.support.clock import FakeClock
+
+MIB = 2**20
+GIB = 2**30
+PID = 4711
+FIXED = 64 * MIB  # what a fake engine is taken to need
+
+
+class Dial(Gauge):
+    """A gauge whose reading a test sets."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings.memory
+        self.reading = Reading(10 * GIB, 9 * GIB, 0.5, None, (), {}, {})
+        self.broken = False
+
+    def read(self, families: Iterable[int] = ()) -> Reading:
+        if self.broken:
+            raise SetupError("The memory of this machine cannot be measured.")
+        return self.reading
+
+    def show(self, held: int, peak: int | None = None, available: int = 9 * GIB) -> None:
+        peaks = {PID: {HOST: held if peak is None else peak}}
+        self.reading = replace(self.reading, available_bytes=available, held={PID: {HOST: held}}, peaks=peaks)
+
+
+class Desk:
+    """Books over a catalogue of two fake models, and one keeper for the first of them."""
+
+    def __init__(self, **more: Any) -> None:
+        models = {"plain": {"engine": "fake", **more}, "other": {"engine": "fake"}}
+        settings = Settings.model_validate({"models": models, "default_models": False})
+        self.clock = FakeClock()
+        self.dial = Dial(settings)
+        self.books = MeasuredBooks(Catalog(settings), settings.memory, self.dial, self.clock, Metrics(), Log())
+        self.replica = SimpleNamespace(process=SimpleNamespace(pid=PID), largest_input=0, in_flight={})
+        self.stand = SimpleNamespace(replica=self.replica, ready_at=None, asleep_at=None, load_seconds=1.5)
+        self.keeper = cast(Keeper, self.stand)
+        self.books.keepers = lambda: [("plain", self.keeper)]
+
+    async def measure(self, held: int, peak: int | None = None, **more: Any) -> None:
+        self.dial.show(held, peak, **more)
+        self.clock.advance(2)
+        await self.books.measure()
+
+    def come_up(self) -> None:
+        self.stand.ready_at = self.clock.monotonic()
+
+    def work(self, size: int) -> None:
+        self.replica.largest_input = size
+
+    @property
+    def held(self) -> int:
+        return self.books.held("plain", self.keeper)[HOST]
+
+    @property
+    def need(self) -> int:
+        return self.books.need("plain")[HOST]
+
+
+async def test_a_model_that_starts_is_charged_with_what_it_will_need_and_later_with_what_it_holds() -> None:
+    desk = Desk()
+    assert desk.held == desk.need == FIXED
+    await desk.measure(20 * MIB)
+    assert desk.held == FIXED
+    await desk.measure(80 * MIB)
+    assert desk.held == 80 * MIB
+    desk.come_up()
+    await desk.measure(30 * MIB)
+    assert desk.held == 30 * MIB
+    assert desk.need == 80 * MIB, "its start came to that"
+
+
+async def test_what_work_came_to_stays_reserved() -> None:
+    desk = Desk()
+    desk.come_up()
+    await desk.measure(30 * MIB)
+    desk.work(1000)
+    await desk.measure(40 * MIB, peak=50 * MIB)
+    assert desk.held == desk.need == 50 * MIB
+    await desk.measure(30 * MIB)
+    assert desk.held == 50 * MIB
+    await desk.measure(70 * MIB)
+    assert desk.held == 70 * MIB
+    assert desk.need == 50 * MIB, "nothing was in flight"
+
+
+async def test_the_peak_of_a_start_is_not_taken_for_work() -> None:
+    desk = Desk()
+    desk.clock.advance(1)
+    desk.come_up()
+    desk.work(1000)
+    await desk.measure(30 * MIB, peak=200 * MIB)
+    assert desk.held == 30 * MIB
+    assert desk.need == 200 * MIB
+
+
+async def test_work_that_lasts_over_readings_counts_in_each() -> None:
+    desk = Desk()
+    desk.come_up()
+    await desk.measure(30 * MIB)
+    desk.work(1000)
+    desk.replica.in_flight = {1: Request("r", "p", "plain", Capability.CHAT, "/", b"x" * 1000)}
+    await desk.measure(40 * MIB)
+    await desk.measure(60 * MIB)
+    assert desk.need == 60 * MIB
+
+
+async def test_what_an_operator_said_is_reserved_and_more_is_charged_where_more_is_held() -> None:
+    desk = Desk(memory_bytes=GIB)
+    desk.come_up()
+    await desk.measure(30 * MIB)
+    assert desk.held == desk.need == GIB
+    await desk.measure(2 * GIB)
+    assert desk.held == 2 * GIB
+    assert desk.need == GIB
+
+
+async def test_a_dead_engine_keeps_its_memory_until_the_next_start() -> None:
+    desk = Desk()
+    await desk.measure(100 * MIB)
+    desk.dial.reading = replace(desk.dial.reading, held={}, peaks={})
+    await desk.books.measure()
+    assert desk.held == 100 * MIB
+
+
+async def test_a_machine_that_is_short_closes_and_says_how_much_engines_may_hold() -> None:
+    desk = Desk()
+    turns: list[bool] = []
+    desk.books.on_turn = lambda: turns.append(desk.books.gate.open)
+    desk.come_up()
+    await desk.measure(5 * GIB)
+    assert desk.books.closed() is None
+    assert desk.books.allowed() == desk.books.totals() == {HOST: 8 * GIB}
+    await desk.measure(5 * GIB, available=GIB // 4)
+    assert "2.5% of its memory available" in (desk.books.closed() or "")
+    lacking = int(10 * GIB * 0.08) - GIB // 4
+    assert desk.books.allowed() == {HOST: 5 * GIB - lacking}
+    assert desk.books.totals() == {HOST: 8 * GIB}
+    await desk.measure(2 * GIB, available=4 * GIB)
+    assert desk.books.closed() is None
+    assert turns == [False, True]
+
+
+async def test_what_cannot_be_measured_for_once_is_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    desk = Desk()
+    desk.come_up()
+    await desk.measure(30 * MIB)
+    desk.dial.broken = True
+    for _ in range(2):
+        await desk.books.measure()
+    assert desk.held == 30 * MIB
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("memory.unmeasured") == 1
+
+
+def test_a_model_of_somebody_elses_server_takes_nothing() -> None:
+    upstream = {"engine": "upstream", "options": {"base_url": "http://127.0.0.1/v1"}}
+    settings = Settings.model_validate({"models": {"far": upstream}, "default_models": False})
+    books = MeasuredBooks(Catalog(settings), settings.memory, Dial(settings), FakeClock(), Metrics(), Log())
+    assert books.need("far") == {}
