@@ -349,6 +349,12 @@ class CommandOptions(Section):
     )
 
 
+_SLEEPS = (
+    "How it leaves its GPU to another model: 0 ends its process, 1 keeps it and the weights in the host's memory, 2 keeps "
+    "it alone. Other than 0 it runs in vLLM's development mode, whose routes anybody on this machine can call."
+)
+
+
 class VllmOptions(Section):
     """Options of the `vllm` engine, a preset of `command`."""
 
@@ -360,6 +366,7 @@ class VllmOptions(Section):
     )
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(1, description="GPUs that share the model.")
     arguments: tuple[str, ...] = Field((), description="Further arguments for `vllm serve`.")
+    sleep_level: Literal[0, 1, 2] = Field(0, description=_SLEEPS)
     capabilities: Capabilities = Field(_TEXT, description=_SERVED)
     vision: bool = Field(False, description="Whether the model takes images in messages.")
 
@@ -417,6 +424,7 @@ class FakeOptions(PainterOptions):
         0, description="Requests at once above which it runs out of memory; 0 never does."
     )
     ballast_bytes: Annotated[int, Field(ge=0, le=2**40)] = Field(0, description="Memory that it holds for nothing.")
+    sleep_level: Literal[0, 1, 2] = Field(0, description="Whether it can sleep; without its ballast, at either level.")
     tools: bool = Field(True, description="Whether its chat template has tools.")
     capabilities: AllCapabilities = Field(
         tuple(Capability), description="What it serves, of all that a model can be asked for."

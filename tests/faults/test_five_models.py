@@ -9,6 +9,7 @@ from random import Random
 from time import monotonic
 
 import psutil
+import pytest
 
 from tests.support.answers import Answer, ask
 from tests.support.processes import GONE, lives
@@ -93,6 +94,7 @@ def _time(stamp: str) -> float:
     return datetime.fromisoformat(stamp).timestamp()
 
 
+@pytest.mark.timeout(900)
 async def test_five_models_in_half_the_memory_that_they_take(prove: bool) -> None:
     seconds = 600.0 if prove else 20.0
     async with serving(CONFIG, environment={"FOREBAY_LOG_FORMAT": "json"}) as server:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.faults.test_engine_death import begin
 from tests.support.answers import Answer, ask
@@ -138,6 +139,50 @@ async def test_engines_that_die_while_they_leave_or_come_hold_no_memory() -> Non
         os.kill(server.engine_pid("one"), signal.SIGKILL)
         assert (await ask(server, "Hello, two.", model="two")).whole
         assert "one" not in engines(server), "the memory of the dead went to the next"
+
+
+SLEEPER = """
+default_models = false
+[memory]
+host_bytes = 400_000_000
+residency_seconds = 0.1
+swap_wait_seconds = 0.3
+measure_seconds = 0.2
+[models.one]
+engine = "fake"
+options.ballast_bytes = 200_000_000
+options.sleep_level = {level}
+[models.two]
+engine = "fake"
+options.ballast_bytes = 200_000_000
+"""
+
+
+@pytest.mark.parametrize("level", [1, 2])
+async def test_an_engine_that_can_sleep_keeps_its_process_while_another_has_its_memory(level: int) -> None:
+    async with serving(SLEEPER.format(level=level), environment=JSON_LOG) as server:
+        for name in ("one", "two", "one"):
+            assert (await ask(server, f"Hello, {name}.", model=name)).whole
+        assert names(server, "engine.starting") == ["one", "two"], "it was woken, not started"
+        assert (names(server, "engine.asleep"), names(server, "engine.woken")) == (["one"], ["one"])
+        assert list(engines(server)) == ["one"], "whoever cannot sleep is gone"
+        sleeper = engines(server)["one"]
+        assert sleeper.memory_info().rss > 200_000_000
+
+        assert (await ask(server, "Hello, two.", model="two")).whole
+        assert (await server.model("one"))["state"] == "asleep"
+        assert sleeper.memory_info().rss < 100_000_000
+        if level == 1:
+            await server.post("/admin/models/one/unload")
+        else:
+            sleeper.kill()
+        await eventually(lambda: not lives(sleeper), what="the end of the sleeper")
+        await until_state(server, "one", "stopped")
+        assert (await ask(server, "Hello, one.", model="one")).whole
+        assert names(server, "engine.starting") == ["one", "two", "two", "one"]
+        family = server.family()
+        assert await server.stop() == 0
+        assert not [process for process in family if lives(process)]
 
 
 async def test_models_that_are_loaded_at_the_start_and_do_not_fit_together_end_serve(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ class Stand:
         self.kind = kind
         self.load_seconds = kind.load_seconds
         self.ready_at: float | None = None
+        self.asleep_at: float | None = None
+        self.sleep_level = 0
+        self.sleeps = False
         self.leaving = False
         self.ended = False
         self.hopeful = True
@@ -101,6 +104,7 @@ class House:
         self.kinds = {kind.name: kind for kind in kinds}
         self.total = total
         self.shut: str | None = None
+        self.relief: int | None = None
         self.story = Story()
         self.lines: dict[str, list[Arrival]] = {name: [] for name in self.kinds}
         self.last: dict[tuple[str, bool], float] = {}
@@ -117,6 +121,9 @@ class House:
     def totals(self) -> Bytes:
         return {HOST: self.total}
 
+    def allowed(self) -> Bytes:
+        return {HOST: self.total if self.relief is None else self.relief}
+
     def need(self, model: str) -> Bytes:
         return {HOST: self.kinds[model].bytes}
 
@@ -125,6 +132,9 @@ class House:
 
     def closed(self) -> str | None:
         return self.shut
+
+    def measured_at(self) -> float:
+        return self.now
 
     def wanted(self, model: str) -> Wanted:
         now, line = self.now, self.lines[model]

@@ -31,7 +31,6 @@ _MAX_HEAD_BYTES = 64 * 1024
 _MAX_BODY_BYTES = 256 * 1024 * 1024
 _MAX_WAITING = 4096
 _BURST_TOKENS = 64
-_PAGE_BYTES = 4096
 _ABOUT_TOKENS = ("/tokenize", "/detokenize", "/v1/chat/completions/input_tokens")
 _READS = {"/v1/embeddings": "embedding", "/v1/rerank": "rerank"}
 _UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
@@ -55,6 +54,7 @@ class Spec:
     dimensions: int = 384
     input_tokens_max: int = 300_000
     ballast_bytes: int = 0  # memory that it holds for nothing
+    sleep_level: int = 0  # whether it can sleep
     quiet: bool = False
     port: int = 0  # 0 takes a free one, and says which
 
@@ -114,12 +114,23 @@ class Engine:
         self.slots = Slots(spec.slots)
         self.lived = Lived()
         self.stats = {"started": 0, "finished": 0, "cancelled": 0, "running": 0, "tokens": 0}
-        self.ballast = bytearray(spec.ballast_bytes)  # no page of it is there before it is written
+        self.ballast = b""
+        self.asleep = False
         self.authorization = f"Bearer {key}".encode()
 
+    def sleep(self, *, asleep: bool) -> dict[str, bool]:
+        """Let go of the ballast, or take it again."""
+        self.asleep = asleep
+        self.ballast = b"" if asleep else self.ballast or b"\1" * self.spec.ballast_bytes
+        return {"is_sleeping": asleep}
+
     def look_up(self, path: str) -> Any:
-        """The answer to a GET."""
+        """The answer to a GET, and to what has no body."""
         match path:
+            case "/is_sleeping" if self.spec.sleep_level:
+                return {"is_sleeping": self.asleep}
+            case "/sleep" | "/wake_up" | "/collective_rpc" if self.spec.sleep_level:
+                return self.sleep(asleep=path == "/sleep")
             case "/slots":
                 return [{"id": slot, "is_processing": busy} for slot, busy in enumerate(self.slots.busy)]
             case "/props":
@@ -477,7 +488,7 @@ async def serve(spec: Spec, key: str) -> None:
     print(f"FOREBAY_ENGINE_LISTENING http://127.0.0.1:{address[1]}", flush=True)
     await asyncio.sleep(spec.start_delay_seconds)
     fail_to_start(spec)
-    engine.ballast[::_PAGE_BYTES] = b"\1" * len(range(0, len(engine.ballast), _PAGE_BYTES))
+    engine.sleep(asleep=False)
     engine.ready = spec.fail_start != "never_ready"
     await server.serve_forever()
 

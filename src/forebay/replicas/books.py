@@ -72,7 +72,7 @@ class MeasuredBooks:
         if keeper.asleep_at is not None:
             return self._asleep(need, measured, fresh=self._read_at > keeper.asleep_at)
         said = self._catalog.get(model).memory_bytes is not None
-        reserved = said or keeper.ready_at is None
+        reserved = said or keeper.ready_at is None or keeper.ready_at >= self._read_at
         return {
             device: charge(
                 need.get(device, 0), measured.get(device), self._learned.at_work(model, device), starting=reserved

@@ -51,6 +51,7 @@ class Traits:
     `counts_items`: it tells the tokens of each input or document;
     `truncation` is its field that lets it cut one that is too long; `logits`: it scores documents by logits;
     `input_types`: it reads queries in another way than documents. `metrics_path`: where it tells figures of its own.
+    `sleep_level`: how it can give its device's memory back and keep its process; 0 if it cannot.
     `pausable`: it takes no harm from being stopped for minutes at any point. `continues`: it goes on with an answer that
     was begun, and tells how much of that was in its cache.
     """
@@ -71,6 +72,7 @@ class Traits:
     input_types: bool = False
     metrics_path: str = ""
     pausable: bool = True
+    sleep_level: int = 0
     continues: bool = False
 
 
@@ -104,6 +106,7 @@ def traits_of(model: Model) -> Traits:
                 "/slots",
                 extensions="llama.cpp",
                 sees_images=fake.vision,
+                sleep_level=fake.sleep_level,
                 counts_items=True,
                 truncation=_TRUNCATE,
                 logits=True,
@@ -114,6 +117,7 @@ def traits_of(model: Model) -> Traits:
                 reuses_connections=False,
                 extensions="vllm",
                 sees_images=vllm.vision,
+                sleep_level=vllm.sleep_level,
                 truncation=("truncate_prompt_tokens", -1),
                 pausable=False,  # its processes watch each other by the clock
             )
@@ -354,4 +358,8 @@ def _vllm(name: str, model: VllmModel, slots: int, path: Path | None, key: str, 
         argv += ["--revision", revision]
     if options.context:
         argv += ["--max-model-len", str(options.context)]
-    return EngineCommand((*argv, *options.arguments), {"VLLM_API_KEY": key}, address=f"http://127.0.0.1:{port}")
+    environment = {"VLLM_API_KEY": key}
+    if options.sleep_level:
+        argv.append("--enable-sleep-mode")
+        environment["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no way to have it sleep
+    return EngineCommand((*argv, *options.arguments), environment, address=f"http://127.0.0.1:{port}")

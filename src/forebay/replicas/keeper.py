@@ -16,6 +16,7 @@ from forebay.clock import Clock, new_id, new_token
 from forebay.config import upstream_key
 from forebay.errors import EngineUnavailable, SetupError
 from forebay.model_config import CommandModel, Model, UpstreamModel, VllmModel
+from forebay.replicas import sleep
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import Traits, command_for, traits_of
 from forebay.replicas.launcher import EngineProcess, Launcher
@@ -28,6 +29,7 @@ from forebay.telemetry import Log, Metrics
 
 _PROBE_SECONDS = 0.05
 _FAILED_STARTS_MAX = 3
+_SLEEP_SECONDS_MAX = 60.0  # weights go to the host's memory meanwhile
 _KEY_BYTES = 32
 _LOGGED_LINES = 8
 
@@ -53,7 +55,8 @@ class Keeper:
     """One engine process that is wanted, dead or alive.
 
     `slots` says how many places the next process gets; `on_out_of_memory` is told before it is asked again, and `on_end`
-    when nothing of it is left. It came up at `ready_at` (None while it is not up), `load_seconds` after its launch.
+    when nothing of it is left, or it has fallen asleep. It came up at `ready_at` (None while it is not up), `load_seconds`
+    after its launch; it sleeps since `asleep_at`.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Keeper:
         self.id = new_id("keeper")
         self.replica: Replica | None = None
         self.ready_at: float | None = None
+        self.asleep_at: float | None = None
         self.load_seconds = 0.0
         self.retry_at: float | None = None
         self.retry_at_epoch: float | None = None
@@ -84,6 +88,8 @@ class Keeper:
         self._came_up = False
         self._launched_at = 0.0
         self._condemned: Cause | None = None
+        self._sleep_asked = False
+        self._on_end = on_end
         self._run = asyncio.create_task(self._keep())
         self._run.add_done_callback(lambda _run: on_end())
 
@@ -94,8 +100,18 @@ class Keeper:
 
     @property
     def leaving(self) -> bool:
-        """Whether it was told to end."""
-        return self._stop_asked
+        """Whether it was told to end, or to sleep and does not yet."""
+        return self._stop_asked or (self._sleep_asked and self.asleep_at is None)
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it sleeps or is about to."""
+        return self._sleep_asked and not self._stop_asked
+
+    @property
+    def sleep_level(self) -> int:
+        """How its engine can sleep; 0 if it cannot now."""
+        return self.replica.traits.sleep_level if self.ready_at is not None and self.replica is not None else 0
 
     @property
     def hopeful(self) -> bool:
@@ -113,6 +129,16 @@ class Keeper:
         """Drain, stop, and end."""
         self._stop_asked = True
         self._leave()
+
+    def ask_sleep(self) -> None:
+        """Drain, then give the device's memory back and keep the process; end if the engine does not."""
+        self._sleep_asked = True
+        self._leave()
+
+    def wake(self) -> None:
+        """Take the memory again, and serve. It has to be asleep."""
+        self._sleep_asked = False
+        self._leaving.set()
 
     def ask_restart(self) -> None:
         """Drain, stop, and start again; what failed gets a new chance."""
@@ -150,6 +176,7 @@ class Keeper:
     async def _keep(self) -> None:
         while not self._stop_asked:
             self._leaving.clear()
+            self._sleep_asked = False
             self._condemned = None
             self._came_up = False
             began = self._shop.clock.monotonic()
@@ -199,7 +226,7 @@ class Keeper:
         try:
             cause = await self._start(replica, process) or await self._work(replica, process)
         finally:
-            replica.state, self.ready_at = ReplicaState.STOPPED, None
+            replica.state, self.ready_at, self.asleep_at = ReplicaState.STOPPED, None, None
             replica.resume()
             self._changed()
             exit_code = await self._stop(process, kill=cause is not None or self._condemned is not None)
@@ -262,14 +289,17 @@ class Keeper:
         if process is not None:
             replica.tools = await self._supports_tools(replica)
         self._came_up = True
-        self.ready_at = self._shop.clock.monotonic()
-        self.load_seconds = self.ready_at - self._launched_at
-        replica.state = ReplicaState.READY
+        self._serve_from_now(replica)
         self._failed_starts = 0
         self.failure = None
         self._shop.log.info("engine.ready", model=replica.model, replica=replica.id, slots=replica.slots)
         self._changed()
         return None
+
+    def _serve_from_now(self, replica: Replica) -> None:
+        self.ready_at = self._shop.clock.monotonic()
+        self.load_seconds = self.ready_at - self._launched_at
+        replica.state = ReplicaState.READY
 
     async def _come_up(self, replica: Replica, process: EngineProcess) -> None:
         """Wait until the engine answers or is to leave. Raises EngineUnavailable if it ends first."""
@@ -306,7 +336,13 @@ class Keeper:
         exited = asyncio.ensure_future(process.wait())
         hung = asyncio.ensure_future(self._probe(replica))  # one for both: to be told to leave is no sign of life
         try:
-            return await self._serve(exited, hung) or await self._drain(replica, exited, hung)
+            while True:
+                cause = await self._serve(exited, hung) or await self._drain(replica, exited, hung)
+                if cause is not None or not await self._fall_asleep(replica):
+                    return cause
+                cause = await self._sleep(replica, exited, hung)
+                if cause is not None or self._stop_asked:
+                    return cause
         finally:
             exited.cancel()
             hung.cancel()
@@ -322,6 +358,44 @@ class Keeper:
         if self._leaving.is_set():
             return None
         return Cause.CRASH if exited.done() else Cause.STALL
+
+    async def _fall_asleep(self, replica: Replica) -> bool:
+        """Whether it sleeps. An engine that was to, and does not, ends: others wait for its memory."""
+        if not self.sleeps or self._condemned is not None:
+            return False
+        shop = self._shop
+        slept = await sleep.fall_asleep(
+            shop.session(self._name, replica.traits, self._model), replica, _SLEEP_SECONDS_MAX, shop.clock
+        )
+        if not slept:
+            shop.log.warning("engine.sleepless", model=self._name, replica=replica.id)
+            self._stop_asked = True
+        if self._stop_asked:
+            return False
+        self._leaving.clear()
+        replica.state, self.ready_at, self.asleep_at = ReplicaState.ASLEEP, None, shop.clock.monotonic()
+        shop.log.info("engine.asleep", model=self._name, replica=replica.id)
+        self._changed()
+        self._on_end()
+        return True
+
+    async def _sleep(self, replica: Replica, exited: asyncio.Future[int], hung: asyncio.Future[None]) -> Cause | None:
+        """Wait until it is woken or to end; the cause if it does not come up again, or dies, and then for good."""
+        cause = await self._serve(exited, hung)
+        if cause is not None or self._stop_asked:
+            self._stop_asked = True  # nobody has reserved memory for another start
+            return cause
+        self._leaving.clear()
+        shop, self.asleep_at, self._launched_at = self._shop, None, self._shop.clock.monotonic()
+        replica.state = ReplicaState.STARTING
+        self._changed()
+        session = shop.session(self._name, replica.traits, self._model)
+        if not await sleep.wake(session, replica, shop.limits.start_timeout_seconds, shop.clock):
+            return Cause.FAILED_START
+        self._serve_from_now(replica)
+        shop.log.info("engine.woken", model=self._name, replica=replica.id, seconds=round(self.load_seconds, 3))
+        self._changed()
+        return None
 
     async def _probe(self, replica: Replica) -> None:
         """Return once the engine has answered no probe for the stall limit; one that is paused is not asked."""

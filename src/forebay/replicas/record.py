@@ -55,7 +55,12 @@ class ModelRecord:
     @property
     def missing(self) -> int:
         """How many more keepers it is to have."""
-        return self.settings.replicas - len(self.keepers) if self.wanted and self.failure is None else 0
+        return self.settings.replicas - len(self.awake) if self.wanted and self.failure is None else 0
+
+    @property
+    def awake(self) -> list[Keeper]:
+        """Its keepers without those that sleep."""
+        return [keeper for keeper in self.keepers if keeper.asleep_at is None]
 
     def want(self, now: float) -> None:
         """Somebody asks for it."""

@@ -25,11 +25,12 @@ _SECRET_CHARS_MIN = 8
 
 
 class ReplicaState(StrEnum):
-    """STARTING -> READY -> DRAINING -> STOPPED; any of them -> STOPPED when the process ends."""
+    """STARTING -> READY -> DRAINING -> STOPPED, or ASLEEP -> STARTING; any of them -> STOPPED when the process ends."""
 
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
+    ASLEEP = "asleep"
     STOPPED = "stopped"
 
 

@@ -14,8 +14,24 @@ from typing import Protocol
 
 from forebay.clock import Clock
 from forebay.errors import SetupError
+from forebay.replicas.commands import device_of
 from forebay.replicas.keeper import Keeper
-from forebay.replicas.memory import Bytes, Evict, Fits, Holding, Need, Never, Plan, Rules, Wish, Yield, agenda, plan
+from forebay.replicas.memory import (
+    HOST,
+    Bytes,
+    Evict,
+    Fits,
+    Holding,
+    Need,
+    Never,
+    Plan,
+    Rules,
+    Wish,
+    Yield,
+    agenda,
+    plan,
+    relief,
+)
 from forebay.replicas.record import ModelRecord
 from forebay.server_config import MemorySettings
 from forebay.telemetry import Log, Metrics
@@ -53,6 +69,10 @@ class Books(Protocol):
         """What engines may take in all, by device."""
         ...
 
+    def allowed(self) -> Bytes:
+        """What engines may hold now: less than in all while the machine has too little left for all the rest."""
+        ...
+
     def need(self, model: str) -> Bytes:
         """What one more replica of `model` will take."""
         ...
@@ -63,6 +83,10 @@ class Books(Protocol):
 
     def closed(self) -> str | None:
         """Why nothing may be loaded now, if so."""
+        ...
+
+    def measured_at(self) -> float:
+        """When engines were last measured."""
         ...
 
 
@@ -86,6 +110,7 @@ class Residency:
         for record in records:
             self._forget(record, wanted[record.name], now)
             self._rest(record, wanted[record.name], now)
+        self._relieve(records, wanted, now)
         lacking = {record.name: record for record in records if record.missing > 0 and present(record)}
         if not lacking:
             return []
@@ -139,9 +164,9 @@ class Residency:
 
     def _wishes(self, record: ModelRecord, wanted: Wanted, now: float) -> list[Wish]:
         """One for each replica that is missing; for all but its first one nobody leaves."""
-        need = Need(record.name, self._books.need(record.name))
+        need = Need(record.name, self._to_come(record))
         extra = [Wish(need, for_batch=True, extra=True)] * record.missing
-        if record.keepers:
+        if record.awake:
             return extra
         since = record.ordered_at if record.ordered_at is not None else wanted.oldest_online_at
         if since is not None:
@@ -153,8 +178,16 @@ class Residency:
             first = Wish(need, for_batch=True)
         return [first, *extra[1:]]
 
+    def _to_come(self, record: ModelRecord) -> Bytes:
+        """What it will take beside what it has: one that sleeps is there in part."""
+        need, asleep = self._books.need(record.name), [one for one in record.keepers if one.asleep_at is not None]
+        if not asleep:
+            return need
+        held = self._books.held(record.name, asleep[0])
+        return {device: max(0, count - held.get(device, 0)) for device, count in need.items()}
+
     def _wait(self, record: ModelRecord, reason: str) -> None:
-        if record.keepers:
+        if record.awake:
             return
         if record.waiting is None:
             self._log.info("model.waiting", model=record.name, reason=reason)
@@ -163,7 +196,7 @@ class Residency:
     def _forget(self, record: ModelRecord, wanted: Wanted, now: float) -> None:
         """Let go of a model that was announced, waits for memory, and is asked for by nobody."""
         idle = record.ordered_at is None and not wanted.any and now - record.asked_at > _CLAIM_SECONDS
-        if record.wanted and record.waiting is not None and not record.keepers and idle:
+        if record.wanted and record.waiting is not None and not record.awake and idle:
             record.let_go()
 
     # What leaves.
@@ -179,9 +212,17 @@ class Residency:
             if going:
                 self._metrics.swaps.labels(record.name).inc()
                 self._log.info("model.swapped", model=record.name, reason=verdict.reason)
-                self._leave(record, going, wanted[record.name], now)
+                self._leave(record, going, wanted[record.name], now, wish.need)
                 if not wish.for_batch:
                     self.on_leave(record.name)
+
+    def _relieve(self, records: Sequence[ModelRecord], wanted: dict[str, Wanted], now: float) -> None:
+        """Have idle models leave while engines hold more than they may: they have grown, or others want the memory."""
+        allowed = self._books.allowed()
+        verdict = relief(self._holdings(records, wanted, now), allowed, now, self._rules)
+        if verdict is not None:
+            wish = Wish(Need("", dict.fromkeys(allowed, 0)), for_batch=True)
+            self._act(wish, verdict, records, wanted, now)
 
     def _rest(self, record: ModelRecord, wanted: Wanted, now: float) -> None:
         """Unload a model that nobody has asked for as long as its settings say."""
@@ -194,13 +235,23 @@ class Residency:
             self._log.info("model.idle", model=record.name, idle_seconds=round(now - last, 1))
             self._leave(record, record.keepers, wanted, now)
 
-    def _leave(self, record: ModelRecord, going: Sequence[Keeper], wanted: Wanted, now: float) -> None:
-        """Stop these once they have finished what they run. A model with a line stays wanted: it comes back."""
+    def _leave(
+        self, record: ModelRecord, going: Sequence[Keeper], wanted: Wanted, now: float, need: Need | None = None
+    ) -> None:
+        """Stop these once they have finished what they run. A model with a line stays wanted: it comes back.
+
+        Those of whom `need` wants what they give back by sleeping do that.
+        """
         record.left_at, record.swapped = now, True
-        if not (wanted.online or wanted.batch) and len(going) == sum(not each.leaving for each in record.keepers):
+        staying = [keeper for keeper in record.awake if not keeper.leaving and keeper not in going]
+        if not (wanted.online or wanted.batch or staying):
             record.let_go()
         for keeper in going:
-            keeper.ask_stop()
+            (keeper.ask_sleep if need is not None and self._may_sleep(record, keeper, need) else keeper.ask_stop)()
+
+    def _may_sleep(self, record: ModelRecord, keeper: Keeper, need: Need) -> bool:
+        device = device_of(record.settings)
+        return keeper.sleep_level > 0 and need.bytes.get(HOST if device == "cpu" else device, 0) > 0
 
     # What is held.
 
@@ -213,7 +264,9 @@ class Residency:
         replica = keeper.replica
         name = replica.id if replica is not None else ""
         online, running = name in wanted.online_on, name in wanted.online_on | wanted.batch_on
-        starting = keeper.ready_at is None and keeper.hopeful
+        starting = keeper.ready_at is None and keeper.asleep_at is None and keeper.hopeful
+        # What one that has just fallen asleep gives back is known when it is measured again.
+        settling = keeper.asleep_at is not None and keeper.asleep_at >= self._books.measured_at()
         busy = starting or running or not (replica is None or replica.idle.is_set())
         awaited = keeper.hopeful and bool(wanted.online or wanted.batch)
         ready_at = keeper.ready_at if keeper.ready_at is not None else now if starting else -inf
@@ -228,7 +281,7 @@ class Residency:
             loaded_at=ready_at,
             reload_seconds=keeper.load_seconds,
             last_online_at=now if online or wanted.online else wanted.last_online_at,
-            leaving=keeper.leaving,
+            leaving=keeper.leaving or settling,
             batch_alone=not (starting or online or wanted.online) and (running or awaited),
         )
 

@@ -16,4 +16,5 @@ class ModelState(StrEnum):
     STARTING = "starting"  # a process was launched and does not answer yet, or waits out its back-off
     READY = "ready"  # at least one replica takes requests
     DRAINING = "draining"  # it finishes what it runs and takes nothing new
+    ASLEEP = "asleep"  # its process is there and has given the memory of its device to another
     FAILED = "failed"  # it cannot be pulled or started; it is tried again at `retry_at`

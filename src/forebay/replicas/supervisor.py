@@ -115,6 +115,8 @@ class Supervisor:
                 return state
         if record.waiting is not None:
             return ModelState.WAITING
+        if ModelState.ASLEEP in states:
+            return ModelState.ASLEEP
         if self._puller.pulling(model):
             return ModelState.PULLING
         if record.failure is not None:
@@ -206,7 +208,7 @@ class Supervisor:
         record = self.record(model)
         record.failure = None
         for keeper in record.keepers:
-            keeper.ask_restart()
+            (keeper.ask_stop if keeper.sleeps else keeper.ask_restart)()
         self.load(model)
 
     def condemn(self, replica: Replica) -> None:
@@ -265,7 +267,8 @@ class Supervisor:
             record.swapped = False
         if not record.wanted:
             for keeper in record.keepers:
-                keeper.ask_stop()
+                if not (keeper.sleeps and record.swapped):
+                    keeper.ask_stop()
             return
         if record.failure is not None:
             return
@@ -281,7 +284,11 @@ class Supervisor:
         if self._closing:
             return
         for record in self.residency.review(self.records(), self._present):
-            record.keepers.append(self._keeper(record))
+            asleep = next((keeper for keeper in record.keepers if keeper.asleep_at is not None), None)
+            if asleep is not None:
+                asleep.wake()
+            else:
+                record.keepers.append(self._keeper(record))
 
     def _keeper(self, record: ModelRecord) -> Keeper:
         return Keeper(
@@ -308,7 +315,7 @@ class Supervisor:
         record.halvings -= 1
         record.halved_until = self._clock.monotonic() + self._limits.oom_cooldown_seconds
         self._log.info("engine.slots_restored", model=record.name, slots=record.slots)
-        for keeper in record.keepers:
+        for keeper in record.awake:
             keeper.ask_restart()
 
     def _present(self, record: ModelRecord) -> bool:
