@@ -34,7 +34,7 @@ class Handed:
     async def seconds(self, most: float) -> float:
         """For how many of the last `most` seconds it has run: for all of them, unless it has ended before, to the second."""
         batch = await self.caller.batch(self.id)
-        ran = (batch["completed_at"] or 0) - batch["in_progress_at"]
+        ran = (batch["completed_at"] or 0) - (batch["in_progress_at"] or 0)
         return min(most, max(1.0, ran)) if batch["status"] in ENDED else most
 
 
