@@ -1,11 +1,10 @@
 """Turns between projects: shares by weight, one round for a newcomer, nobody forgotten, a full line that has room."""
 
+import heapq
 import random
 from collections import Counter
 from collections.abc import Mapping
 
-import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay.inference import Priority
@@ -122,10 +121,13 @@ def test_in_one_project_the_order_is_that_of_priority_and_age() -> None:
     assert order == [*mild, *old, *new]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_nobody_starves_and_nothing_stands_still(seed: int) -> None:
+def test_nobody_starves_and_nothing_stands_still(*, prove: bool) -> None:
     """Random traffic above what can be served, then none: everybody gets a turn before long."""
-    rolls = random.Random(seed)
+    for seed in range(1000 if prove else 20):
+        serve_all_that_comes(random.Random(seed))
+
+
+def serve_all_that_comes(rolls: random.Random) -> None:
     hall = OneSlot({project: rolls.choice([0.25, 1.0, 4.0]) for project in PROJECTS})
     waits: list[float] = []
     for step in range(400):
@@ -214,6 +216,53 @@ def test_projects_that_come_once_are_forgotten_when_the_next_round_begins() -> N
         shares.serve(f"once{number}", 1)
         shares.serve("steady", 1)
     assert len(shares) <= 3
+
+
+def test_what_was_taken_back_is_on_nobodys_account() -> None:
+    hall = OneSlot()
+    first, *_ = hall.join("a", 3, Priority.BATCH)
+    hall.join("b", 3, Priority.BATCH)
+    first.taken = 1
+    hall.line.serve(first)
+    before = hall.line.shares.start("a")
+    first.preempted = True
+    hall.line.end(first)
+    assert hall.line.shares.start("a") < before == 1
+
+
+def test_beside_a_flood_nearly_every_request_is_as_quick_as_alone(*, prove: bool) -> None:
+    """Eight slots, and a line in which the flood has long aged."""
+    for seed in range(100 if prove else 4):
+        alone = [taken for taken, _ in latencies(random.Random(seed), flood=0)]
+        beside = latencies(random.Random(seed), flood=300)
+        p99 = sorted(taken for taken, _ in beside)[int(len(beside) * 0.99)]
+        assert p99 <= 1.5 * sorted(alone)[int(len(alone) * 0.99)]
+        assert max(flooded for _, flooded in beside) <= 1, "more than a turn for each of its own before it, and one"
+
+
+def latencies(chance: random.Random, flood: int) -> list[tuple[float, int]]:
+    """Of requests that come now and then how long each takes, and how many more of a flood than of its own go before."""
+    slots, hall, ends, found, overtook = 8, OneSlot(), list[tuple[float, int, str]](), list[tuple[float, int]](), 0
+    joined: dict[int, tuple[float, int]] = {}
+    hall.join("flood", flood)
+    comes = chance.expovariate(0.8)
+    while len(found) < 200:
+        while len(ends) < slots and (ticket := hall.serve()) is not None:
+            took = chance.uniform(0.5, 1.5)
+            heapq.heappush(ends, (hall.now + took, ticket.number, ticket.project))
+            overtook += ticket.project == "flood"
+            if ticket.project == "light":
+                came, before = joined.pop(ticket.number)
+                found.append((hall.now - came + took, overtook - before))
+        if ends and ends[0][0] <= comes:
+            hall.now, _, project = heapq.heappop(ends)
+            hall.join("flood", project == "flood")  # who is answered asks again
+        else:
+            hall.now = comes
+            (ticket,) = hall.join("light")
+            joined[ticket.number] = (comes, overtook + len(joined))
+            comes += chance.expovariate(0.8)
+    return found
 
 
 def full(*projects: str, weights: Mapping[str, float] | None = None) -> OneSlot:

@@ -65,8 +65,8 @@ class Line:
         self.shares.serve(ticket.project, ticket.taken)
 
     def end(self, ticket: Ticket) -> None:
-        """One that was served has given its places back."""
-        self.shares.end(ticket.project)
+        """One that was served has given its places back; those of who was preempted are not on anybody's account."""
+        self.shares.end(ticket.project, unused=ticket.taken if ticket.preempted else 0)
         self._forget()
 
     def _forget(self) -> None:
