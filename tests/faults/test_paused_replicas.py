@@ -24,7 +24,7 @@ from forebay.inference import Priority
 from forebay.model_config import FakeModel, OpencvModel
 from forebay.replicas.replica import Replica
 from forebay.scheduler.gather import gather
-from forebay.server_config import SupervisorSettings
+from forebay.server_config import PaceSettings, SupervisorSettings
 from forebay.telemetry import Metrics
 from tests.support.processes import lives
 from tests.support.server import chat_body, eventually
@@ -100,7 +100,8 @@ def _still(replica: Replica) -> bool:
 async def _hall(tmp_path: Path, stall_seconds: float = STALL_SECONDS) -> AsyncIterator[Hall]:
     models = {"fake": FakeModel(engine="fake", slots=4), "telea": OpencvModel(engine="opencv")}
     limits = SupervisorSettings(stall_seconds=stall_seconds, cancel_grace_seconds=5, backoff_seconds_min=0.05)
-    settings = Settings(data_dir=tmp_path, default_models=False, models=models, supervisor=limits)
+    nobody = PaceSettings(enabled=False)  # who would pause them and wake them by himself
+    settings = Settings(data_dir=tmp_path, default_models=False, models=models, supervisor=limits, pace=nobody)
     metrics = Metrics()
     machine = Machine(settings, dict(os.environ), SystemClock(), metrics)
     supervising = asyncio.create_task(machine.supervisor.run())
