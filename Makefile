@@ -48,7 +48,7 @@ gates: $(STAMP)
 	@echo "== import contracts"; $(BIN)/lint-imports --no-cache > $(VENV)/.contracts 2>&1 || { cat $(VENV)/.contracts; exit 1; }
 	@echo "== dependencies"; $(BIN)/deptry src > $(VENV)/.deptry 2>&1 || { cat $(VENV)/.deptry; exit 1; }
 
-bench: $(DIFFUSION) ## Measure (ARGS='overhead', 'chat', 'jobs', 'batch', 'embed', 'speech', 'coserve' or 'image --tiny')
+bench: $(DIFFUSION) ## Measure (ARGS='overhead', 'chat', 'jobs', 'batch', 'prefix', 'embed', 'speech', 'coserve' or 'image --tiny')
 	@$(BIN)/forebay bench $(or $(ARGS),overhead)
 
 prove: $(DIFFUSION) ## The long versions of the tests: hundreds of kills, thousands of mutations

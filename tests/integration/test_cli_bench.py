@@ -24,13 +24,19 @@ def bench(folder: Path, kind: str, *options: str) -> "subprocess.CompletedProces
 
 @pytest.mark.parametrize(
     ("kind", "ids"),
-    [("overhead", {"P1", "P2", "P3", "P4"}), ("chat", {"P5"}), ("batch", {"P6", "P9"}), ("jobs", {"P8", "P10"})],
+    [
+        ("overhead", {"P1", "P2", "P3", "P4"}),
+        ("chat", {"P5"}),
+        ("batch", {"P6", "P9"}),
+        ("prefix", {"P6"}),
+        ("jobs", {"P8", "P10"}),
+    ],
 )
 def test_a_short_run(tmp_path: Path, kind: str, ids: set[str]) -> None:
     smollm2_path()
     ran = bench(tmp_path, kind)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    name = kind if kind in {"overhead", "chat"} else f"{kind}-sqlite"
+    name = kind if kind in {"overhead", "chat", "prefix"} else f"{kind}-sqlite"
     report: dict[str, Any] = json.loads((tmp_path / "results" / f"{name}.json").read_text("utf-8"))
     assert report["errors"] == 0
     assert report["requests"] > 0

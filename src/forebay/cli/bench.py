@@ -21,6 +21,7 @@ from forebay.bench import image as image_bench
 from forebay.bench import image_grid
 from forebay.bench import jobs as jobs_bench
 from forebay.bench import overhead as overhead_bench
+from forebay.bench import prefix as prefix_bench
 from forebay.bench import speech as speech_bench
 from forebay.bench.painters import Choice
 from forebay.bench.report import Report, figure
@@ -144,6 +145,22 @@ def coserve(
         plan = coserve_bench.SPEECH if speech else coserve_bench.MIXED
         size = coserve_bench.QUICK if quick else coserve_bench.Size(seconds, lines, load)
         _show(runner.run(coserve_bench.run(settings, plan, 1 if quick else seeds, size, _say)), out)
+
+
+@app.command()
+def prefix(
+    model: Annotated[str, typer.Option(help="A model of llama.cpp that is here.")] = "smollm2-135m-instruct",
+    seeds: Seeds = 3,
+    quick: Quick = False,
+    out: Out = _RESULTS,
+    config_file: ConfigFile = None,
+    data_dir: DataFolder = None,
+) -> None:
+    """Batches whose lines share the beginning of their prompts, beside the engine driven in file order (P6)."""
+    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        settings = load_settings(config_file, data_dir=data_dir)
+        size = prefix_bench.QUICK if quick else prefix_bench.FULL
+        _show(runner.run(prefix_bench.run(settings, model, 1 if quick else seeds, size, _say)), out)
 
 
 @app.command()

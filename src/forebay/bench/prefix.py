@@ -1,0 +1,228 @@
+"""Lines of a batch that share the beginning of their prompts, beside the engine driven directly in the order of the file (P6).
+
+Each mix of lines is run as a batch, and by as many connections as the engine has slots, each taking the next line of the
+file. It refuses to let one side see a prompt twice, or both sides work at once.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_json
+
+from forebay.bench.caller import ENDED, Caller, calling
+from forebay.bench.report import Measure, Report
+from forebay.bench.stage import Stage, config_of, of_engine, staged
+from forebay.bench.wire import now
+from forebay.clock import seeded
+from forebay.config import Settings
+from forebay.dialects.openai.call import Context, parse
+from forebay.dialects.openai.chat import ChatBody, chat_call
+from forebay.model_config import LlamaCppModel
+
+_ENDPOINT = "/v1/chat/completions"
+_WORDS = (  # each of them is one token in most vocabularies, with the space before it
+    "river stone window garden letter summer winter yellow number person answer market bridge island forest silver mother "
+    "father school doctor animal street nature planet castle engine paper water house light table world story"
+)
+_QUESTION_WORDS = 12
+_BRIEF_WORDS = 3
+
+Message = dict[str, str]
+Mix = Callable[["Lines"], list[list[Message]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much to measure for each seed: how many prompts of how many words share their beginning with how many others."""
+
+    prefixes: int
+    lines_each: int
+    prefix_words: int
+    tokens: int
+
+    @property
+    def lines(self) -> int:
+        """Of each mix."""
+        return self.prefixes * self.lines_each
+
+
+FULL = Size(prefixes=20, lines_each=8, prefix_words=390, tokens=16)
+QUICK = Size(prefixes=2, lines_each=2, prefix_words=40, tokens=2)
+
+
+class Lines:
+    """Makes the lines of one seed; no two texts of it begin alike unless they are meant to."""
+
+    def __init__(self, size: Size, seed: int, mix: str) -> None:
+        self.size = size
+        self._chance = seeded(seed * len(MIXES) + list(MIXES).index(mix))
+
+    def text(self, words: int) -> str:
+        """So many words by chance."""
+        return " ".join(self._chance.choices(_WORDS.split(), k=words)).capitalize() + "."
+
+    def asked(self, *system: str) -> list[Message]:
+        """A question after what the system says."""
+        said = [{"role": "system", "content": " ".join(system)}] if system else []
+        return [*said, {"role": "user", "content": self.text(_QUESTION_WORDS)}]
+
+    def families(self, *common: str, words: int) -> list[list[Message]]:
+        """Lines in blocks that share so many words, after what all lines have in common."""
+        prefixes = [self.text(words) for _ in range(self.size.prefixes)]
+        return [self.asked(*common, prefix) for prefix in prefixes for _ in range(self.size.lines_each)]
+
+    def shuffled(self, lines: list[list[Message]]) -> list[list[Message]]:
+        """The same lines in an order by chance."""
+        self._chance.shuffle(lines)
+        return lines
+
+
+def _in_blocks(lines: Lines) -> list[list[Message]]:
+    return lines.families(words=lines.size.prefix_words)
+
+
+def _shuffled(lines: Lines) -> list[list[Message]]:
+    return lines.shuffled(_in_blocks(lines))
+
+
+def _two_levels(lines: Lines) -> list[list[Message]]:
+    half = lines.size.prefix_words // 2
+    return lines.shuffled(lines.families(lines.text(half), words=half))
+
+
+def _one_for_all(lines: Lines) -> list[list[Message]]:
+    prefix = lines.text(lines.size.prefix_words)
+    return [lines.asked(prefix) for _ in range(lines.size.lines)]
+
+
+def _half_of_them(lines: Lines) -> list[list[Message]]:
+    shared = _in_blocks(lines)[::2]
+    return lines.shuffled(shared + [lines.asked(lines.text(lines.size.prefix_words)) for _ in shared])
+
+
+def _none(lines: Lines) -> list[list[Message]]:
+    return [lines.asked(lines.text(lines.size.prefix_words)) for _ in range(lines.size.lines)]
+
+
+def _very_short(lines: Lines) -> list[list[Message]]:
+    return [[{"role": "user", "content": lines.text(_BRIEF_WORDS)}] for _ in range(lines.size.lines)]
+
+
+_SHUFFLED = "shuffled"
+MIXES: Mapping[str, Mix] = {
+    _SHUFFLED: _shuffled,
+    "in blocks": _in_blocks,
+    "shuffled, of two levels": _two_levels,
+    "one for all": _one_for_all,
+    "half of them shared, shuffled": _half_of_them,
+    "none shared": _none,
+    "very short": _very_short,
+}
+
+
+def measures() -> dict[str, Measure]:
+    """What a run fills in."""
+    found = [
+        Measure(
+            "P6",
+            _ratio(mix),
+            "",
+            floor=1.15 if mix == _SHUFFLED else 1.0,
+            goal=1.4 if mix == _SHUFFLED else None,
+            more_is_better=True,
+        )
+        for mix in MIXES
+    ]
+    for mix in MIXES:
+        found += [
+            Measure("P6", f"lines per second {side}, prompts: {mix}", "/s") for side in ("in a batch", "in file order")
+        ]
+    return {measure.name: measure for measure in found}
+
+
+def _ratio(mix: str) -> str:
+    return f"lines per second, batch / file order, prompts: {mix}"
+
+
+async def run(settings: Settings, name: str, seeds: int, size: Size, say: Callable[[str], None]) -> Report:
+    """Measure every mix once for each seed, on one server and one engine. Raises SetupError."""
+    model, path = of_engine(settings, name, LlamaCppModel)
+    sized = model.model_copy(update={"source": f"file:{path}"})
+    report = Report("prefix", seeds, measures())
+    with tempfile.TemporaryDirectory(prefix="forebay-bench-") as folder:
+        async with (
+            staged(name, sized, path, config_of({name: sized})) as stage,
+            calling(stage.url, stage.key, _ENDPOINT) as caller,
+        ):
+            bench = _Bench(stage, caller, name, sized, Path(folder), size, report)
+            for seed in range(1, seeds + 1):
+                for mix in MIXES:
+                    say(f"seed {seed}: {size.lines} lines, prompts: {mix}")
+                    await bench.measure(seed, mix)
+    report.notes += [
+        f"{name}, {sized.slots} slots, {size.lines} lines of each mix, answers of {size.tokens} tokens.",
+        f"Shared are {size.prefixes} beginnings of {size.prefix_words} words, each by {size.lines_each} lines.",
+        f"In file order: {sized.slots} connections straight to an engine of its own, each taking the next line of the file.",
+        "The clock of a batch runs from its creation to its end: with the check of its file and the joining of its results.",
+        "Both sides get the same lines; which goes first changes from seed to seed. One is idle while the other works.",
+    ]
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """Both sides of the measurement."""
+
+    stage: Stage
+    caller: Caller
+    name: str
+    model: LlamaCppModel
+    folder: Path
+    size: Size
+    report: Report
+
+    async def measure(self, seed: int, mix: str) -> None:
+        """One mix on both sides."""
+        lines = [self._body(messages) for messages in MIXES[mix](Lines(self.size, seed, mix))]
+        sides = {"in a batch": self._in_a_batch, "in file order": self._in_file_order}
+        rates: dict[str, float] = {}
+        for side in list(sides) if seed % 2 else reversed(sides):
+            rates[side] = len(lines) / await sides[side](lines)
+            self.report.add(f"lines per second {side}, prompts: {mix}", rates[side])
+        self.report.add(_ratio(mix), rates["in a batch"] / rates["in file order"])
+
+    def _body(self, messages: list[Message]) -> dict[str, Any]:
+        return {"model": self.name, "messages": messages, "max_tokens": self.size.tokens, "temperature": 0}
+
+    async def _in_file_order(self, lines: list[dict[str, Any]]) -> float:
+        context = Context("req_bench", "bench", None, self.model.max_tokens, self.model.slots)
+        calls = [chat_call(parse(ChatBody, to_json(line)), context) for line in reversed(lines)]
+        requests = [self.stage.engine.post(call.request.body) for call in calls]
+
+        async def connection() -> None:
+            while requests:
+                self.report.count([(await self.stage.engine.ask(requests.pop())).trouble])
+
+        began = now()
+        await asyncio.gather(*(connection() for _ in range(self.model.slots)))
+        return now() - began
+
+    async def _in_a_batch(self, lines: list[dict[str, Any]]) -> float:
+        path = self.folder / "lines.jsonl"
+        data = b"".join(_line(number, line) for number, line in enumerate(lines))
+        await asyncio.to_thread(path.write_bytes, data)
+        file_id = await self.caller.upload(path)
+        began = now()
+        batch = await self.caller.until(await self.caller.create(file_id), ENDED)
+        seconds = now() - began
+        done: int = batch["request_counts"]["completed"]
+        self.report.count([""] * done + [f"a line of a batch that was {batch['status']}"] * (len(lines) - done))
+        return seconds
+
+
+def _line(number: int, body: dict[str, Any]) -> bytes:
+    return to_json({"custom_id": f"line-{number}", "method": "POST", "url": _ENDPOINT, "body": body}) + b"\n"
