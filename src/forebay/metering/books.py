@@ -89,14 +89,20 @@ class Books:
 
     async def run(self) -> None:
         """Fold every so often, until cancelled."""
-        swept_at = self._clock.monotonic()
+        swept_at, away = self._clock.monotonic(), False
         while True:
             await self._clock.sleep(self._settings.fold_seconds)
-            with suppress(*_AWAY):
+            try:
                 await self._fold()
                 if self._clock.monotonic() > swept_at + _SWEEP_SECONDS:
                     swept_at = self._clock.monotonic()
                     await self._sweep()
+            except (*_AWAY, OSError) as error:
+                if not away:
+                    self._log.warning("usage.fold_failed", reason=str(error))
+                away = True
+            else:
+                away = False
 
     async def close(self) -> None:
         """Fold what is left; what cannot be folded now is by the next process."""
