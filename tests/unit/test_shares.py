@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay.inference import Priority
