@@ -163,6 +163,23 @@ async def test_what_is_cancelled_in_a_pause_gives_its_place_back_in_time(hall: H
     await eventually(lambda: line.replica.idle.is_set(), within_seconds=4, what="the other place")
 
 
+async def test_it_may_stand_still_again_as_soon_as_a_stop_is_over(hall: Hall) -> None:
+    line = await hall.paused(ENDLESS)
+    seen: list[bool] = []
+
+    def refused(_replica: Replica) -> None:
+        raise AssertionError("it did not stop")
+
+    request = _call(ENDLESS, Priority.BATCH).request
+    line.replica.resume()
+    async with line.replica.run(request, 5.0, refused, lambda: seen.append(line.replica.pausable)) as stream:
+        assert await stream.read()
+    assert not line.replica.pausable
+    await eventually(lambda: seen == [True], what="the end of the stop")
+    line.running.cancel()
+    await asyncio.wait([line.running])
+
+
 async def test_it_stands_still_for_batch_work_alone(hall: Hall) -> None:
     line = await hall.paused(ENDLESS)
     online = asyncio.create_task(hall.ask(LINE, Priority.DEFAULT))

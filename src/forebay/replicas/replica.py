@@ -68,6 +68,7 @@ class Replica:
         self.pauses = Pauses()
         self._session = session
         self._quarantine = quarantine
+        self._stopping: set[int] = set()
         self._stops: set[asyncio.Task[None]] = set()
         self._sequence = 0
 
@@ -98,7 +99,7 @@ class Replica:
             self.process is not None
             and self.traits.pausable
             and self.ready
-            and not self._stops
+            and not self._stopping
             and all(request.priority is Priority.BATCH for request in self.in_flight.values())
         )
 
@@ -151,6 +152,7 @@ class Replica:
                 self._forget(number, on_stopped)
             else:
                 self.resume()
+                self._stopping.add(number)
                 stop = asyncio.create_task(self._stop(stream, number, grace_seconds, on_refusal, on_stopped))
                 self._stops.add(stop)
                 stop.add_done_callback(self._stops.discard)
@@ -233,6 +235,7 @@ class Replica:
     def _forget(self, number: int, on_stopped: Callable[[], None]) -> None:
         del self.in_flight[number]
         self.refusing.pop(number, None)
+        self._stopping.discard(number)
         self._look_idle()
         on_stopped()
 
