@@ -236,3 +236,19 @@ def test_batch_work_never_makes_a_model_leave_that_is_online(prove: bool) -> Non
         assert longest <= bound(home), f"seed {seed}: {longest}"
         assert story.most_bytes <= TOTAL
         assert len([one for _, one in story.served if not one.batch]) >= 0.8 * len(alone.served), f"seed {seed}"
+
+
+def test_idle_models_leave_a_machine_that_needs_their_memory_and_no_more_of_them_than_it_takes() -> None:
+    home = house(Kind("one", SMALL), Kind("two", SMALL), Kind("three", SMALL, pinned=True))
+    for model in ("one", "two", "three"):
+        ask(home, model, seconds=3)
+    home.shut, home.relief = "The machine has little memory left.", LARGE
+    home.run([], 5)
+    assert up(home, "one"), "those who were asked for lately stay"
+    home.run([], 65)
+    assert [model for _, model in home.story.leaves] == ["one"]
+    assert up(home, "two")
+    home.relief = 0
+    home.run([], 5)
+    assert [model for _, model in home.story.leaves] == ["one", "two"]
+    assert up(home, "three"), "what is pinned stays"
