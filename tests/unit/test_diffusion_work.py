@@ -4,10 +4,11 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 
-from forebay.engines import diffusion_work
+from forebay.engines import diffusion_work, lived
 from forebay.engines.compute import StepFailed
 from forebay.engines.connection import Refused
 from forebay.engines.diffusion_order import Order, Result, Row, Settings, Watch
@@ -155,6 +156,36 @@ async def test_pictures_with_the_same_settings_share_a_batch_in_order_of_arrival
     ]
     assert asked[2][1].steps == [(0, 1, 2), (0, 2, 2), (1, 1, 2), (1, 2, 2)]
     assert [len(teller.notices) for _, teller in asked] == [2, 0, 1, 0], "who has shared a batch is told so"
+
+
+async def test_a_step_that_was_stopped_for_hours_is_a_sign_of_life_and_one_that_takes_too_long_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, looks = 1000.0, 0
+
+    def monotonic() -> float:
+        nonlocal looks
+        looks += 1
+        return now
+
+    async def pass_by(seconds: float) -> None:
+        nonlocal now
+        now, before = now + seconds, looks
+        await eventually(lambda: looks > before + 1)
+
+    monkeypatch.setattr(lived, "time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(lived, "_LOOK_SECONDS", 0.005)
+    async with bench(Library()) as at:
+        _, teller = await at.busy()
+        for _ in range(10):
+            await pass_by(600)  # each of them counts for a second
+        assert teller.lives >= 3
+        for _ in range(60):
+            await pass_by(1)
+        told = teller.lives
+        for _ in range(10):
+            await pass_by(1)
+        assert teller.lives == told
 
 
 async def test_pictures_that_have_to_be_the_same_every_time_are_painted_one_by_one() -> None:
