@@ -89,13 +89,15 @@ async def test_every_kind_of_work_is_counted_in_its_own_units(server: Server) ->
     await ask(server, key, "/v1/images/generations", {"model": "fake", "prompt": "a", "size": "64x64", "n": 2})
     edit = {"model": "fake", "prompt": "a", "images": [{"image_url": image_url(picture())}]}
     assert (await ask(server, key, "/v1/images/edits", edit))[0] == 200
+    assert (await ask(server, key, "/tokenize", {"model": "fake", "content": "one two"}))[0] == 200
     assert (await ask(server, key, "/v1/chat/completions", chat_body("[[fake status=500]]")))[0] == 500
     assert (await ask(server, key, "/v1/chat/completions", chat_body("a", model="none")))[0] == 404
-    total = await counted(server, key, 6)
+    total = await counted(server, key, 7)
     assert total["audio_seconds"] == 2
     assert total["images"] == 3
     by = {each["capability"]: each for each in await used(server, key, "capability")}
-    assert set(by) == {"chat", "embedding", "transcription", "image_generation", "image_edit"}
+    assert (by["completion"]["num_model_requests"], by["completion"]["input_tokens"]) == (1, 0)
+    assert set(by) == {"chat", "completion", "embedding", "transcription", "image_generation", "image_edit"}
     assert (by["chat"]["num_model_requests"], by["chat"]["output_tokens"]) == (2, 6)
     assert by["chat"]["input_tokens"] > 0
     assert by["embedding"]["input_tokens"] > 0

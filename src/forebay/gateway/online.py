@@ -90,10 +90,10 @@ class Visit:
 
     @property
     def used(self) -> Use:
-        """The tokens so far; of a prompt that no engine has counted an estimate."""
+        """The tokens so far; where no engine has counted its prompt an estimate of that. To count tokens costs none."""
         progress = self.progress
         if progress.usage is None:
-            return Use(1, self.tokens_estimate, progress.events)
+            return Use(1, self.tokens_estimate if progress.events else 0, progress.events)
         usage = progress.usage
         return Use(1, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
 

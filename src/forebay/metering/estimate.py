@@ -26,11 +26,13 @@ def at_most(call: Call) -> Amounts:
 
 def _of_text(call: Call) -> int:
     request = call.request
+    written = from_json(request.body).get("max_tokens")
+    if written is None:  # it asks how many tokens there are, and for none
+        return 0
     read = len(request.body) - call.image_chars
     if call.image_chars:
         read += _TOKENS_OF_IMAGE * request.body.count(_IMAGE)
-    written = int(from_json(request.body).get("max_tokens", 0))
-    return (read + written) * request.places
+    return (read + int(written)) * request.places
 
 
 def _of_items(contents: Contents) -> int:
