@@ -355,3 +355,31 @@ async def test_nothing_is_left_behind(hall: Hall) -> None:
     await hall.advance(1000)
     assert len(asyncio.all_tasks()) == tasks
     assert hall.scheduler.load("speech") == (0, 0)
+
+
+class Line(Visitor):
+    """A line that goes on from where it was when its place was taken back."""
+
+    def __init__(self, scheduler: Scheduler, wanted: Request) -> None:
+        super().__init__(scheduler, wanted)
+        self._door = lambda wanted: scheduler.admit_when_room(wanted, yields=True)
+
+
+async def test_a_line_that_can_go_on_steps_aside_for_its_own_model_and_comes_back_at_once(hall: Hall) -> None:
+    chat = hall.open("chat")
+    line = Line(hall.scheduler, replace(request(1, Priority.BATCH), model="chat"))
+    plain = await hall.batch("chat", 2)
+    assert not line.waits
+    online = await hall.visit("chat", 3)
+    chat.stop_one()
+    await settle()
+    assert (line.preempted, plain.preempted) == (1, 0), "one that would begin anew runs on"
+    assert line.waits
+    await hall.leave(plain)
+    await hall.leave(online)
+    assert line.waits
+    await hall.advance(PACE.resume_seconds)
+    assert not line.waits
+    assert not stands(chat)
+    await hall.leave(line)
+    assert hall.scheduler.load("chat") == (0, 0)

@@ -39,10 +39,16 @@ class Admission:
         self._scheduler.expect(models)
 
     async def run(
-        self, call: Call, *, on_read: Callable[[], None] = _nobody, on_opened: Callable[[], None] = _nobody
+        self,
+        call: Call,
+        *,
+        yields: bool = False,
+        on_read: Callable[[], None] = _nobody,
+        on_opened: Callable[[], None] = _nobody,
     ) -> Gathered:
         """The answer to `call`. `on_read` is told when the engine has read it, `on_opened` when it has opened a circuit.
 
+        One that `yields` goes on, when it is run again, from where its place was taken back.
         Raises Preempted where the place was taken back, and whatever else becomes of the run.
         """
         name = call.request.model
@@ -51,7 +57,7 @@ class Admission:
             await self.pauses.wait(name)
             admitted = False
             try:
-                async with self._scheduler.admit_when_room(call.request) as permit:
+                async with self._scheduler.admit_when_room(call.request, yields=yields) as permit:
                     if self.pauses.held(name):
                         continue
                     admitted = True

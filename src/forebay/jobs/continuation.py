@@ -34,7 +34,7 @@ class Continuation:
             shape = Continued(before)
             asked = shape.of(call) if may else call
             try:
-                return await self._admission.run(asked, on_read=on_read, on_opened=on_opened)
+                return await self._admission.run(asked, yields=may, on_read=on_read, on_opened=on_opened)
             except Preempted:
                 if before is not None and shape.refused:
                     # The engine has read these tokens in one step, and may have kept what it made of them.

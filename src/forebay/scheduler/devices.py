@@ -161,14 +161,14 @@ class Devices:
         if device is not None:
             self._settle(device, self._clock.monotonic())
 
-    def room(self, model: str) -> int | None:
-        """Places that batch work of `model` may fill in all; None if as many as there are."""
+    def room(self, model: str, *, yields: bool) -> int | None:
+        """Places that batch work of `model` may fill in all, given that it `yields` or not; None if as many as there are."""
         device = self._of.get(model)
         if device is None:
             return None
         now = self._clock.monotonic()
         bound = device.pace.bound(now)
-        limit = bound.staying if self._stays(device, model, now) else bound.yielding
+        limit = bound.staying if self._stays(device, model, now, yields=yields) else bound.yielding
         if limit is None:
             return None
         others = sum(
@@ -187,10 +187,12 @@ class Devices:
             self._log.debug("pace.changed", device=device.name, level=device.pace.level)
             self._settle(device, now)
 
-    def _stays(self, device: _Device, model: str, now: float) -> bool:
+    def _stays(self, device: _Device, model: str, now: float, *, yields: bool) -> bool:
         """Whether batch work of `model` may soon run beside online work in one process, which cannot be paused."""
+        if device.online_of[model]:
+            return True
         last = device.last_online.get(model)
-        if device.online_of[model] or (last is not None and now < last + self._settings.quiet_seconds):
+        if not yields and last is not None and now < last + self._settings.quiet_seconds:
             return True
         return not all(replica.traits.pausable for replica in self._replicas(model))
 

@@ -183,6 +183,18 @@ def to_preempt(
     return gone
 
 
+def to_step_aside(running: Sequence[Ticket], room: int | None) -> list[Ticket]:
+    """Those of `running`, the newest first, that go until the others fit into `room`: of them that lose nothing by it."""
+    if room is None:
+        return []
+    over, gone = sum(ticket.taken for ticket in running) - room, []
+    for ticket in reversed(running):
+        if over > 0 and ticket.yields and not ticket.spared:
+            gone.append(ticket)
+            over -= ticket.taken
+    return gone
+
+
 def position(
     ticket: Ticket, waiting: Iterable[Ticket], now: float, ageing_seconds: float, shares: Shares = _NEW_SHARES
 ) -> int:

@@ -16,7 +16,8 @@ class Ticket:
 
     One that is `further` belongs to something that was let in before, and keeps its place in a full line.
     `taken` is how many places it fills on `replica_id` once it has been granted. Of batch work only: `spared` has its
-    place for good, `preempted` gives it back as soon as the engine has stopped.
+    place for good, `preempted` gives it back as soon as the engine has stopped; one that `yields` goes on from where it was
+    when it has a place again.
     """
 
     number: int
@@ -30,6 +31,7 @@ class Ticket:
     preempted: bool = False
     project: str = ""
     further: bool = False
+    yields: bool = False
 
     @property
     def batch(self) -> bool:

@@ -32,6 +32,7 @@ from forebay.scheduler.policy import (
     reserved,
     retry_after_seconds,
     to_preempt,
+    to_step_aside,
     to_turn_away,
 )
 from forebay.scheduler.queue import Line, Ticket
@@ -153,13 +154,14 @@ class Scheduler:
         assert request.priority is not Priority.BATCH, "batch work takes no place in the line"
         return self._admitted(request, further=further)
 
-    def admit_when_room(self, request: Request) -> AbstractAsyncContextManager[Permit]:
+    def admit_when_room(self, request: Request, *, yields: bool = False) -> AbstractAsyncContextManager[Permit]:
         """The same for batch work, which waits without a limit until online traffic leaves room for it.
 
-        Its permit is to be run at once. `run` may raise Preempted; then leave the block and ask to be admitted again.
+        Its permit is to be run at once. `run` may raise Preempted; then leave the block and ask to be admitted again. Work
+        that `yields` goes on from where it was: it has to leave whenever somebody comes online to its engine.
         """
         assert request.priority is Priority.BATCH, "only batch work waits behind the line"
-        return self._admitted(request)
+        return self._admitted(request, yields=yields)
 
     def expect(self, models: Iterable[str]) -> None:
         """Have `models` up for what comes later. Raises ModelNotReady and EngineUnavailable if nobody should wait for one."""
@@ -167,9 +169,11 @@ class Scheduler:
             self._fleet.summon(model)
 
     @asynccontextmanager
-    async def _admitted(self, request: Request, *, further: bool = False) -> AsyncIterator[Permit]:
+    async def _admitted(
+        self, request: Request, *, further: bool = False, yields: bool = False
+    ) -> AsyncIterator[Permit]:
         hall = self._halls[request.model]
-        ticket, place = self._join(hall, request, further=further)
+        ticket, place = self._join(hall, request, further=further, yields=yields)
         try:
             replica = await self._wait(hall, ticket)
         except BaseException:
@@ -235,7 +239,7 @@ class Scheduler:
 
     # Changes of state: none of these awaits.
 
-    def _join(self, hall: _Hall, request: Request, *, further: bool) -> tuple[Ticket, int]:
+    def _join(self, hall: _Hall, request: Request, *, further: bool, yields: bool) -> tuple[Ticket, int]:
         """(1) closed; (2) quarantined; (3) no hope of a replica; (4) room at once; (5) room in line; (6) full."""
         try:
             self._let_in(request)
@@ -245,7 +249,7 @@ class Scheduler:
         self._number += 1
         now = self._clock.monotonic()
         ticket = Ticket(self._number, request.model, request.priority, request.places, now)
-        ticket.project, ticket.further = request.project, further
+        ticket.project, ticket.further, ticket.yields = request.project, further, yields
         hall.grants[ticket.number] = asyncio.get_running_loop().create_future()
         if ticket.batch:
             hall.backlog.join(ticket)
@@ -360,6 +364,7 @@ class Scheduler:
             return
         replicas = {replica.id: replica for replica in self._fleet.replicas(model)}
         now, ageing = self._clock.monotonic(), self._settings.ageing_seconds
+        self._step_aside(model, hall, now)
         while len(hall.line) or len(hall.backlog):
             seats = _seats(hall, replicas.values())
             online = _waiting(hall, hall.line)
@@ -395,7 +400,7 @@ class Scheduler:
             running=_places(hall.batch.values()),
             reserved=reserved(hall.demand.peak(now), slots),
             starves=not hall.batch and self._floor_at(hall) <= now,
-            room=self._devices.room(head.model),
+            room=self._devices.room(head.model, yields=head.yields),
         )
 
     def _make_room(self, hall: _Hall, online: list[Ticket], seats: list[Seats], now: float) -> None:
@@ -412,6 +417,14 @@ class Scheduler:
         for ticket in to_preempt(
             online, running, returning, seats, now, self._settings.ageing_seconds, hall.line.shares
         ):
+            self._preempt(hall, ticket, now)
+
+    def _step_aside(self, model: str, hall: _Hall, now: float) -> None:
+        """Take their places back from those who lose nothing by it, where online work on the engine is slower beside them."""
+        if not (hall.batch and self._settings.preempt):
+            return
+        running = [ticket for ticket in hall.batch.values() if ticket.number not in hall.leaving]
+        for ticket in to_step_aside(running, self._devices.room(model, yields=True)):
             self._preempt(hall, ticket, now)
 
     def _preempt(self, hall: _Hall, ticket: Ticket, now: float) -> None:
