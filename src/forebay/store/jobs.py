@@ -217,7 +217,8 @@ class JobStore:
 
     async def _look(self, kinds: Iterable[str], warm: Collection[str], others: Mapping[str, Collection[str]]) -> _Due:
         """A look that takes no lock, so that an idle worker does not write."""
-        wanted = sa.or_(*(_of_kind(kind, others) for kind in kinds))
+        plain = jobs.c.kind.in_([kind for kind in kinds if kind not in others])
+        wanted = sa.or_(plain, *(_of_kind(kind, others) for kind in others))
         due = (jobs.c.state == JobState.AVAILABLE, wanted, self._is_due())
         async with self.database.read() as connection:
             if not await connection.scalar(sa.select(sa.exists().where(*due))):
