@@ -156,7 +156,7 @@ async def test_limits_of_a_project_replace_defaults_one_by_one() -> None:
 
 
 async def test_work_that_can_wait_waits_for_what_others_may_give_back() -> None:
-    meter, _, _ = _metered("tokens=100/day")
+    meter, _, clock = _metered("tokens=100/day")
     first = await _reserve(meter, Amounts(1, 80))
 
     async def patient(tokens: int) -> Reservation:
@@ -174,6 +174,13 @@ async def test_work_that_can_wait_waits_for_what_others_may_give_back() -> None:
     second.settle(Use(1, 60))
     with pytest.raises(QuotaExceeded):  # 70 are gone for good
         await late
+    third = await _reserve(meter, Amounts(1, 30))
+    forever = asyncio.create_task(patient(20))
+    await asyncio.sleep(0)
+    clock.advance(31)
+    with pytest.raises(QuotaExceeded):
+        await forever
+    third.release()
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,11 @@ class SegmentWriter:
 
     async def add(self, result: Result) -> None:
         """Hand in a result; waits while a whole segment is not written."""
-        await self._unwritten.room()
+        try:
+            await self._unwritten.room()
+        except asyncio.CancelledError:
+            result.release()
+            raise
         self._results.append(result)
         self.bytes += len(result.line)
         self._some.set()

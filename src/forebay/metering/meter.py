@@ -30,6 +30,7 @@ from forebay.quotas import (
 Record = Callable[[Account, Use], None]
 Estimate = Callable[[], Amounts]
 _RETRY_SECONDS_MAX = 60.0  # clients wait no longer
+_TURN_SECONDS = 30.0  # that work waits for others to give back
 
 
 @dataclass(slots=True)
@@ -174,22 +175,21 @@ class Meter:
     async def reserve_in_turn(
         self, project: str, key_id: str, model: str, capability: str, estimate: Estimate
     ) -> Reservation:
-        """The same for work that can wait: as long as others of the project may yet give back what they do not use."""
-        while True:
-            freed = self._balance(project).freed if self.counts(project) else None
-            try:
-                return await self.reserve(project, key_id, model, capability, estimate)
-            except QuotaExceeded:
-                if freed is None or not self._could_fit(project, estimate()):
-                    return await self._reserve_after_look(project, key_id, model, capability, estimate)
-            freed.clear()
-            await freed.wait()
-
-    async def _reserve_after_look(
-        self, project: str, key_id: str, model: str, capability: str, estimate: Estimate
-    ) -> Reservation:
-        """A last look: what ended beside a look at the database is counted twice until the next."""
-        if self._load is not None:
+        """The same for work that can wait, for a while: others of the project may give back what they do not use."""
+        try:
+            async with self._clock.timeout(_TURN_SECONDS):
+                while True:
+                    try:
+                        return await self.reserve(project, key_id, model, capability, estimate)
+                    except QuotaExceeded:
+                        if not self._could_fit(project, estimate()):
+                            break
+                    freed = self._balance(project).freed
+                    freed.clear()
+                    await freed.wait()
+        except TimeoutError:
+            pass  # they hold on to it
+        if self._load is not None:  # what ended beside a look at the database is counted twice until the next
             await self._load(project)
         return await self.reserve(project, key_id, model, capability, estimate)
 
