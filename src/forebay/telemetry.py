@@ -96,7 +96,9 @@ class Metrics:
         self.preemptions = self._counter("preemptions", "Places taken back from batch work.", "model")
         self.resumes = self._counter("resumes", "Lines that went on, or could not.", "model", "outcome")
         self.resumed_tokens = self._counter("resumed_tokens", "Tokens not written twice.", "model")
-        self.pace_level = self._gauge("pace_level", "Places of batch work that do no harm beside online work.", "device")
+        self.pace_level = self._gauge(
+            "pace_level", "Places of batch work that do no harm beside online work.", "device"
+        )
         self.paused = self._gauge("paused_engines", "Engines that stand still for online work.", "device")
         self.paused_seconds = self._counter("paused_seconds", "Time that engines stood still.", "device")
         self.memory_total = self._gauge("memory_total_bytes", "What engines may take in all.", "device")
