@@ -38,6 +38,7 @@ SLEEPERS: dict[str, str] = {
     "tests/faults/test_slow_clients.py": "the slowness of the client is what is tested",
     "tests/faults/test_kill_matrix.py": "the moment of a kill is what is chosen by chance",
     "tests/faults/test_paused_worker.py": "the length of a pause is what is tested",
+    "tests/faults/test_five_models.py": "requests come at random times, and memory is looked at all the time",
 }
 
 _UNSAFE = {
