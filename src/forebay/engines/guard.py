@@ -100,24 +100,26 @@ def _wait(child: int, wakeup: int) -> int:
     poll = select.poll()
     poll.register(wakeup, select.POLLIN)
     poll.register(0, select.POLLIN)
-    deadline, paused = None, False
+    deadline: float | None = None
+    paused: set[int] | None = None
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
         ready = {descriptor for descriptor, _ in poll.poll(left)}
         to_end = wakeup in ready and signal.SIGTERM in os.read(wakeup, 4096)
         if 0 in ready:
             said = _hear()
-            if said:
-                paused = said.endswith(_PAUSE)  # of several words that come together the last one counts
-                _signal_all(child, signal.SIGSTOP if paused else signal.SIGCONT)
-            else:
+            if said.endswith(_PAUSE):  # of several words that come together the last one counts
+                paused = _pause(child) | (paused or set())
+            elif said.endswith(_RESUME):
+                _resume(child, paused)
+                paused = None
+            elif not said:
                 poll.unregister(0)
                 to_end, deadline = True, time.monotonic() + _GRACE_SECONDS
         if to_end:
             _kill_group(child, signal.SIGTERM)
-            if paused:  # or it would not hear of it
-                paused = False
-                _signal_all(child, signal.SIGCONT)
+            _resume(child, paused)  # or it would not hear of it
+            paused = None
         if (status := _reap(child)) is not None:
             return status
         if deadline is not None and time.monotonic() >= deadline:
@@ -156,18 +158,30 @@ def _kill_group(child: int, number: int) -> None:
         return
 
 
-def _signal_all(child: int, number: int) -> None:
-    """Signal the group at once, then whoever is elsewhere, until a look finds nobody new: who is stopped starts nobody."""
-    _kill_group(child, number)
-    reached: set[int] = set()
+def _pause(child: int) -> set[int]:
+    """Stop the group at once, then whoever is elsewhere, until a look finds nobody new; these. Who is stopped starts nobody."""
+    _kill_group(child, signal.SIGSTOP)
+    stopped: set[int] = set()
     for _ in range(_LOOKS_MAX):
-        found = _family() - reached
+        found = _elsewhere(child) - stopped
         if not found:
-            return
-        for each in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(each, number)
-        reached |= found
+            break
+        _signal(found, signal.SIGSTOP)
+        stopped |= found
+    return stopped
+
+
+def _resume(child: int, paused: set[int] | None) -> None:
+    """Let the group go on, and those whom `_pause` has stopped elsewhere; nobody without one."""
+    if paused is not None:
+        _kill_group(child, signal.SIGCONT)
+        _signal(paused, signal.SIGCONT)
+
+
+def _signal(processes: set[int], number: int) -> None:
+    for each in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(each, number)
 
 
 def _sweep(child: int) -> None:
@@ -190,29 +204,31 @@ def _sweep(child: int) -> None:
 
 
 def _own_children() -> list[int]:
-    return [each for each, parent in _parents().items() if parent == os.getpid()]
+    return [each for each, (parent, _) in _processes().items() if parent == os.getpid()]
 
 
-def _family() -> set[int]:
-    """Everything that the child has started, directly or not, and the child."""
+def _elsewhere(child: int) -> set[int]:
+    """Everything that the child has started, directly or not, and that has left its group."""
+    processes = _processes()
     children: dict[int, list[int]] = {}
-    for each, parent in _parents().items():
+    for each, (parent, _) in processes.items():
         children.setdefault(parent, []).append(each)
     found: set[int] = set()
-    next_ones = children.get(os.getpid(), [])
-    while next_ones:
-        found.update(next_ones)
-        next_ones = [grandchild for each in next_ones for grandchild in children.get(each, ())]
+    generation = children.get(os.getpid(), [])
+    while generation:
+        found.update(each for each in generation if processes[each][1] != child)
+        generation = [grandchild for each in generation for grandchild in children.get(each, ())]
     return found
 
 
-def _parents() -> dict[int, int]:
-    """Every process and its parent; none where the kernel does not tell, and the process group has to do."""
+def _processes() -> dict[int, tuple[int, int]]:
+    """Parent and group of every process; none where the kernel does not tell, and the child's own group has to do."""
     found = {}
     for name in os.listdir("/proc") if sys.platform == "linux" else ():
         if name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as stat:
-                found[int(name)] = int(stat.read().rpartition(b")")[2].split()[1])
+                _, parent, group, *_ = stat.read().rpartition(b")")[2].split()
+                found[int(name)] = int(parent), int(group)
     return found
 
 
