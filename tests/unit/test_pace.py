@@ -99,6 +99,19 @@ def test_it_does_not_grow_beyond_what_is_used() -> None:
     assert drive.pace.level == 2
 
 
+def test_it_does_not_grow_while_there_is_no_batch_work() -> None:
+    drive = Drive()
+    drive.pace.batch(0, drive.now, held=False)
+    drive.pace.joined(drive.now)
+    for _ in range(100):
+        drive.now += ALONE
+        drive.pace.seen(Signal.TOKEN, "chat", ALONE, drive.now)
+    assert drive.pace.level == 0
+    drive.fill()
+    drive.tokens(1, ALONE)
+    assert drive.pace.level == 1, "it is known by then what tokens take alone"
+
+
 def test_tokens_that_come_late_halve_it_after_two_of_them() -> None:
     drive = Drive()
     drive.join()

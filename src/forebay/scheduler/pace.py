@@ -181,7 +181,8 @@ class Pace:
         if not self._running and self._ran_until <= began:
             baseline.add(seconds, now, self._settings.baseline_seconds)
             self._rested += 1
-            return self._rested >= _EVIDENCE and self._known(signal, model, now) and self._raise(now)
+            is_wanted = self._stair == 0 and self._held_since is not None
+            return is_wanted and self._rested >= _EVIDENCE and self._known(signal, model, now) and self._raise(now)
         if began < max(self._changed_at, self._floor_until) or self._running > max(1, self._allowed):
             return False
         if not self._known(signal, model, now):
