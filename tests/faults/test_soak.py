@@ -45,14 +45,14 @@ preload = true
 """
 FLAT = 1.05
 # What a quarter may have more of at its quietest moment: work that is always under way. Of a few rows 5 % would be none.
-SLACK = {"bytes of the server": 2**20, "bytes of the engines": 2**20, "file descriptors": 3, "threads": 2, "tasks": 6}
+SLACK = {"bytes of the server": 2**20, "bytes of the engines": 2**20, "file descriptors": 8, "threads": 4, "tasks": 8}
 ROWS_SLACK = 12
 KEPT_FOR_A_DAY = (
     "rows of idempotency_keys"  # one for each batch, and for each recording and picture, which are always the same
 )
 # In a minute a slice has a handful of requests, so its p99 is its slowest: bounds that only a leak of time would break.
 DRIFT, DRIFT_SHORT = 1.1, 1.5
-DRIFT_SECONDS, DRIFT_SECONDS_SHORT = 0.01, 0.15
+DRIFT_SECONDS, DRIFT_SECONDS_SHORT = 0.025, 0.15
 ONLINE_MIN = {"chat": 60, "embeddings": 60, "rerank": 40, "speech": 20, "images": 15}
 BACKGROUND_MIN = {"batch": 10, "speech in the background": 8, "images in the background": 8}
 
@@ -86,11 +86,12 @@ async def check_health(server: Server) -> None:
 async def test_a_server_that_is_used_for_long_is_as_it_was(prove: bool) -> None:
     async with serving(CONFIG) as server:
         seen = await soak(server, PROVE_SECONDS if prove else SECONDS)
+        done = {kind: len(each) for kind, each in seen.done.items()}
+        assert all(done[kind] >= least for kind, least in {**ONLINE_MIN, **BACKGROUND_MIN}.items()), done
         for what in seen.looks:
             print(what, *(f"{value:.0f}" for value in seen.quarters(what)))
-        for kind, done in seen.done.items():
-            print(kind, len(done), *(f"{1000 * value:.0f} ms" for value in seen.slowest(kind)))
+        for kind in ONLINE_MIN:
+            print(kind, done[kind], *(f"{1000 * value:.0f} ms" for value in seen.slowest(kind)))
         check_flat(seen)
         check_pace(seen, DRIFT if prove else DRIFT_SHORT, DRIFT_SECONDS if prove else DRIFT_SECONDS_SHORT)
-        assert all(len(seen.done[kind]) >= least for kind, least in {**ONLINE_MIN, **BACKGROUND_MIN}.items())
         await check_health(server)

@@ -17,6 +17,7 @@ from tests.support.batches import content, create, jsonl, line, upload
 from tests.support.items import embed, rerank
 from tests.support.jobs import result
 from tests.support.picture_requests import edited
+from tests.support.processes import GONE
 from tests.support.receiver import Receiver, receiving
 from tests.support.server import Server, eventually
 
@@ -206,13 +207,21 @@ async def _held(server: Server) -> dict[str, Any]:
     process = psutil.Process(server.pid)
     return {
         "bytes of the server": server.rss(),
-        "bytes of the engines": sum(psutil.Process(pid).memory_info().rss for pid in engines if psutil.pid_exists(pid)),
+        "bytes of the engines": sum(map(_bytes, engines)),
         "engines": len(engines),
         "file descriptors": process.num_fds(),
         "threads": process.num_threads(),
         "tasks": await server.metric("forebay_tasks"),
         **{f"rows of {table}": count for table, count in _rows(server).items()},
     }
+
+
+def _bytes(pid: int) -> int:
+    """What a process has resident; nothing once it has ended, as those that decode do at any moment."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except GONE:
+        return 0
 
 
 def _rows(server: Server) -> dict[str, int]:

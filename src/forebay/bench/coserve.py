@@ -84,7 +84,7 @@ class Plan:
 MIXED = Plan(
     "coserve",
     {"chat": 0.55, "embeddings": 0.15, "recordings": 0.15, "images": 0.15},
-    ("chat", "embeddings"),
+    ("embeddings", "chat"),
     stops="embeddings",
 )
 SPEECH = Plan("coserve-speech", {"chat": 1.0}, ("recordings",), stops="recordings")
