@@ -8,6 +8,7 @@ from datetime import datetime
 from random import Random
 from time import monotonic
 
+import aiohttp
 import psutil
 import pytest
 
@@ -21,6 +22,7 @@ BASE = 46  # what a fake engine takes beside its ballast, with its guard, in MB
 BUDGET = (sum(BALLAST.values()) + len(BALLAST) * BASE) // 2
 RESIDENCY_SECONDS, PATIENCE_SECONDS = 0.5, 1.0
 RUN_SECONDS_MAX = 0.5
+CALLERS = 8
 SWAP_SECONDS_SPARE = 2.0  # for each swap: a process that ends, and a busy machine's looks at what changed
 CONFIG = f"""
 default_models = false
@@ -31,7 +33,7 @@ swap_wait_seconds = {PATIENCE_SECONDS}
 measure_seconds = 0.25
 available_min_share = 0
 """ + "".join(
-    f'[models.{name}]\nengine = "fake"\nslots = 2\nqueue_places = 200\noptions.ballast_bytes = {mega * MEGA}\n'
+    f'[models.{name}]\nengine = "fake"\nslots = {CALLERS}\nqueue_timeout_seconds = 300\noptions.ballast_bytes = {mega * MEGA}\n'
     for name, mega in BALLAST.items()
 )
 
@@ -68,18 +70,22 @@ async def look(server: Server, watch: Watch) -> None:
         await asyncio.sleep(0.5)
 
 
-async def traffic(server: Server, seconds: float, chance: Random) -> list[Answer]:
-    """Requests for one model or another, in stretches of a few for the same one, at random times."""
-    asked: list[asyncio.Task[Answer]] = []
-    end = monotonic() + seconds
-    name = "small"
+async def caller(server: Server, end: float, chance: Random, answers: list[Answer]) -> None:
+    """Asks one model or another, a few times in a row the same one, with a pause after each answer."""
+    name = chance.choice(list(BALLAST))
     while monotonic() < end:
         name = chance.choice(list(BALLAST)) if chance.random() < 0.4 else name
-        tokens = chance.randrange(1, 40)
-        text = f"{len(asked)} [[fake tokens={tokens} token_ms=10]]"
-        asked.append(asyncio.create_task(ask(server, text, model=name)))
-        await asyncio.sleep(chance.expovariate(6))
-    return list(await asyncio.gather(*asked))
+        text = f"{chance.random()} [[fake tokens={chance.randrange(1, 40)} token_ms=10]]"
+        answers.append(await ask(server, text, model=name))
+        await asyncio.sleep(chance.expovariate(2))
+
+
+async def traffic(server: Server, seconds: float) -> list[Answer]:
+    """As many callers as an engine has places: whoever waits for a model is served when it is up."""
+    answers: list[Answer] = []
+    end = monotonic() + seconds
+    await asyncio.gather(*(caller(server, end, Random(seed), answers) for seed in range(CALLERS)))
+    return answers
 
 
 def load_seconds(server: Server) -> float:
@@ -98,9 +104,11 @@ def _time(stamp: str) -> float:
 async def test_five_models_in_half_the_memory_that_they_take(prove: bool) -> None:
     seconds = 600.0 if prove else 20.0
     async with serving(CONFIG, environment={"FOREBAY_LOG_FORMAT": "json"}) as server:
+        await server.session.close()
+        server.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300))
         watch = Watch()
         looking = asyncio.create_task(look(server, watch))
-        answers = await traffic(server, seconds, Random(7))
+        answers = await traffic(server, seconds)
         looking.cancel()
         assert all(answer.whole for answer in answers), [answer for answer in answers if not answer.whole][:3]
         assert {event["model"] for event in server.named("engine.ready")} == set(BALLAST)
