@@ -136,6 +136,9 @@ class House:
     def measured_at(self) -> float:
         return self.now
 
+    def out_of_memory(self, model: str) -> None:
+        pass
+
     def wanted(self, model: str) -> Wanted:
         now, line = self.now, self.lines[model]
         online, batch = [one for one in line if not one.batch], [one for one in line if one.batch]

@@ -177,3 +177,15 @@ def test_a_model_of_somebody_elses_server_takes_nothing() -> None:
     settings = Settings.model_validate({"models": {"far": upstream}, "default_models": False})
     books = MeasuredBooks(Catalog(settings), settings.memory, Dial(settings), FakeClock(), Metrics(), Log())
     assert books.need("far") == {}
+
+
+async def test_an_engine_that_found_no_memory_is_taken_to_need_more_but_never_more_than_there_is() -> None:
+    desk = Desk()
+    desk.come_up()
+    desk.work(1000)
+    await desk.measure(200 * MIB)
+    desk.books.out_of_memory("plain")
+    assert desk.need == int(200 * MIB * 1.05)
+    for _ in range(200):
+        desk.books.out_of_memory("plain")
+    assert 200 * MIB < desk.need <= desk.books.totals()[HOST]

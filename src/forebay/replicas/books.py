@@ -15,6 +15,7 @@ from forebay.model_config import UpstreamModel
 from forebay.peaks import PeakStore, input_class
 from forebay.replicas import needs
 from forebay.replicas.catalog import Catalog
+from forebay.replicas.commands import device_of
 from forebay.replicas.gauge import Gauge, Reading
 from forebay.replicas.health import Gate
 from forebay.replicas.keeper import Keeper
@@ -22,6 +23,9 @@ from forebay.replicas.learned import Learned, largest
 from forebay.replicas.memory import HOST, Bytes, charge
 from forebay.server_config import MemorySettings
 from forebay.telemetry import Log, Metrics
+
+_MORE_AFTER_SHORTAGE = 1.05
+_OF_ANY_SIZE = 1  # the class of what nobody knows the size of
 
 Keepers = Callable[[], Iterable[tuple[str, Keeper]]]
 
@@ -87,6 +91,13 @@ class MeasuredBooks:
     def closed(self) -> str | None:
         """Why nothing may be loaded now, if so."""
         return self.gate.reason or None
+
+    def out_of_memory(self, model: str) -> None:
+        """An engine of `model` found no memory: it needs more where it computes than was thought, but never all there is."""
+        settings = self._catalog.get(model)
+        device = needs.named(device_of(settings))
+        more = int(self.need(model).get(device, 0) * _MORE_AFTER_SHORTAGE)
+        self._learned.observe(model, device, _OF_ANY_SIZE, min(more, self._totals.get(device, 0)), 0.0)
 
     def measured_at(self) -> float:
         """When engines were last measured."""

@@ -57,14 +57,14 @@ def fingerprint(model: Model) -> str:
 def declared(model: Model, memory_bytes: int) -> Bytes:
     """What an operator says that a process of it takes, where it runs; nothing for what runs elsewhere."""
     device = device_of(model)
-    return {_named(device): memory_bytes} if device else {}
+    return {named(device): memory_bytes} if device else {}
 
 
 def estimate(model: Model, path: Path | None, gpus: Bytes) -> Bytes:
     """Bytes by device of one process. `path` is its file or folder, if it has one; `gpus` what each GPU has in all."""
     if isinstance(model, UpstreamModel):
         return {}
-    device, figures = _named(device_of(model)), _FIGURES[model.engine]
+    device, figures = named(device_of(model)), _FIGURES[model.engine]
     files = _weights(path, model)
     if device == HOST:
         return {HOST: figures.fixed + int(files * figures.factor) + _cache(model, path, files)}
@@ -125,5 +125,6 @@ def _folder(path: Path, variant: str | None) -> int:
     return sum(part.get(variant or "", part.get("", 0)) for part in sizes.values())
 
 
-def _named(device: str) -> str:
+def named(device: str) -> str:
+    """The device of the ledger on which a model computes."""
     return HOST if device == "cpu" else device

@@ -89,6 +89,10 @@ class Books(Protocol):
         """When engines were last measured."""
         ...
 
+    def out_of_memory(self, model: str) -> None:
+        """An engine of `model` found no memory."""
+        ...
+
 
 class Residency:
     """The models that are in memory, and those that wait for it. Used by the supervisor alone, on one event loop."""

@@ -81,6 +81,7 @@ class Supervisor:
             self._changed,
             self._circuits,
         )
+        self._books = books
         self.residency = Residency(books, settings.memory, clock, metrics, self._log)
         self._models = {name: ModelRecord(name, catalog.get(name)) for name in catalog.names()}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
@@ -301,6 +302,7 @@ class Supervisor:
         )
 
     def _halve(self, record: ModelRecord) -> None:
+        self._books.out_of_memory(record.name)
         record.halvings = min(record.halvings + 1, record.settings.slots.bit_length() - 1)
         record.halved_until = self._clock.monotonic() + self._limits.oom_cooldown_seconds
 
