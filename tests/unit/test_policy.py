@@ -14,6 +14,7 @@ from forebay.scheduler.policy import (
     reserved,
     retry_after_seconds,
     to_preempt,
+    to_step_aside,
 )
 from forebay.scheduler.queue import Line, Ticket
 from forebay.scheduler.router import Seats, pick_replica
@@ -147,6 +148,17 @@ def test_one_that_needs_more_than_the_room_goes_alone_and_one_that_starves_goes_
     assert next_grant([], Background(large, room=1), seats, 0.0, AGEING) is not None
     assert next_grant([], Background(large, room=0), seats, 0.0, AGEING) is None
     assert next_grant([], Background(large, room=0, starves=True), seats, 0.0, AGEING) is not None
+
+
+def test_those_who_step_aside_are_the_newest_that_lose_nothing_by_it() -> None:
+    running = [ticket(number, Priority.BATCH) for number in range(5)]
+    for one in running:
+        one.taken, one.yields = 1, one.number not in {3}
+    running[4].spared = True
+    assert to_step_aside(running, None) == []
+    assert to_step_aside(running, 5) == []
+    assert to_step_aside(running, 4) == [running[2]]
+    assert to_step_aside(running, 0) == [running[2], running[1], running[0]]
 
 
 RUNNING = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3)), max_size=10)

@@ -229,6 +229,7 @@ class Scheduler:
         for ticket in list(hall.batch.values()) if self._settings.preempt else ():
             if not (ticket.replica_id in staying or ticket.number in hall.leaving or ticket.spared):
                 self._preempt(hall, ticket, now)
+        self._devices.changed(model)
 
     def _measure(self, name: str, hall: _Hall) -> None:
         self._metrics.running.labels(name).set_function(lambda: sum(hall.running.values()))
