@@ -8,7 +8,7 @@ from collections.abc import Callable
 from forebay.config import Settings
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.continued import Continued, Written, can_continue
-from forebay.errors import CallerError, Preempted
+from forebay.errors import CallerError, ForebayError, Preempted, ServerError
 from forebay.jobs.admission import Admission
 from forebay.scheduler.gather import Gathered
 from forebay.telemetry import Metrics
@@ -40,8 +40,8 @@ class Continuation:
                     # The engine has read these tokens in one step, and may have kept what it made of them.
                     tokens_min = before.tokens + TOKENS_MIN
                 before = shape.written(tokens_min) if may else None
-            except CallerError:
-                if before is None:
+            except (CallerError, ServerError) as error:
+                if before is None or shape.joined or not _is_refusal(error):
                     raise
                 before, may = None, False  # the chat template takes no answer that has begun
             finally:
@@ -55,3 +55,8 @@ class Continuation:
             self._metrics.resumed_tokens.labels(model).inc(shape.before.tokens)
         elif shape.refused:
             self._metrics.resumes.labels(model, "anew").inc()
+
+
+def _is_refusal(error: ForebayError) -> bool:
+    """Whether the engine has looked at the request and said no: to what it cannot make a prompt of, some say 500."""
+    return isinstance(error, CallerError) or error.code == "engine_error"
