@@ -41,8 +41,7 @@ _BURST_LINES_MIN = 400  # so that some are left when the burst comes
 _LOOK_SECONDS = 0.02
 _STILL_SECONDS = 0.2  # an engine that computes next to nothing for so long has stepped aside
 _STILL_SHARE = 0.1
-_BUSY_SHARE = 0.25
-_BUSY_WAIT_SECONDS = 60.0
+_BEGIN_SECONDS = 60.0
 _OTHER_LINES = 1_000_000  # than those beside the load
 
 
@@ -257,9 +256,9 @@ class _Bench:
         if pid is None:
             raise SetupError("The engine of a batch was not found. Leave P7 to a Linux machine.")
         chat, chance = self.kinds["chat"], seeded(seed)
-        lines = max(self.size.lines, _BURST_LINES_MIN)
+        lines, before = max(self.size.lines, _BURST_LINES_MIN), await self.batches.done()
         async with self.batches.hand_in(self.kinds[self.plan.stops], lines, seed + _OTHER_LINES):
-            await _until_busy(pid)
+            await self._until_begun(before)
             requests = [chat.request(chance) for _ in range(_BURST)]
             came, looks = now(), list[tuple[float, float]]()
             burst = asyncio.ensure_future(asyncio.gather(*(chat.target.ask(request) for request in requests)))
@@ -269,18 +268,16 @@ class _Bench:
             self.report.count(reply.trouble for reply in burst.result())
         return stepped_aside(looks) - came
 
-
-async def _until_busy(pid: int) -> None:
-    """Wait until a process and its children compute."""
-    try:
-        async with asyncio.timeout(_BUSY_WAIT_SECONDS):
-            used = 0.0
-            while used < _BUSY_SHARE * _STILL_SECONDS:
-                before = spent_seconds(pid)
-                await asyncio.sleep(_STILL_SECONDS)
-                used = spent_seconds(pid) - before
-    except TimeoutError:
-        raise SetupError("The batch did not begin. Measure with more lines.") from None
+    async def _until_begun(self, before: Mapping[str, float]) -> None:
+        """Wait until a line is done."""
+        try:
+            async with asyncio.timeout(_BEGIN_SECONDS):
+                while True:
+                    if await self.batches.done() != before:
+                        return
+                    await asyncio.sleep(_STILL_SECONDS)
+        except TimeoutError:
+            raise SetupError("The batch did not begin. Measure on a machine that does nothing else.") from None
 
 
 def stepped_aside(looks: Sequence[tuple[float, float]]) -> float:
