@@ -51,7 +51,7 @@ def computed(server: Server) -> float:
 
 
 async def begun(server: Server, before: float) -> None:
-    await eventually(lambda: computed(server) > before + 0.2, within_seconds=30, what="a transcription that computes")
+    await eventually(lambda: computed(server) > before + 0.05, within_seconds=30, what="a transcription that computes")
 
 
 @asynccontextmanager

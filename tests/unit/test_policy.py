@@ -153,7 +153,7 @@ def test_one_that_needs_more_than_the_room_goes_alone_and_one_that_starves_goes_
 def test_those_who_step_aside_are_the_newest_that_lose_nothing_by_it() -> None:
     running = [ticket(number, Priority.BATCH) for number in range(5)]
     for one in running:
-        one.taken, one.yields = 1, one.number not in {3}
+        one.taken, one.yields = 1, one.number != 3
     running[4].spared = True
     assert to_step_aside(running, None) == []
     assert to_step_aside(running, 5) == []
