@@ -5,7 +5,7 @@ It refuses to start an engine: what there is stops when the test says so.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,9 @@ class Visitor:
         self.wanted = wanted
         self.batch = wanted.priority is Priority.BATCH
         self._leave = asyncio.Event()
-        self._door = scheduler.admit_when_room if self.batch else scheduler.admit
+        self._door: Callable[[Request], AbstractAsyncContextManager[Permit]] = (
+            scheduler.admit_when_room if self.batch else scheduler.admit
+        )
         self._runs = runs
         self.task = asyncio.get_running_loop().create_task(self._visit())
 
