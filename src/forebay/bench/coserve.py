@@ -42,6 +42,7 @@ _LOOK_SECONDS = 0.02
 _STILL_SECONDS = 0.2  # an engine that computes next to nothing for so long has stepped aside
 _STILL_SHARE = 0.1
 _BEGIN_SECONDS = 60.0
+_BUSY_SECONDS = 10.0
 _OTHER_LINES = 1_000_000  # than those beside the load
 
 
@@ -259,6 +260,7 @@ class _Bench:
         lines, before = max(self.size.lines, _BURST_LINES_MIN), await self.batches.done()
         async with self.batches.hand_in(self.kinds[self.plan.stops], lines, seed + _OTHER_LINES):
             await self._until_begun(before)
+            await _until_busy(pid)
             requests = [chat.request(chance) for _ in range(_BURST)]
             came, looks = now(), list[tuple[float, float]]()
             burst = asyncio.ensure_future(asyncio.gather(*(chat.target.ask(request) for request in requests)))
@@ -278,6 +280,16 @@ class _Bench:
                     await asyncio.sleep(_STILL_SECONDS)
         except TimeoutError:
             raise SetupError("The batch did not begin. Measure on a machine that does nothing else.") from None
+
+
+async def _until_busy(pid: int) -> None:
+    """Wait until an engine computes; lines have pauses between them. Not for long: they may all be done."""
+    until, used = now() + _BUSY_SECONDS, spent_seconds(pid)
+    while now() < until:
+        await asyncio.sleep(_LOOK_SECONDS)
+        before, used = used, spent_seconds(pid)
+        if used > before:
+            return
 
 
 def stepped_aside(looks: Sequence[tuple[float, float]]) -> float:
