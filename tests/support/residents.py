@@ -125,7 +125,8 @@ class House:
         return {HOST: self.total if self.relief is None else self.relief}
 
     def need(self, model: str) -> Bytes:
-        return {HOST: self.kinds[model].bytes}
+        count = self.kinds[model].bytes
+        return {HOST: count} if count else {}
 
     def held(self, model: str, keeper: Keeper) -> Bytes:
         return self.need(model)

@@ -73,11 +73,13 @@ def test_batch_work_makes_way_for_another_model_at_once_and_comes_back_when_that
     assert up(home, "one")
 
 
-def test_nothing_is_loaded_while_the_machine_is_not_well() -> None:
-    home = pair()
+def test_nothing_is_loaded_while_the_machine_is_not_well_but_what_takes_nothing() -> None:
+    home = house(Kind("one", LARGE), Kind("elsewhere", 0))
     home.shut = "The machine is short of memory."
     ask(home, "one", seconds=3)
     assert home.record("one").waiting == "The machine is short of memory."
+    ask(home, "elsewhere", seconds=3)
+    assert up(home, "elsewhere")
     home.shut = None
     home.run([], 3)
     assert up(home, "one")
@@ -99,6 +101,7 @@ def test_what_is_larger_than_the_machine_is_refused_with_the_arithmetic() -> Non
     assert refusal == "huge needs 5.0 GiB on host, which has 4.0 GiB."
     ask(home, "huge", seconds=2)
     assert not home.story.loads
+    assert (home.record("huge").wanted, home.record("huge").reason) == (False, refusal)
 
 
 def test_models_that_are_loaded_at_the_start_have_to_fit_together() -> None:

@@ -16,7 +16,7 @@ class ModelRecord:
 
     `wanted`: it is to be up, or as soon as there is memory for it. `ordered_at`: an operator or the configuration wanted
     it, and it has not been started since; `asked_at`: when somebody last asked for it. `waiting`: for whose memory it
-    waits, as a sentence. `left_at`: when it last left for another; `swapped`: it has left for another, or because nobody
+    waits, as a sentence; where it is not wanted, why it can have none. `left_at`: when it last left for another; `swapped`: it has left for another, or because nobody
     asked for it, and was not started since.
     """
 
@@ -65,6 +65,11 @@ class ModelRecord:
     def want(self, now: float) -> None:
         """Somebody asks for it."""
         self.wanted, self.asked_at, self.failure = True, now, None
+
+    def refuse(self, reason: str) -> None:
+        """There will be no memory for it."""
+        self.let_go()
+        self.waiting = reason
 
     def let_go(self) -> None:
         """Nobody wants it any longer."""

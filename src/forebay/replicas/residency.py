@@ -100,6 +100,7 @@ class Residency:
     def __init__(self, books: Books, settings: MemorySettings, clock: Clock, metrics: Metrics, log: Log) -> None:
         self.demand: Callable[[str], Wanted] = lambda _model: Wanted()
         self.on_leave: Callable[[str], None] = lambda _model: None  # it leaves for somebody online
+        self.on_refused: Callable[[str], None] = lambda _model: None
         self._books = books
         self._rules = Rules(settings.residency_seconds, settings.swap_wait_seconds, settings.online_seconds)
         self._batch_delay_seconds = max(0.0, settings.batch_wait_seconds - settings.swap_wait_seconds)
@@ -122,7 +123,7 @@ class Residency:
         if closed is not None:
             for record in lacking.values():
                 self._wait(record, closed)
-            return []
+            lacking = {name: record for name, record in lacking.items() if not self._books.need(name)}
         wishes = [wish for record in lacking.values() for wish in self._wishes(record, wanted[record.name], now)]
         holdings = self._holdings(records, wanted, now)
         starts = []
@@ -131,6 +132,9 @@ class Residency:
             if isinstance(verdict, Fits):
                 record.waiting = record.ordered_at = None
                 starts.append(record)
+            elif isinstance(verdict, Never) and not wish.extra:
+                record.refuse(verdict.reason)
+                self.on_refused(record.name)
             elif not wish.extra:
                 self._wait(record, verdict.reason)
                 self._act(wish, verdict, records, wanted, now)
@@ -191,7 +195,7 @@ class Residency:
         return {device: max(0, count - held.get(device, 0)) for device, count in need.items()}
 
     def _wait(self, record: ModelRecord, reason: str) -> None:
-        if record.awake:
+        if record.awake or not self._books.need(record.name):
             return
         if record.waiting is None:
             self._log.info("model.waiting", model=record.name, reason=reason)

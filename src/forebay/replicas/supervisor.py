@@ -83,6 +83,7 @@ class Supervisor:
         )
         self._books = books
         self.residency = Residency(books, settings.memory, clock, metrics, self._log)
+        self.residency.on_refused = self._changed
         self._models = {name: ModelRecord(name, catalog.get(name)) for name in catalog.names()}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._wake = asyncio.Event()
@@ -115,7 +116,7 @@ class Supervisor:
             if state in states:
                 return state
         if record.waiting is not None:
-            return ModelState.WAITING
+            return ModelState.WAITING if record.wanted else ModelState.FAILED
         if ModelState.ASLEEP in states:
             return ModelState.ASLEEP
         if self._puller.pulling(model):
@@ -169,11 +170,11 @@ class Supervisor:
         refusal = self._circuits[model].refusal() if model in self._circuits else None
         if refusal is not None:
             return refusal
-        if not record.wanted and record.failure is None:
-            return EngineUnavailable(f"The model {model} was unloaded. Try again to load it.", retry_after_seconds=1.0)
         too_large = self.residency.refusal(record, self.records())
         if too_large is not None:
             return ModelTooLarge(too_large)
+        if not record.wanted and record.failure is None:
+            return EngineUnavailable(f"The model {model} was unloaded. Try again to load it.", retry_after_seconds=1.0)
         keepers = [keeper for keeper in record.keepers if not keeper.ended]
         if any(keeper.hopeful for keeper in keepers) or not (keepers or record.failure):
             return None  # one may come up, or is about to be launched
@@ -258,7 +259,7 @@ class Supervisor:
 
     @property
     def _tick_seconds(self) -> float:
-        waits = any(record.waiting is not None for record in self._models.values())
+        waits = any(record.wanted and record.waiting is not None for record in self._models.values())
         return min(self._limits.tick_seconds, _WAITING_TICK_SECONDS) if waits else self._limits.tick_seconds
 
     def _reconcile(self, record: ModelRecord) -> None:
