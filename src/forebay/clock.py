@@ -85,6 +85,10 @@ def random_bytes(count: int) -> bytes:
     return secrets.token_bytes(count)
 
 
+Random = random.Random
+"""What `seeded` gives, for annotations."""
+
+
 def seeded(seed: int) -> random.Random:
     """Chance that can be had again, for measurements; protects nothing."""
     return random.Random(seed)  # noqa: S311 - repeats on purpose

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import aiohttp
@@ -21,7 +20,7 @@ from forebay.bench.reference import Reference, referring
 from forebay.bench.report import Measure, Report, percentile
 from forebay.bench.stage import Endpoint, Stage, config_of, cpu_seconds, literal, of_engine, staged
 from forebay.bench.wire import Reply, Target, now
-from forebay.clock import seeded
+from forebay.clock import Random, seeded
 from forebay.config import Settings
 from forebay.dialects.openai.embeddings import PATH
 from forebay.model_config import OnnxModel

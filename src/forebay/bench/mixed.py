@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 from pydantic_core import to_json
 
@@ -20,7 +19,7 @@ from forebay.bench.embed import text_of
 from forebay.bench.recordings import LEAD_SECONDS, Recording, cut
 from forebay.bench.stage import CHAT, ToBody
 from forebay.bench.wire import Reply, Target, now
-from forebay.clock import seeded
+from forebay.clock import Random, seeded
 from forebay.dialects.openai.audio import TRANSCRIPTIONS
 from forebay.dialects.openai.embeddings import PATH as EMBEDDINGS
 from forebay.dialects.openai.images import EDITS
