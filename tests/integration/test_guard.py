@@ -134,6 +134,11 @@ def test_a_pause_reaches_the_whole_family_in_whatever_session_and_so_does_its_en
             assert psutil.Process(guard.pid).status() != psutil.STATUS_STOPPED
             say(guard, b"R")
             eventually(lambda: none_stopped(everybody), 5)
+        say(guard, b"P")
+        eventually(lambda: all_stopped(everybody), 5)
+        closed(guard)
+        guard.wait(5)
+        assert gone(everybody)
 
 
 def test_of_words_that_come_together_the_last_one_counts() -> None:

@@ -16,7 +16,7 @@ from forebay.clock import Clock, new_id, new_token
 from forebay.config import upstream_key
 from forebay.errors import EngineUnavailable, SetupError
 from forebay.model_config import CommandModel, Model, UpstreamModel, VllmModel
-from forebay.replicas import sleep
+from forebay.replicas import probes, sleep
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import Traits, command_for, traits_of
 from forebay.replicas.launcher import EngineProcess, Launcher
@@ -287,7 +287,9 @@ class Keeper:
         if self._leaving.is_set():
             return None
         if process is not None:
-            replica.tools = await self._supports_tools(replica)
+            replica.tools = await probes.supports_tools(self._session_of(replica), replica)
+            if replica.tools is None:
+                self._shop.log.debug("engine.no_tools_probe", model=self._name)
         self._came_up = True
         self._serve_from_now(replica)
         self._failed_starts = 0
@@ -320,7 +322,9 @@ class Keeper:
         exited = asyncio.ensure_future(process.wait())
         try:
             while not exited.done():
-                if self._leaving.is_set() or await self._answers(replica, replica.traits.health_path):
+                if self._leaving.is_set() or await probes.answers(
+                    self._session_of(replica), replica, replica.traits.health_path
+                ):
                     return
                 await asyncio.wait([exited], timeout=_PROBE_SECONDS)
         finally:
@@ -334,7 +338,7 @@ class Keeper:
             await replica.idle.wait()
             return None
         exited = asyncio.ensure_future(process.wait())
-        hung = asyncio.ensure_future(self._probe(replica))  # one for both: to be told to leave is no sign of life
+        hung = asyncio.ensure_future(self._stalled(replica))  # one for both: to be told to leave is no sign of life
         try:
             while True:
                 cause = await self._serve(exited, hung) or await self._drain(replica, exited, hung)
@@ -364,9 +368,7 @@ class Keeper:
         if not self.sleeps or self._condemned is not None:
             return False
         shop = self._shop
-        slept = await sleep.fall_asleep(
-            shop.session(self._name, replica.traits, self._model), replica, _SLEEP_SECONDS_MAX, shop.clock
-        )
+        slept = await sleep.fall_asleep(self._session_of(replica), replica, _SLEEP_SECONDS_MAX, shop.clock)
         if not slept:
             shop.log.warning("engine.sleepless", model=self._name, replica=replica.id)
             self._stop_asked = True
@@ -389,44 +391,19 @@ class Keeper:
         shop, self.asleep_at, self._launched_at = self._shop, None, self._shop.clock.monotonic()
         replica.state = ReplicaState.STARTING
         self._changed()
-        session = shop.session(self._name, replica.traits, self._model)
-        if not await sleep.wake(session, replica, shop.limits.start_timeout_seconds, shop.clock):
+        if not await sleep.wake(self._session_of(replica), replica, shop.limits.start_timeout_seconds, shop.clock):
             return Cause.FAILED_START
         self._serve_from_now(replica)
         shop.log.info("engine.woken", model=self._name, replica=replica.id, seconds=round(self.load_seconds, 3))
         self._changed()
         return None
 
-    async def _probe(self, replica: Replica) -> None:
-        """Return once the engine has answered no probe for the stall limit; one that is paused is not asked."""
-        clock, stall, pauses = self._shop.clock, self._shop.limits.stall_seconds, replica.pauses
-        period = min(5.0, stall / 4)
-        answered, known = clock.monotonic(), pauses.count
-        while clock.monotonic() - answered < stall:
-            await clock.sleep(period)
-            still = pauses.paused or await self._answers(replica, replica.traits.probe_path, seconds=period)
-            if still or pauses.count != known:  # one that paused meanwhile has all of the limit again
-                answered, known = clock.monotonic(), pauses.count
+    async def _stalled(self, replica: Replica) -> None:
+        shop = self._shop
+        await probes.stalled(self._session_of(replica), replica, shop.limits.stall_seconds, shop.clock)
 
-    async def _answers(self, replica: Replica, path: str, seconds: float = 1.0) -> bool:
-        session = self._shop.session(self._name, replica.traits, self._model)
-        timeout = aiohttp.ClientTimeout(total=seconds)
-        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
-            async with session.get(replica.address + path, headers=replica.headers, timeout=timeout) as response:
-                return response.status == 200
-        return False
-
-    async def _supports_tools(self, replica: Replica) -> bool | None:
-        """Whether the chat template has tools; None if the engine does not say."""
-        session = self._shop.session(self._name, replica.traits, self._model)
-        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
-            async with session.get(
-                replica.address + "/props", headers=replica.headers, timeout=aiohttp.ClientTimeout(total=5)
-            ) as response:
-                if response.status == 200:
-                    return _tools_in(await response.json(content_type=None))
-        self._shop.log.debug("engine.no_tools_probe", model=replica.model)
-        return None
+    def _session_of(self, replica: Replica) -> aiohttp.ClientSession:
+        return self._shop.session(self._name, replica.traits, self._model)
 
     async def _drain(self, replica: Replica, exited: asyncio.Future[int], hung: asyncio.Future[None]) -> Cause | None:
         """Let running requests end; the cause if the engine dies or hangs meanwhile.
@@ -507,12 +484,6 @@ class Keeper:
             if self._shop.quarantine.record(request):
                 self._shop.metrics.quarantined.labels(request.model).inc()
                 self._shop.log.warning("input.quarantined", model=request.model, request_id=request.id)
-
-
-def _tools_in(props: Any) -> bool | None:
-    caps = props.get("chat_template_caps") if isinstance(props, dict) else None
-    tools = caps.get("supports_tools") if isinstance(caps, dict) else None
-    return tools if isinstance(tools, bool) else None
 
 
 def _free_port() -> int:

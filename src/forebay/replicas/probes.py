@@ -1,0 +1,50 @@
+"""Asks a running engine whether it is well, whether it still turns, and what its chat template can do.
+
+It refuses to judge: what follows from an answer, or from none, is the keeper's.
+"""
+
+import contextlib
+from typing import Any
+
+import aiohttp
+
+from forebay.clock import Clock
+from forebay.replicas.replica import Replica
+
+_TOOLS_SECONDS = 5.0
+
+
+async def answers(session: aiohttp.ClientSession, replica: Replica, path: str, seconds: float = 1.0) -> bool:
+    """Whether the engine says 200 to a GET of `path` within `seconds`."""
+    timeout = aiohttp.ClientTimeout(total=seconds)
+    with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+        async with session.get(replica.address + path, headers=replica.headers, timeout=timeout) as response:
+            return response.status == 200
+    return False
+
+
+async def stalled(session: aiohttp.ClientSession, replica: Replica, stall_seconds: float, clock: Clock) -> None:
+    """Return once the engine has answered no probe for `stall_seconds`; one that is paused is not asked."""
+    pauses, period = replica.pauses, min(5.0, stall_seconds / 4)
+    answered, known = clock.monotonic(), pauses.count
+    while clock.monotonic() - answered < stall_seconds:
+        await clock.sleep(period)
+        still = pauses.paused or await answers(session, replica, replica.traits.probe_path, seconds=period)
+        if still or pauses.count != known:  # one that paused meanwhile has all of the limit again
+            answered, known = clock.monotonic(), pauses.count
+
+
+async def supports_tools(session: aiohttp.ClientSession, replica: Replica) -> bool | None:
+    """Whether the chat template has tools; None if the engine does not say."""
+    timeout = aiohttp.ClientTimeout(total=_TOOLS_SECONDS)
+    with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        async with session.get(replica.address + "/props", headers=replica.headers, timeout=timeout) as response:
+            if response.status == 200:
+                return _tools_in(await response.json(content_type=None))
+    return None
+
+
+def _tools_in(props: Any) -> bool | None:
+    caps = props.get("chat_template_caps") if isinstance(props, dict) else None
+    tools = caps.get("supports_tools") if isinstance(caps, dict) else None
+    return tools if isinstance(tools, bool) else None
