@@ -80,7 +80,9 @@ async def test_two_models_that_do_not_fit_together_take_turns() -> None:
         both = [ask(server, f"Caller {each}.", model=("one", "two")[each % 2]) for each in range(24)]
         answers = await asyncio.gather(*both)
         assert all(answer.whole for answer in answers)
-        assert len(names(server, "engine.starting")) <= 3 + len(both) // 2, "those who come in turns are served together"
+        assert len(names(server, "engine.starting")) <= 3 + len(both) // 2, (
+            "those who come in turns are served together"
+        )
         await eventually(lambda: len(engines(server)) == 1, what="one engine alone")
         family = server.family()
         assert await server.stop() == 0
