@@ -306,6 +306,21 @@ async def test_what_was_held_for_long_runs_for_a_while(hall: Hall) -> None:
     assert seen == [False, True, False, True]
 
 
+async def test_what_is_held_beside_batch_work_that_cannot_be_paused_runs_for_a_while_in_its_turn(hall: Hall) -> None:
+    hall.open("chat")
+    speech, pictures = hall.open("speech"), hall.open("pictures")
+    for number, model in enumerate(("chat", "speech", "pictures")):
+        await hall.batch(model, number)
+    await hall.visit("chat", 3)
+    seen = [(stands(speech), stands(pictures))]
+    for _ in range(2):
+        await hall.advance(PACE.hold_seconds_max)
+        seen.append((stands(speech), stands(pictures)))
+        await hall.advance(PACE.floor_seconds)
+        seen.append((stands(speech), stands(pictures)))
+    assert seen == [(True, True), (True, False), (True, True), (False, True), (True, True)]
+
+
 async def test_a_slow_reader_says_nothing_of_the_engine(hall: Hall) -> None:
     hall.open("chat")
     speech = hall.open("speech")

@@ -5,6 +5,7 @@ knows no device of models that run elsewhere: those are not paced.
 """
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class _Device:
 
     `online` counts online requests by replica, `last_online` is when a model last had one. `since` is when a replica was
     last paused or resumed. `busy`: batch work runs or waits. `offered` is the bound at which those who wait were last told to look again.
+    Until `floor_until` one engine runs that had stood still for long beside batch work that cannot.
     """
 
     name: str
@@ -42,6 +44,7 @@ class _Device:
     busy: bool = False
     offered: Bound = _FREE
     offering: asyncio.Handle | None = None
+    floor_until: float = -math.inf
     alarm: tuple[float, asyncio.Task[None]] | None = None
 
 
@@ -207,12 +210,15 @@ class Devices:
         bound = device.pace.bound(now)
         places, replicas = self._places(device)
         staying = sum(places[replica.id] for replica in replicas if not self._may_pause(device, replica))
-        free = None if bound.yielding is None else max(0, bound.yielding - staying)
         claims = [
             Claim(replica.id, places[replica.id], not replica.paused, device.since.get(replica.id, now))
             for replica in replicas
             if self._may_pause(device, replica)
         ]
+        free, look = None, math.inf
+        if bound.yielding is not None:
+            floor, look = self._floor(device, claims, now) if staying and claims else (0, math.inf)
+            free = max(floor, bound.yielding - staying)
         running = to_run(claims, free, now, _TURN_SECONDS)
         paced = sum(places[claim.replica_id] for claim in claims if claim.replica_id in running)
         for replica in replicas:
@@ -222,8 +228,17 @@ class Devices:
                 self._resume(device, replica, now)
         held = len(running) < len(claims) or any(self._waiting(model) for model in device.models)
         device.pace.batch(staying + (paced if free is None else min(paced, free)), now, held=held)
-        self._set_alarm(device, device.pace.next_look(now))
+        due = min(look, math.inf if (next_look := device.pace.next_look(now)) is None else next_look)
+        self._set_alarm(device, due if due < math.inf else None)
         self._plan_offer(device, bound)
+
+    def _floor(self, device: _Device, claims: list[Claim], now: float) -> tuple[int, float]:
+        """Places of those who stand still beside batch work that cannot, and when that changes: the pace sees that some runs."""
+        still = min(now if claim.runs else claim.since for claim in claims)
+        due = max(still, device.floor_until) + self._settings.hold_seconds_max
+        if due <= now:
+            device.floor_until = now + self._settings.floor_seconds
+        return (1, device.floor_until) if now < device.floor_until else (0, due)
 
     def _places(self, device: _Device) -> tuple[Counter[str], list[Replica]]:
         """What batch work fills by replica, and the replicas."""
