@@ -59,7 +59,8 @@ class Stand:
         self.leaving = False
         self.ended = False
         self.hopeful = True
-        self.failure = self.retry_at_epoch = None
+        self.failure = None
+        self.retry_at_epoch: float | None = None
         self.runs: list[tuple[float, bool]] = []
         self.idle = asyncio.Event()
         self.idle.set()

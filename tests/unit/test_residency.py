@@ -162,6 +162,17 @@ def test_a_model_that_cannot_start_is_the_first_to_leave() -> None:
     assert up(home, "two")
 
 
+def test_a_model_that_waits_out_its_back_off_leaves_for_others_though_it_has_a_line() -> None:
+    home = house(Kind("broken", LARGE, load_seconds=1000), Kind("two", LARGE))
+    ask(home, "broken", seconds=1)
+    home.stands("broken")[0].retry_at_epoch = 5000.0
+    ask(home, "two", seconds=19)
+    assert home.lines["broken"]
+    assert not home.stands("two")
+    home.run([], 5)
+    assert up(home, "two")
+
+
 def test_two_batches_do_not_swap_more_often_than_they_must() -> None:
     home = house(Kind("one", LARGE, slots=2), Kind("two", LARGE, slots=2))
     home.run([Arrival(0, name, batch=True) for name in ("one", "two") for _ in range(200)], 300)

@@ -272,7 +272,8 @@ class Residency:
         replica = keeper.replica
         name = replica.id if replica is not None else ""
         online, running = name in wanted.online_on, name in wanted.online_on | wanted.batch_on
-        starting = keeper.ready_at is None and keeper.asleep_at is None and keeper.hopeful
+        due = keeper.hopeful and keeper.retry_at_epoch is None  # one that waits out its back-off keeps nobody waiting
+        starting = keeper.ready_at is None and keeper.asleep_at is None and due
         # What one that has just fallen asleep gives back is known when it is measured again.
         settling = keeper.asleep_at is not None and keeper.asleep_at >= self._books.measured_at()
         busy = starting or running or not (replica is None or replica.idle.is_set())
