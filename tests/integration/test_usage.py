@@ -230,7 +230,11 @@ async def test_pages_of_days_and_mistakes(server: Server) -> None:
             break
         page = f"&page={found['next_page']}"
     assert (days[0], days[-1], len(days)) == ("2026-01-01", "2026-02-20", 51)
-    for query in ("group_by=x", "start_time=x", "end_time=2026-13-01", "page=x", "bucket_width=1h", "limit=0"):
+    days_out_of_bounds = ("start_time=0999-05-05", "start_time=1969-12-31", "start_time=9999-12-31&end_time=9999-12-31")
+    for query in (
+        *("group_by=x", "start_time=x", "end_time=2026-13-01", "page=x", "bucket_width=1h", "limit=0"),
+        *days_out_of_bounds,
+    ):
         found = await server.get(f"/v1/usage?{query}")
         assert found["error"]["type"] == "invalid_request_error", query
 

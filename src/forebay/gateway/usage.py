@@ -7,6 +7,7 @@ import datetime as dt
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ _DAYS_MAX = 31
 _ROWS_MAX = 1000
 _DAY_SECONDS = 86_400
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_FIRST_DAY, _LAST_DAY = "1970-01-01", "9998-12-31"  # there is always a day after
 _NAMES = {
     "project_id": "project_id",
     "project": "project_id",
@@ -175,14 +177,15 @@ def _last_day(end_time: str | None, now: float) -> str:
 
 def _day(value: Any, param: str) -> str:
     """A day as it is written, or that of a moment in seconds. Raises InvalidRequest."""
-    text = str(value)
-    try:
+    text, day = str(value), ""
+    with suppress(ValueError, OverflowError, OSError):
         if text.isascii() and text.isdigit() and len(text) <= 12:
-            return day_of(float(text))
-        if _DAY.fullmatch(text):
-            return _moment(text).strftime("%Y-%m-%d")
-    except (ValueError, OverflowError, OSError):
-        pass
+            day = day_of(float(text))
+        elif _DAY.fullmatch(text):
+            _moment(text)
+            day = text
+    if _FIRST_DAY <= day <= _LAST_DAY:
+        return day
     raise InvalidRequest(f"`{param}` is a day such as 2026-11-21, or a time in seconds since 1970.", param=param)
 
 
@@ -191,10 +194,7 @@ def _moment(day: str) -> dt.datetime:
 
 
 def _after(day: str, days: int) -> str:
-    try:
-        return (_moment(day) + dt.timedelta(days=days)).strftime("%Y-%m-%d")
-    except OverflowError:
-        return day
+    return (_moment(day) + dt.timedelta(days=days)).strftime("%Y-%m-%d")
 
 
 def _no_page() -> InvalidRequest:
