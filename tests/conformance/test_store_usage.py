@@ -130,7 +130,10 @@ async def test_limits_are_changed_one_by_one(database: Database, clock: FakeCloc
     assert (page[0].name, page[0].limits, more) == ("b", ProjectLimits(), True)
     page, more = await store.list(after="b", limit=1)
     assert (page[0].name, more) == ("default", False)
-    assert (await store.reset("a")).limits == ProjectLimits()
+    with pytest.raises(InvalidRequest, match="weight"):
+        await store.set("a", weight=1000, reset=True)
+    assert (await store.get("a")).limits == expected
+    assert (await store.set("a", reset=True)).limits == ProjectLimits()
     with pytest.raises(NotFound):
         await store.set("nobody", weight=1)
     with pytest.raises(InvalidRequest, match="weight"):

@@ -56,10 +56,7 @@ def set_limits(
     """Set the share or quotas of a project; what is not named stays. A running server follows in a second."""
 
     async def work(store: ProjectStore) -> LimitedProject:
-        quotas = parse_quotas(quota or ())
-        if reset:
-            await store.reset(name)
-        return await store.set(name, weight=weight, quotas=quotas)
+        return await store.set(name, weight=weight, quotas=parse_quotas(quota or ()), reset=reset)
 
     _print([_run(config_file, data_dir, work)])
 

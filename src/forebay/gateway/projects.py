@@ -22,7 +22,7 @@ router = APIRouter(prefix="/admin", dependencies=[Depends(role_at_least(Role.ADM
 
 
 class LimitsBody(Wire):
-    """What is to change; the rest stays. `reset` takes all of a project's own away first."""
+    """What is to change; the rest stays. `reset` takes all of a project's own away."""
 
     weight: Annotated[float, Field(gt=0)] | None = None
     quotas: Annotated[tuple[Annotated[str, Field(max_length=64)], ...], Field(max_length=QUOTAS_MAX)] = ()
@@ -57,9 +57,7 @@ async def change_project(request: Request, project: str) -> Response:
     """Change the share or the quotas of a project; other servers follow within `usage.fold_seconds`."""
     body = parse(LimitsBody, await read_body(request, request.app.state.settings.http.body_bytes_max))
     quotas, store = parse_quotas(body.quotas), _store(request)
-    if body.reset:
-        await store.reset(project)
-    changed = await store.set(project, weight=body.weight, quotas=quotas)
+    changed = await store.set(project, weight=body.weight, quotas=quotas, reset=body.reset)
     books: Books = request.app.state.books
     await books.refresh()
     return await _answer(request, changed)

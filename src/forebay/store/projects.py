@@ -59,9 +59,12 @@ class ProjectStore:
         return _project(row)
 
     async def set(
-        self, name: str, *, weight: float | None = None, quotas: Sequence[Quota] | None = None
+        self, name: str, *, weight: float | None = None, quotas: Sequence[Quota] | None = None, reset: bool = False
     ) -> LimitedProject:
-        """Change the share, or each quota of the same resource and period; the rest stays. Raises NotFound."""
+        """Change the share, or each quota of the same resource and period. The rest stays; with `reset` it goes.
+
+        Raises NotFound and InvalidRequest, and has changed nothing then.
+        """
         if weight is not None and not WEIGHT_MIN <= weight <= WEIGHT_MAX:
             raise InvalidRequest(f"A weight is between {WEIGHT_MIN} and {WEIGHT_MAX:g}.", param="weight")
         insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
@@ -70,21 +73,15 @@ class ProjectStore:
             if await transaction.scalar(held) is None:
                 raise NotFound("There is no such project. It is made with its first API key.")
             project = _project((await transaction.execute(_joined().where(projects.c.name == name))).one())
-            merged = {(quota.resource, quota.period): quota for quota in (*project.limits.quotas, *(quotas or ()))}
+            before = ProjectLimits() if reset else project.limits
+            merged = {(quota.resource, quota.period): quota for quota in (*before.quotas, *(quotas or ()))}
             values = {
-                "weight": project.limits.weight if weight is None else weight,
+                "weight": before.weight if weight is None else weight,
                 "quotas": [str(quota) for quota in merged.values()],
                 "updated_at": self._clock.now(),
             }
             query = insert(project_limits).values(project_id=project.id, **values)
             await transaction.execute(query.on_conflict_do_update(index_elements=["project_id"], set_=values))
-        return await self.get(name)
-
-    async def reset(self, name: str) -> LimitedProject:
-        """Give a project the default share and quotas again. Raises NotFound."""
-        project = await self.get(name)
-        async with self._database.begin() as transaction:
-            await transaction.execute(sa.delete(project_limits).where(project_limits.c.project_id == project.id))
         return await self.get(name)
 
 
