@@ -103,6 +103,18 @@ async def test_what_work_came_to_stays_reserved() -> None:
     assert desk.need == 50 * MIB, "nothing was in flight"
 
 
+async def test_a_model_that_once_came_to_more_than_there_is_may_run_alone() -> None:
+    desk = Desk()
+    desk.come_up()
+    desk.work(1000)
+    desk.clock.advance(2)
+    await desk.measure(30 * MIB)
+    desk.work(1000)
+    await desk.measure(9 * GIB, available=GIB)
+    assert desk.held == 9 * GIB
+    assert desk.need == desk.books.totals()[HOST] < 9 * GIB
+
+
 async def test_the_peak_of_a_start_is_not_taken_for_work() -> None:
     desk = Desk()
     desk.clock.advance(1)

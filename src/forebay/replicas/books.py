@@ -151,7 +151,15 @@ class MeasuredBooks:
 
     def _expected_on(self, model: str, device: str, guess: int) -> int:
         most = self._learned.most(model, device)
-        return most if most is not None else max(guess, self._learned.at_rest(model, device))
+        if most is None:
+            return max(guess, self._learned.at_rest(model, device))
+        # What has run here is not refused for what it came to once: it runs alone.
+        return min(most, max(guess, self._whole(device)))
+
+    def _whole(self, device: str) -> int:
+        """What engines may take of `device` while nobody else holds any of it."""
+        gpus = {gpu.name: int(gpu.total_bytes * self._settings.gpu_share) for gpu in self._reading.gpus}
+        return gpus.get(device, self._totals.get(device, 0))
 
     def _estimate(self, model: str) -> Bytes:
         """From its files, once they are there; they do not change while the server runs."""
