@@ -2,10 +2,16 @@
 
 import asyncio
 import datetime as dt
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from forebay.errors import InvalidRequest, QuotaExceeded
+from forebay.jobs.executor import Executor
+from forebay.jobs.kinds import Kind, Run
+from forebay.jobs.outcome import Done, Outcome
+from forebay.metering.jobs import JobMeter
 from forebay.metering.meter import Meter, Reservation
 from forebay.quotas import (
     NOTHING,
@@ -20,6 +26,8 @@ from forebay.quotas import (
     parse_quota,
     parse_quotas,
 )
+from forebay.store.jobs import Lease
+from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock
 
 NOON = dt.datetime(2026, 11, 30, 12, tzinfo=dt.UTC).timestamp()
@@ -181,6 +189,43 @@ async def test_work_that_can_wait_waits_for_what_others_may_give_back() -> None:
     with pytest.raises(QuotaExceeded):
         await forever
     third.release()
+
+
+async def test_what_a_job_has_used_is_its_own_until_that_is_in_the_database() -> None:
+    meter, books, clock = _metered("requests=1/day")
+    request = SimpleNamespace(model="m", capability="transcription")
+    call: Any = SimpleNamespace(items=None, kind="transcription", request=request)
+    job = SimpleNamespace(project_id="a", key_id="k", failures=0, kind="made")
+    lease = cast(Lease, SimpleNamespace(id="job_1", attempt=1, job=job))
+    jobs = JobMeter(meter, cast(Any, None))
+
+    async def nothing_is_left() -> None:
+        for _ in range(2):
+            with pytest.raises(QuotaExceeded):
+                await _reserve(meter, Amounts(1))
+            books.fold()
+
+    async def perform(lease: Lease, run: Run) -> Outcome:
+        reservation = await jobs.reserve_until(run.at_end, lease.job, call)
+        jobs.settle_at(run.at_end, reservation, Use(1))
+        await nothing_is_left()
+        return Done()
+
+    async def settle(*_: object) -> None:
+        await nothing_is_left()
+        books.stored += Amounts(1)  # the transaction is committed
+        await nothing_is_left()
+
+    def at_once(_failures: int) -> float | None:
+        return 0.0
+
+    store, settlement = SimpleNamespace(now=clock.now), SimpleNamespace(settle=settle)
+    executor = Executor(cast(Any, store), cast(Any, settlement), clock, Metrics())
+    await executor.execute(Kind("made", perform, 1, at_once), Run(lease))
+    assert books.written == NOTHING  # in the journal it would count once more
+    await nothing_is_left()
+    clock.advance(86_400)
+    (await _reserve(meter, Amounts(1))).release()
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,12 @@ class Executor:
 
     async def execute(self, kind: Kind, run: Run) -> None:
         """Make the attempt and write down how it ended."""
-        outcome = await self._perform(kind, run)
-        if outcome is not None:
-            await self._settle(kind, run, outcome)
-        elif run.interruption is Interruption.LEASE_LOST:
-            self._report_lost(kind, run.lease)
+        with run.at_end:
+            outcome = await self._perform(kind, run)
+            if outcome is not None:
+                await self._settle(kind, run, outcome)
+            elif run.interruption is Interruption.LEASE_LOST:
+                self._report_lost(kind, run.lease)
 
     async def _perform(self, kind: Kind, run: Run) -> Outcome | None:
         """The outcome; None where nothing may be written."""

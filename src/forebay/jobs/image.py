@@ -214,7 +214,8 @@ class ImageWork:
         gallery = _Gallery(self._rooms, lease, run, task.n, await self._rooms.store.parts(lease.id))
         if gallery.next is None:  # whoever has seen the results may have removed what they are made of
             return gallery
-        async with self._rooms.meter.reserved(lease.job, call) as reservation, gallery.telling():
+        reservation = await self._rooms.meter.reserve_until(run.at_end, lease.job, call)
+        async with gallery.telling():
             gallery.stage(FETCHING, 0)
             async with self._inputs(job, asked, task) as inputs:
                 while gallery.next is not None:
@@ -222,7 +223,7 @@ class ImageWork:
                         await self._painted(call, inputs, gallery, reservation)
                     except ForebayError as error:
                         call = self._stand_in(call, error)
-            reservation.settled_elsewhere(sum(gallery.used().values(), Use()))
+        self._rooms.meter.settle_at(run.at_end, reservation, sum(gallery.used().values(), Use()))
         return gallery
 
     async def _painted(self, call: Call, inputs: Inputs, gallery: "_Gallery", reservation: Reservation) -> None:

@@ -4,6 +4,7 @@ It refuses to know any kind by name: they are listed in `forebay.app`, and do no
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from forebay.jobs.outcome import Interruption, Outcome
@@ -18,12 +19,14 @@ class Run:
 
     `performing` is true while the kind is at work: only then does an interruption cancel anything.
     `progressed` that the attempt has fenced a write, so that earlier failures are forgiven.
+    `at_end` is closed when its outcome is written down, or never will be.
     """
 
     lease: Lease
     interruption: Interruption | None = None
     performing: bool = False
     progressed: bool = False
+    at_end: ExitStack = field(default_factory=ExitStack)
 
 
 Perform = Callable[[Lease, Run], Awaitable[Outcome]]

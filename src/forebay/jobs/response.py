@@ -124,7 +124,7 @@ class ResponseWork:
         self._clock = clock
         self._metrics = metrics
 
-    async def perform(self, lease: Lease, _run: Run) -> Outcome:
+    async def perform(self, lease: Lease, run: Run) -> Outcome:
         """One attempt."""
         raw = await self._responses.request(lease.id)
         if raw is None:
@@ -140,16 +140,16 @@ class ResponseWork:
         )
         log = EventLog(self._responses, lease, self._settings, self._clock) if call.stream else None
         try:
-            async with self._meter.reserved(job, call) as reservation:
-                body = await self._by_any(lease, call, log)
-                return self._done(lease, reservation, body, [] if log is None else log.rest())
+            reservation = await self._meter.reserve_until(run.at_end, job, call)
+            body = await self._by_any(lease, call, log)
+            return self._done(lease, run, reservation, body, [] if log is None else log.rest())
         except (CircuitOpen, Overloaded) as trouble:  # of a provider, which says when to come again
             return Snoozed(trouble.retry_after_seconds or _PULLING_SECONDS)
         except (ModelNotReady, ShuttingDown) as trouble:
             return Snoozed(0 if isinstance(trouble, ShuttingDown) else _PULLING_SECONDS)
 
     def _done(
-        self, lease: Lease, reservation: Reservation, body: dict[str, Any], rest: Sequence[EventBatch]
+        self, lease: Lease, run: Run, reservation: Reservation, body: dict[str, Any], rest: Sequence[EventBatch]
     ) -> Outcome:
         content = to_json(body)
         if len(content) > self._settings.responses.bytes_max:
@@ -160,7 +160,7 @@ class ResponseWork:
         cached = usage["input_tokens_details"]["cached_tokens"]
         used = Use(1, usage["input_tokens"], usage["output_tokens"], cached)
         reservation.model = body["model"]
-        reservation.settled_elsewhere(used)
+        self._meter.settle_at(run.at_end, reservation, used)
 
         async def write(transaction: Transaction) -> None:
             for batch in rest:

@@ -93,9 +93,9 @@ class TranscriptionWork:
         assert call.speech is not None, "these endpoints are about recordings"
         try:
             self._rooms.admission.expect([call.request.model, *call.speech.further_models])
-            async with self._rooms.meter.reserved(lease.job, call) as reservation:
-                transcript = await self._worked_on(lease, run, asked, call, reservation)
-                return await self._done(lease, reservation, transcript)
+            reservation = await self._rooms.meter.reserve_until(run.at_end, lease.job, call)
+            transcript = await self._worked_on(lease, run, asked, call, reservation)
+            return await self._done(lease, run, reservation, transcript)
         except WAITS as trouble:
             return later(trouble)
 
@@ -105,7 +105,7 @@ class TranscriptionWork:
             reach("transcription.settled")
             await self._rooms.close(job.id)
 
-    async def _done(self, lease: Lease, reservation: Reservation, transcript: Transcript) -> Outcome:
+    async def _done(self, lease: Lease, run: Run, reservation: Reservation, transcript: Transcript) -> Outcome:
         content = await asyncio.to_thread(lambda: to_json(transcript_to_wire(transcript)))
         if len(content) > RESULT_BYTES_MAX:
             error = InvalidRequest("The transcript is larger than what is kept. Send the recording in parts.")
@@ -115,7 +115,7 @@ class TranscriptionWork:
         self._rooms.metrics.prompt_tokens.labels(model).inc(tokens.prompt_tokens)
         self._rooms.metrics.completion_tokens.labels(model).inc(tokens.completion_tokens)
         used = Use(1, audio_ms=milliseconds(transcript.duration))
-        reservation.settled_elsewhere(used)
+        self._rooms.meter.settle_at(run.at_end, reservation, used)
 
         async def write(transaction: Transaction) -> None:
             await self._rooms.store.finish(transaction, lease.id, content)

@@ -3,8 +3,8 @@
 It refuses to count an attempt that has brought nothing: a line counts once, however often it was tried.
 """
 
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 
 from forebay.dialects.openai.call import Call
 from forebay.metering.estimate import at_most
@@ -35,14 +35,16 @@ class JobMeter:
             job.project_id, job.key_id or "", call.request.model, call.request.capability, once
         )
 
-    @asynccontextmanager
-    async def reserved(self, job: Job, call: Call) -> AsyncIterator[Reservation]:
-        """The same while a block lasts that settles it, or brings nothing."""
+    async def reserve_until(self, end: ExitStack, job: Job, call: Call) -> Reservation:
+        """The same until `end` is closed, which comes after the result is committed: till then nobody else may have it."""
         reservation = await self.reserve(job, call)
-        try:
-            yield reservation
-        finally:
-            reservation.release()
+        end.callback(reservation.release)
+        return reservation
+
+    @staticmethod
+    def settle_at(end: ExitStack, reservation: Reservation, use: Use) -> None:
+        """So much was used, which is in the database when `end` is closed."""
+        end.callback(reservation.settled_elsewhere, use)
 
     async def write(self, transaction: Transaction, used: Iterable[tuple[Account, Use]]) -> None:
         """Count it, as the last statement of the transaction that waits for anybody."""
