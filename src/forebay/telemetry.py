@@ -66,6 +66,7 @@ EVENTS = {
     "usage.journal_failed": "What was used cannot be appended to the journal; it waits in memory for the database.",
     "usage.fold_failed": "What was used cannot be added up in the database; the next round tries again.",
     "usage.torn": "The journal of a dead process ends in something that is no record.",
+    "usage.unknown_project": "The journal of a dead process tells of projects that the database does not have; they are left out.",
     "pruner.removed": "What had outlived its time was removed.",
     "pruner.failed": "A sweep met trouble; the next round tries again.",
 }

@@ -145,6 +145,23 @@ async def test_the_journals_of_the_dead_are_folded_from_where_they_were(
     await again.books.close()
 
 
+async def test_a_journal_of_projects_that_are_not_there_keeps_no_server_from_starting(
+    database: Database, clock: FakeClock, tmp_path: Path
+) -> None:
+    office = _Office(database, clock, tmp_path)
+    office.folder.mkdir()
+    dead = Journal.create(office.folder, "node_7.x")
+    for account in (Account("proj_of_another_database", "key", "m", "chat"), ACCOUNT):
+        dead.append(Entry(DAY, account, Use(1, 5)))
+    dead.close(remove=False)
+    with structlog.testing.capture_logs() as logs:
+        await office.books.open()
+    assert [(log["event"], log["records"]) for log in logs] == [("usage.unknown_project", 1)]
+    assert await office.counted() == (1, 5)
+    assert not dead.path.exists()
+    await office.books.close()
+
+
 async def test_a_meter_starts_from_what_was_used_before(database: Database, clock: FakeClock, tmp_path: Path) -> None:
     first = _Office(database, clock, tmp_path, "requests=3/day")
     await first.books.open()

@@ -7,6 +7,7 @@ waits in memory for the database.
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,8 +203,12 @@ class Books:
     async def _fold_abandoned(self, path: Path) -> None:
         folds, offset = await self._usage.place(path.stem)
         reading = await asyncio.to_thread(read, path, offset)
+        known = await self._usage.project_names({entry.account.project for entry in reading.entries})
+        if unknown := [entry for entry in reading.entries if entry.account.project not in known]:
+            # The database is older than the journal, or another one.
+            self._log.warning("usage.unknown_project", records=len(unknown))
         if reading.entries:
-            await self._usage.fold(self._node, Fold(path.stem, folds + 1, reading.end, _added_up(reading)))
+            await self._usage.fold(self._node, Fold(path.stem, folds + 1, reading.end, _added_up(reading, known)))
         reach("usage.left_folded")
         if reading.rest:
             self._log.warning("usage.torn", bytes=reading.rest)
@@ -221,8 +226,9 @@ class Books:
         return {path.stem for path in journals(self._folder)}
 
 
-def _added_up(reading: Reading) -> Totals:
+def _added_up(reading: Reading, projects: Container[str]) -> Totals:
     totals: Totals = defaultdict(Use)
     for entry in reading.entries:
-        totals[entry.day, entry.account] += entry.use
+        if entry.account.project in projects:
+            totals[entry.day, entry.account] += entry.use
     return dict(totals)
