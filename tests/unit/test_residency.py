@@ -141,6 +141,16 @@ def test_an_operators_load_is_as_good_as_a_caller() -> None:
     assert "two" in [name for _, name in home.story.loads]
 
 
+def test_an_operators_load_of_what_is_up_says_nothing_of_later_starts() -> None:
+    home = house(Kind("one", LARGE, run_seconds=30), Kind("two", LARGE))
+    home.run([Arrival(0, "one", batch=True)] * 8, 5)
+    home.record("one").ordered_at = home.now
+    home.run([], 1)
+    ask(home, "two", seconds=10)
+    assert home.lines["one"]
+    assert [name for _, name in home.story.loads] == ["one", "two"]
+
+
 def test_nobody_leaves_for_a_second_replica() -> None:
     home = house(Kind("one", LARGE), Kind("two", 40, replicas=3))
     ask(home, "one", seconds=4)

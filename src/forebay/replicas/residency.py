@@ -113,6 +113,8 @@ class Residency:
         now = self._clock.monotonic()
         wanted = {record.name: self.demand(record.name) for record in records}
         for record in records:
+            if any(keeper.ready_at is not None and not keeper.leaving for keeper in record.keepers):
+                record.ordered_at = None
             self._forget(record, wanted[record.name], now)
             self._rest(record, wanted[record.name], now)
         self._relieve(records, wanted, now)
