@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -119,7 +120,7 @@ def test_a_containers_limit_counts_and_what_it_could_drop_does_not(tmp_path: Pat
     reading = measuring.read()
     assert reading.total_bytes == 200 * MIB
     assert reading.available_bytes == 165 * MIB
-    assert measuring.totals(reading) == {HOST: 160 * MIB}
+    assert measuring.totals(reading, {}) == {HOST: 160 * MIB}
 
 
 def test_a_container_that_sees_its_own_group_at_the_mount_has_its_limit(tmp_path: Path) -> None:
@@ -130,14 +131,18 @@ def test_a_container_that_sees_its_own_group_at_the_mount_has_its_limit(tmp_path
 
 def test_bytes_go_before_a_share() -> None:
     measuring = gauge(host_bytes=3 * GIB, host_share=0.1)
-    assert measuring.totals(measuring.read()) == {HOST: 3 * GIB}
+    assert measuring.totals(measuring.read(), {}) == {HOST: 3 * GIB}
 
 
 def test_what_others_hold_of_a_gpu_is_taken_off() -> None:
     gpu = Gpu("gpu0", 80 * GIB, 50 * GIB, {1: 10 * GIB, 2: 20 * GIB, 3: 20 * GIB}, 0.5, 60.0)
     held = {1: {HOST: 0, "gpu0": 30 * GIB}}  # of the processes 1 and 2
     reading = Reading(100 * GIB, 50 * GIB, 0.5, None, (gpu,), held, held)
-    assert gauge(gpu_share=0.75, host_share=0.5).totals(reading) == {HOST: 50 * GIB, "gpu0": 40 * GIB}
+    assert gauge(gpu_share=0.75, host_share=0.5).totals(reading, {}) == {HOST: 50 * GIB, "gpu0": 40 * GIB}
+    hidden = replace(reading, unseen={"gpu0": 12 * GIB})
+    assert gauge(gpu_share=0.75).totals(hidden, {"gpu0": 15 * GIB})["gpu0"] == 52 * GIB
+    assert gauge(gpu_share=0.75).totals(hidden, {"gpu0": 5 * GIB})["gpu0"] == 45 * GIB
+    assert gauge(gpu_share=0.75).totals(reading, {"gpu0": 5 * GIB})["gpu0"] == 40 * GIB
 
 
 class Driver:
@@ -154,3 +159,9 @@ def test_what_a_family_holds_of_a_gpu_is_what_the_driver_tells() -> None:
     reading = Gauge(MemorySettings(), Driver()).read([os.getpid()])  # type: ignore[arg-type]
     assert reading.held[os.getpid()]["gpu0"] == GIB
     assert "gpu1" not in reading.held[os.getpid()]
+    assert reading.unseen == {"gpu0": 0, "gpu1": 0}
+
+
+def test_what_is_not_to_be_seen_from_here_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "proc/1").mkdir(parents=True)
+    assert Gauge(MemorySettings(), Driver(), tmp_path).read().unseen == {"gpu0": GIB, "gpu1": 0}  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from forebay.replicas.catalog import Catalog
 from forebay.replicas.gauge import Gauge, Reading
 from forebay.replicas.keeper import Keeper
 from forebay.replicas.memory import HOST
+from forebay.replicas.nvml import Gpu
 from forebay.telemetry import Log, Metrics
 from tests.support.clock import FakeClock
 
@@ -113,6 +114,16 @@ async def test_a_model_that_once_came_to_more_than_there_is_may_run_alone() -> N
     await desk.measure(9 * GIB, available=GIB)
     assert desk.held == 9 * GIB
     assert desk.need == desk.books.totals()[HOST] < 9 * GIB
+
+
+async def test_engines_that_the_driver_does_not_tell_of_are_not_taken_for_others() -> None:
+    desk = Desk()
+    desk.come_up()
+    gpu = Gpu("gpu0", 10 * GIB, 4 * GIB, {99: 4 * GIB}, None, None)
+    desk.dial.reading = replace(desk.dial.reading, gpus=(gpu,), unseen={"gpu0": 4 * GIB})
+    desk.books.held = lambda _model, _keeper: {HOST: GIB, "gpu0": 3 * GIB}  # type: ignore[method-assign, assignment]
+    await desk.books.measure()
+    assert desk.books.totals()["gpu0"] == 8 * GIB, "nine tenths of it without the GiB that is others'"
 
 
 async def test_the_peak_of_a_start_is_not_taken_for_work() -> None:

@@ -179,13 +179,22 @@ class MeasuredBooks:
     def _take(self, reading: Reading) -> None:
         self._reading = reading
         self._held = dict(reading.held)
-        self._totals = self._gauge.totals(reading)
+        self._totals = self._gauge.totals(reading, self._untold(reading))
         if self.gate.update(reading):
             if self.gate.open:
                 self._log.info("memory.gate_opened")
             else:
                 self._log.warning("memory.gate_closed", reason=self.gate.reason)
             self.on_turn()
+
+    def _untold(self, reading: Reading) -> Bytes:
+        """What engines are charged with on each GPU where the driver does not tell of them."""
+        untold: dict[str, int] = {}
+        for model, keeper in self.keepers() if reading.gpus else ():
+            for device, count in self.held(model, keeper).items():
+                if device != HOST and device not in self._measured(keeper):
+                    untold[device] = untold.get(device, 0) + count
+        return untold
 
     def _learn(self, model: str, keeper: Keeper, held: Bytes, peaks: Bytes, since: float) -> None:
         """What it came to since the last reading. Where that was its start as well, work is known only by what it holds."""

@@ -8,7 +8,7 @@ Memory that several processes share, such as the file of a model, is counted for
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -31,7 +31,9 @@ class Reading:
 
     `total_bytes` is what the machine or its container has; `available_bytes` what a program could take without anything
     being swapped out. `held` has bytes by device for each family, by the id of its first process, and `peaks` the most
-    that it came to since the last reading, as far as the kernel tells; a family that is gone is in neither.
+    that it came to since the last reading, as far as the kernel tells; a family that is gone is in neither. `unseen` has
+    what is held of each GPU by processes that the driver tells of and that are not to be seen from here: in a container
+    these may be ours.
     """
 
     total_bytes: int
@@ -41,6 +43,7 @@ class Reading:
     gpus: tuple[Gpu, ...]
     held: Mapping[int, Mapping[str, int]]
     peaks: Mapping[int, Mapping[str, int]]
+    unseen: Mapping[str, int] = field(default_factory=dict)
 
 
 class Gauge:
@@ -75,14 +78,19 @@ class Gauge:
             gpus,
             {first: held for first, (held, _) in weighed.items()},
             {first: peak for first, (_, peak) in weighed.items()},
+            {gpu.name: _unseen(self._root, gpu) for gpu in gpus},
         )
 
-    def totals(self, reading: Reading) -> dict[str, int]:
-        """What engines may take in all, by device. What others hold of a GPU is taken off its part."""
+    def totals(self, reading: Reading, untold: Mapping[str, int]) -> dict[str, int]:
+        """What engines may take in all, by device. What others hold of a GPU is taken off its part.
+
+        Of what is unseen so much is ours as engines are charged with that were not found there (`untold`).
+        """
         settings = self._settings
         totals = {HOST: settings.host_bytes or int(reading.total_bytes * settings.host_share)}
         for gpu in reading.gpus:
             ours = sum(held.get(gpu.name, 0) for held in reading.held.values())
+            ours += min(reading.unseen.get(gpu.name, 0), untold.get(gpu.name, 0))
             others = max(0, sum(gpu.processes.values()) - ours)
             totals[gpu.name] = max(0, int(gpu.total_bytes * settings.gpu_share) - others)
         return totals
@@ -108,6 +116,11 @@ def _weighed(root: Path, family: Iterable[int], gpus: Iterable[Gpu]) -> tuple[di
             held[gpu.name] = sum(told)
     more = sum(_fallen(root, pid) for pid in family)
     return held, {**held, HOST: held[HOST] + more}
+
+
+def _unseen(root: Path, gpu: Gpu) -> int:
+    """What is held of a GPU by processes that are not to be seen from here."""
+    return sum(count for pid, count in gpu.processes.items() if not (root / "proc" / str(pid)).exists())
 
 
 def _resident(pid: int) -> int:
