@@ -105,16 +105,19 @@ def group(folder: Path, files: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_containers_limit_counts_and_what_it_could_drop_does_not(tmp_path: Path, version: int) -> None:
-    limit, used, inactive = (
-        ("memory.max", "memory.current", "inactive_file")
+    limit, used, inactive, active, mapped = (
+        ("memory.max", "memory.current", "inactive_file", "active_file", "file_mapped")
         if version == 2
-        else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else (
+            *("memory.limit_in_bytes", "memory.usage_in_bytes"),
+            *("total_inactive_file", "total_active_file", "total_mapped_file"),
+        )
     )
     mount = tmp_path / ("sys/fs/cgroup" if version == 2 else "sys/fs/cgroup/memory")
     group(tmp_path / "proc/self", {"cgroup": "0::/outer/inner\n" if version == 2 else "4:memory:/outer/inner\n"})
     unlimited = "max" if version == 2 else str(2**63 - 4096)
     group(mount / "outer/inner", {limit: unlimited, used: str(10 * MIB), "memory.stat": f"{inactive} 0\n"})
-    stat = f"anon 5\n{inactive} {15 * MIB}\n"
+    stat = f"anon 5\n{inactive} {10 * MIB}\n{active} {12 * MIB}\n{mapped} {7 * MIB}\n"
     group(mount / "outer", {limit: str(200 * MIB), used: str(50 * MIB), "memory.stat": stat})
     measuring = gauge(tmp_path)
     reading = measuring.read()

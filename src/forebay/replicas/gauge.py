@@ -22,6 +22,8 @@ _PROCESSES_MAX = 4096  # of one engine
 _TOLD_MAX = 64  # bytes of a small file of the kernel
 _GONE = (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError)  # the latter two slip through psutil
 _ONLY_THE_PEAK = "5"  # what the kernel is told that it should start its count of the most resident memory anew
+_FILES = ("inactive_file", "active_file", "file_mapped")  # of `memory.stat`, in either version of control groups
+_FILES_OLDER = ("total_inactive_file", "total_active_file", "total_mapped_file")
 _UNLIMITED = 2**60  # what a control group says that has no limit is larger
 
 
@@ -186,7 +188,7 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
         limit = _number(folder / ("memory.max" if newer else "memory.limit_in_bytes"))
         used = _number(folder / ("memory.current" if newer else "memory.usage_in_bytes"))
         if limit is not None and used is not None and limit < _UNLIMITED:
-            yield limit, max(0, used - _reclaimable(folder, "inactive_file" if newer else "total_inactive_file"))
+            yield limit, max(0, used - _reclaimable(folder, _FILES if newer else _FILES_OLDER))
 
 
 def _group_folders(root: Path) -> Iterator[tuple[Path, bool]]:
@@ -209,10 +211,13 @@ def _number(file: Path) -> int | None:
     return None
 
 
-def _reclaimable(folder: Path, name: str) -> int:
-    """Bytes of files that the kernel can drop: they count as used by the group, and are available."""
+def _reclaimable(folder: Path, names: tuple[str, str, str]) -> int:
+    """Bytes of files that the kernel can drop: they count as used by the group, and are available.
+
+    Those that were not read lately, and of those that were all but what somebody has mapped.
+    """
+    told = {}
     with contextlib.suppress(OSError, ValueError):
-        for line in (folder / "memory.stat").read_text().splitlines():
-            if line.startswith(name + " "):
-                return int(line.split()[1])
-    return 0
+        told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    inactive, active, mapped = (int(told.get(name, 0)) for name in names)
+    return inactive + max(0, active - mapped)
