@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ from forebay.jobs.lines import (
     unpack_numbers,
     unpack_places,
 )
+from forebay.metering.meter import Meter
+from forebay.quotas import Amounts, parse_quotas
 from tests.support.batches import CHAT, jsonl, line
+from tests.support.clock import FakeClock
 
 LONG = "x" * PREFIX_CHARS_MIN
 
@@ -337,6 +341,37 @@ async def test_a_place_that_was_not_used_costs_no_turn() -> None:
     window.leave(again)
     await asyncio.wait(waiting)
     assert entered == ["a", "b"]
+
+
+async def test_lines_that_wait_for_their_quota_keep_no_place_from_another_project() -> None:
+    meter = Meter(parse_quotas(["tokens=100/day"]), FakeClock())
+    held = await meter.reserve("a", "", "m", "chat", lambda: Amounts(1, 100))
+    window = Window(slots=1, ahead=1)
+    patient, other = Turn(0, 1.0, 1, "a"), Turn(0, 2.0, 2, "b")
+    begun: list[Turn] = []
+    running: list[asyncio.Task[None]] = []
+
+    async def run(turn: Turn) -> None:
+        begun.append(turn)
+        if turn is patient:
+            aside = partial(window.aside, turn)
+            (await meter.reserve_in_turn("a", "", "m", "chat", lambda: Amounts(1, 10), aside)).release()
+        window.leave(turn)
+
+    async def chunk(turn: Turn, lines: int) -> None:
+        for _ in range(lines):
+            await window.enter(turn, shares=False)
+            running.append(asyncio.create_task(run(turn)))
+
+    of_a = asyncio.create_task(chunk(patient, 50))
+    await chunk(other, 20)
+    await asyncio.sleep(0)
+    assert begun.count(other) == 20
+    assert begun.count(patient) <= 4  # nor do all of them wait in memory
+    held.release()
+    await of_a
+    await asyncio.gather(*running)
+    assert begun.count(patient) == 50
 
 
 @pytest.mark.parametrize("body", [{"input": ["a" * 2000]}, {"query": "q" * 2000, "documents": ["d" * 2000]}])

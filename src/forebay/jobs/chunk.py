@@ -154,7 +154,8 @@ class ChunkWork:
             attempt.changed.set()
 
         raw = await attempt.reader.read(place)
-        await attempt.writer.add(await self._lines.run(attempt.batch, place, raw, read))
+        aside = partial(attempt.window.aside, attempt.turn)
+        await attempt.writer.add(await self._lines.run(attempt.batch, place, raw, read, aside))
 
 
 def _ended(attempt: _Attempt, place: Place, _running: "asyncio.Task[None]") -> None:

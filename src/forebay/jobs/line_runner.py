@@ -35,7 +35,7 @@ from forebay.jobs.retry import doubling
 from forebay.jobs.segments import Result, Used
 from forebay.jobs.speech_lines import SpeechLines
 from forebay.metering.jobs import JobMeter
-from forebay.metering.meter import Reservation
+from forebay.metering.meter import Aside, Reservation
 from forebay.quotas import Amounts
 from forebay.replicas.calls import Calls
 from forebay.scheduler.assembly import Assembler
@@ -59,6 +59,7 @@ class _Line:
     place: Place
     input: InputLine
     request_id: str
+    aside: Aside
     failures: list[dict[str, Any]] = field(default_factory=list)
     reservation: Reservation | None = None
     suspect: bool = False
@@ -106,9 +107,9 @@ class LineRunner:
         self._backoff = doubling(limits.line_backoff_seconds, _BACKOFF_SECONDS_MAX, limits.line_attempts_max)
         self._suspects: dict[str, asyncio.Lock] = {}
 
-    async def run(self, batch: Batch, place: Place, raw: bytes, on_read: OnRead) -> Result:
+    async def run(self, batch: Batch, place: Place, raw: bytes, on_read: OnRead, aside: Aside) -> Result:
         """The result of a line. Raises EngineUnavailable, ModelNotReady, StoreUnavailable or ShuttingDown if it has to wait."""
-        line = _Line(batch, place, parse_line(raw, batch.endpoint), new_id("req"))
+        line = _Line(batch, place, parse_line(raw, batch.endpoint), new_id("req"), aside)
         used = False
         try:
             result = await self._until_answered(line, on_read)
@@ -131,7 +132,7 @@ class LineRunner:
         while True:
             try:
                 asked = asked or await self._prepare(line)
-                line.reservation = line.reservation or await self._meter.reserve(line.batch.job, asked)
+                line.reservation = line.reservation or await self._meter.reserve(line.batch.job, asked, line.aside)
                 gathered = await self._attempt(line, other or asked, on_read)
             except (CallerError, ShuttingDown):
                 raise

@@ -6,9 +6,9 @@ has been read by the engine: all at once, each of them would read the prefix aga
 
 import asyncio
 import struct
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Iterable
-from contextlib import aclosing
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -177,7 +177,8 @@ class Window:
     Of one priority, projects take turns by weight. Some lines may wait in line ahead of a free slot, so that none is
     idle. Lines with shared prefixes may not: the one that follows another into its slot has to be of the same prefix,
     and is chosen when the slot is free. For the same reason their project may go on for a few lines when it is another
-    one's turn.
+    one's turn. Lines that are `aside` wait for something of their project's own and hold no place meanwhile; where so many
+    of a project are, no further ones of it come in.
     """
 
     def __init__(self, slots: int, ahead: int, weights: Weights = equal) -> None:
@@ -186,6 +187,7 @@ class Window:
         self._used = 0
         self._projects = Shares(weights)
         self._waiting: list[_Entry] = []
+        self._aside: Counter[str] = Counter()
 
     async def enter(self, turn: Turn, *, shares: bool) -> None:
         """Wait for a place."""
@@ -205,11 +207,24 @@ class Window:
         self._projects.end(turn.project, unused=0 if used else 1)
         self._let_in(turn.project)
 
+    @contextmanager
+    def aside(self, turn: Turn) -> Iterator[None]:
+        """Leave a place to others while the block lasts; afterwards there may be one more in flight for a while."""
+        self._aside[turn.project] += 1
+        self._used -= 1
+        self._let_in()
+        try:
+            yield
+        finally:
+            self._used += 1
+            self._aside -= Counter([turn.project])
+            self._let_in()
+
     def _let_in(self, last: str | None = None) -> None:
         """Fill what is free; of the project that used it `last`, if it may go on."""
         self._waiting = [each for each in self._waiting if not each.entered.done()]
-        while self._waiting:
-            due = min(self._waiting, key=self._claim)
+        while able := [each for each in self._waiting if self._aside[each.turn.project] < self._slots + self._ahead]:
+            due = min(able, key=self._claim)
             first = self._going_on(due, last) or due
             if self._used >= self._slots + (0 if first.shares else self._ahead):
                 return
@@ -218,7 +233,8 @@ class Window:
             self._projects.serve(first.turn.project, ahead_of=due.turn.project)
             first.entered.set_result(None)
             last = None
-        self._projects.forget()
+        if not self._waiting:
+            self._projects.forget()
 
     def _claim(self, entry: "_Entry") -> tuple[float, ...]:
         turn = entry.turn
@@ -226,6 +242,8 @@ class Window:
 
     def _going_on(self, due: "_Entry", last: str | None) -> "_Entry | None":
         """The next of project `last`, if it shares prefixes and its project is not too far ahead of the one that is due."""
+        if last is not None and self._aside[last]:
+            return None
         same = [each for each in self._waiting if each.turn.project == last and each.turn.priority == due.turn.priority]
         first = min(same, key=self._claim, default=None)
         if first is None or not first.shares:

@@ -4,11 +4,11 @@ It refuses to count an attempt that has brought nothing: a line counts once, how
 """
 
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 from forebay.dialects.openai.call import Call
 from forebay.metering.estimate import at_most
-from forebay.metering.meter import Meter, Reservation
+from forebay.metering.meter import Aside, Meter, Reservation
 from forebay.quotas import Account, Amounts, Use
 from forebay.store.database import Transaction
 from forebay.store.jobs import Job
@@ -22,7 +22,7 @@ class JobMeter:
         self._meter = meter
         self._usage = usage
 
-    async def reserve(self, job: Job, call: Call) -> Reservation:
+    async def reserve(self, job: Job, call: Call, aside: Aside = nullcontext) -> Reservation:
         """Take what `call` may use at most, as soon as others of the project do not hold it. Raises QuotaExceeded."""
         estimate: list[Amounts] = []
 
@@ -32,7 +32,7 @@ class JobMeter:
             return estimate[0]
 
         return await self._meter.reserve_in_turn(
-            job.project_id, job.key_id or "", call.request.model, call.request.capability, once
+            job.project_id, job.key_id or "", call.request.model, call.request.capability, once, aside
         )
 
     async def reserve_until(self, end: ExitStack, job: Job, call: Call) -> Reservation:

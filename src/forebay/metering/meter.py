@@ -8,6 +8,7 @@ exactly what is there.
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 from forebay.clock import Clock
@@ -29,6 +30,7 @@ from forebay.quotas import (
 
 Record = Callable[[Account, Use], None]
 Estimate = Callable[[], Amounts]
+Aside = Callable[[], AbstractContextManager[None]]
 _RETRY_SECONDS_MAX = 60.0  # clients wait no longer
 _TURN_SECONDS = 30.0  # that work waits for others to give back
 
@@ -173,20 +175,23 @@ class Meter:
         return Reservation(self, account, amounts)
 
     async def reserve_in_turn(
-        self, project: str, key_id: str, model: str, capability: str, estimate: Estimate
+        self, project: str, key_id: str, model: str, capability: str, estimate: Estimate, aside: Aside = nullcontext
     ) -> Reservation:
-        """The same for work that can wait, for a while: others of the project may give back what they do not use."""
+        """The same for work that can wait, for a while: others of the project may give back what they do not use.
+
+        It is `aside` while it waits, so that nobody else waits for it.
+        """
+        with suppress(QuotaExceeded):
+            return await self.reserve(project, key_id, model, capability, estimate)
         try:
             async with self._clock.timeout(_TURN_SECONDS):
-                while True:
-                    try:
-                        return await self.reserve(project, key_id, model, capability, estimate)
-                    except QuotaExceeded:
-                        if not self._could_fit(project, estimate()):
-                            break
-                    freed = self._balance(project).freed
-                    freed.clear()
-                    await freed.wait()
+                with aside():
+                    while self._could_fit(project, estimate()):
+                        freed = self._balance(project).freed
+                        freed.clear()
+                        await freed.wait()
+                        with suppress(QuotaExceeded):
+                            return await self.reserve(project, key_id, model, capability, estimate)
         except TimeoutError:
             pass  # they hold on to it
         if self._load is not None:  # what ended beside a look at the database is counted twice until the next
