@@ -183,7 +183,7 @@ class Machine:
             settings.supervisor.log_line_bytes_max,
         )
         puller = Puller(self.catalog, settings.pull, clock)
-        gauge = Gauge(settings.memory, Nvml.open())
+        gauge = Gauge(settings.memory, Nvml.open(visible=environment.get("CUDA_VISIBLE_DEVICES")))
         self.memory = MeasuredBooks(self.catalog, settings.memory, gauge, clock, metrics, Log())
         self.supervisor = Supervisor(settings, self.catalog, puller, launcher, self.memory, clock, metrics, environment)
         self.memory.keepers = self.supervisor.keepers
@@ -622,9 +622,12 @@ async def first_key_for(keys: KeyStore, settings: Settings) -> str | None:
 
 
 def _for_engines(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the keys of upstreams, which are no engine's business."""
+    """The environment without the keys of upstreams, which are no engine's business.
+
+    CUDA counts GPUs as their driver does, unless somebody wants it otherwise: memory is measured by these numbers.
+    """
     held = {model.options.key_env for model in settings.models.values() if isinstance(model, UpstreamModel)}
-    return {name: value for name, value in environment.items() if name not in held}
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | {name: text for name, text in environment.items() if name not in held}
 
 
 def _limits(catalog: Catalog, name: str) -> Limits:

@@ -74,6 +74,16 @@ def test_what_the_library_tells_is_read(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize(("visible", "used"), [("1", [0]), ("1, 0", [0, 30]), ("0,7", [30]), ("GPU-8f1c", [30, 0])])
+def test_gpus_count_as_engines_see_them(tmp_path: Path, visible: str, used: list[int]) -> None:
+    nvml = Nvml.open(compiled(tmp_path, STAND_IN), visible=visible)
+    assert nvml is not None
+    assert [(gpu.name, gpu.used_bytes // GIB) for gpu in nvml.read()] == [
+        (f"gpu{place}", gib) for place, gib in enumerate(used)
+    ]
+
+
+@needs_compiler
 def test_without_a_driver_there_is_no_gpu(tmp_path: Path) -> None:
     assert Nvml.open(compiled(tmp_path, NO_DRIVER)) is None
 

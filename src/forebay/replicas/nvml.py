@@ -5,6 +5,7 @@ what a driver does not tell for unknown.
 """
 
 import ctypes
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ _GPUS_MAX = 64
 _PROCESSES_MAX = 1024
 _UNKNOWN_BYTES = 2**64 - 1
 _CORE_SENSOR = 0
+_NUMBERS = re.compile(r"\s*\d+(\s*,\s*\d+)*\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +50,42 @@ class _Process(ctypes.Structure):
 class Nvml:
     """The library, opened once for the life of the server. `open` gives None on a machine without it."""
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: Any, visible: str | None) -> None:
         self._library = library
+        told = _NUMBERS.fullmatch(visible or "")
+        self._visible = [int(word) for word in told[0].split(",")] if told else None
 
     @classmethod
-    def open(cls, name: str = _LIBRARY) -> "Nvml | None":
-        """The library by that name or path; None if there is none, or if it finds no driver."""
+    def open(cls, name: str = _LIBRARY, *, visible: str | None = None) -> "Nvml | None":
+        """The library by that name or path; None if there is none, or if it finds no driver.
+
+        `visible` are the numbers of the GPUs that engines see, as CUDA_VISIBLE_DEVICES has them: the first is `gpu0`.
+        """
         try:
             library = ctypes.CDLL(name)
             ready = library.nvmlInit_v2() == 0
         except (OSError, AttributeError):  # no such file, or another library by that name
             return None
-        return cls(library) if ready else None
+        return cls(library, visible) if ready else None
 
     def read(self) -> tuple[Gpu, ...]:
-        """Every GPU in the order of the bus, as `gpu0`, `gpu1`…; one whose memory cannot be read is left out."""
+        """Every GPU that engines see, in their order, as `gpu0`, `gpu1`…; one whose memory cannot be read is left out."""
         count = ctypes.c_uint()
         if self._ask("nvmlDeviceGetCount_v2", ctypes.byref(count)) != 0:
             return ()
-        found = (self._gpu(number) for number in range(min(count.value, _GPUS_MAX)))
+        there = range(count.value)
+        numbers = there if self._visible is None else [number for number in self._visible if number in there]
+        found = (self._gpu(place, number) for place, number in enumerate(numbers[:_GPUS_MAX]))
         return tuple(gpu for gpu in found if gpu is not None)
 
-    def _gpu(self, number: int) -> Gpu | None:
+    def _gpu(self, place: int, number: int) -> Gpu | None:
         device, memory = ctypes.c_void_p(), _Memory()
         if self._ask("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(number), ctypes.byref(device)) != 0:
             return None
         if self._ask("nvmlDeviceGetMemoryInfo", device, ctypes.byref(memory)) != 0:
             return None
         return Gpu(
-            f"gpu{number}",
+            f"gpu{place}",
             int(memory.total),
             int(memory.used),
             self._processes(device),
