@@ -46,8 +46,8 @@ class Dial(Gauge):
 class Desk:
     """Books over a catalogue of two fake models, and one keeper for the first of them."""
 
-    def __init__(self, **more: Any) -> None:
-        models = {"plain": {"engine": "fake", **more}, "other": {"engine": "fake"}}
+    def __init__(self, *, pinned: bool = False, **more: Any) -> None:
+        models = {"plain": {"engine": "fake", **more}, "other": {"engine": "fake", "pinned": pinned}}
         settings = Settings.model_validate({"models": models, "default_models": False})
         self.clock = FakeClock()
         self.dial = Dial(settings)
@@ -202,8 +202,9 @@ def test_a_model_of_somebody_elses_server_takes_nothing() -> None:
     assert books.need("far") == {}
 
 
-async def test_an_engine_that_found_no_memory_is_taken_to_need_more_but_never_more_than_there_is() -> None:
-    desk = Desk()
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_an_engine_that_found_no_memory_is_taken_to_need_more_but_never_more_than_there_is(pinned: bool) -> None:
+    desk = Desk(pinned=pinned)
     desk.come_up()
     desk.work(1000)
     await desk.measure(200 * MIB)
@@ -211,4 +212,5 @@ async def test_an_engine_that_found_no_memory_is_taken_to_need_more_but_never_mo
     assert desk.need == int(200 * MIB * 1.05)
     for _ in range(200):
         desk.books.out_of_memory("plain")
-    assert 200 * MIB < desk.need <= desk.books.totals()[HOST]
+    beside = desk.books.need("other")[HOST] if pinned else 0
+    assert 200 * MIB < desk.need <= desk.books.totals()[HOST] - beside

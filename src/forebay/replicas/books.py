@@ -68,7 +68,9 @@ class MeasuredBooks:
         if isinstance(settings, UpstreamModel):
             return {}
         told = {} if settings.memory_bytes is None else needs.declared(settings, settings.memory_bytes)
-        return {**self._expected(model), **told}
+        needed = {**self._expected(model), **told}
+        # Where no driver tells of any GPU there may be one all the same, of another maker: its engine will say.
+        return needed if self._reading.gpus else {HOST: needed.get(HOST, 0)}
 
     def held(self, model: str, keeper: Keeper) -> Bytes:
         """What a replica is charged with now. What an operator has said it takes, it is charged with at least."""
@@ -93,11 +95,16 @@ class MeasuredBooks:
         return self.gate.reason or None
 
     def out_of_memory(self, model: str) -> None:
-        """An engine of `model` found no memory: it needs more where it computes than was thought, but never all there is."""
-        settings = self._catalog.get(model)
-        device = needs.named(device_of(settings))
-        more = int(self.need(model).get(device, 0) * _MORE_AFTER_SHORTAGE)
-        self._learned.observe(model, device, _OF_ANY_SIZE, min(more, self._totals.get(device, 0)), 0.0)
+        """An engine of `model` found no memory: it needs more where it computes than was thought, but never all there is.
+
+        Nor more than what is pinned leaves, or a few shortages would keep it out for good.
+        """
+        device = needs.named(device_of(self._catalog.get(model)))
+        known = self.need(model).get(device, 0)
+        others = [name for name in self._catalog.names() if name != model and self._catalog.get(name).pinned]
+        pinned = sum(self.need(name).get(device, 0) * self._catalog.get(name).replicas for name in others)
+        most = max(known, self._totals.get(device, 0) - pinned)
+        self._learned.observe(model, device, _OF_ANY_SIZE, min(int(known * _MORE_AFTER_SHORTAGE), most), 0.0)
 
     def measured_at(self) -> float:
         """When engines were last measured."""
