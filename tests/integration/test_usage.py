@@ -17,6 +17,7 @@ from tests.support.images import data_url as image_url
 from tests.support.images import picture
 from tests.support.recordings import data_url, wav
 from tests.support.server import FAKE, Server, chat_body, eventually, serving
+from tests.support.wire import wire
 
 CONFIG = FAKE + "slots = 16\nqueue_places = 200\n[usage]\nfold_seconds = 0.1\n[batches]\nsegment_seconds = 0.2\n"
 
@@ -164,6 +165,23 @@ async def test_recordings_and_pictures_beyond_a_quota_are_refused_before_they_co
     assert (await ask(server, key, "/v1/images/generations", drawing))[0] == 429
     found = await counted(server, key, 2)
     assert (found["audio_seconds"], found["megapixel_steps"]) == (4, 0)
+
+
+async def test_where_a_quota_is_used_up_nothing_is_received(server: Server) -> None:
+    key = await limited(server, "used-up", "audio_seconds=2/day")
+    recording = {"model": "fake", "url": data_url(wav(2))}
+    assert (await ask(server, key, "/v1/audio/transcriptions", recording))[0] == 200
+    await counted(server, key, 1)
+    head = (
+        f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 1000000\r\n\r\n"
+    )
+    async with wire(server.url) as line_of:
+        await line_of.send(head.encode())
+        refused = await line_of.reply()
+    assert refused.status == 429
+    assert b"insufficient_quota" in refused.body
+    assert (await ask(server, key, "/v1/chat/completions", chat_body("a")))[0] == 200, "that is another quota"
 
 
 async def test_lines_of_a_batch_beyond_the_quota_are_error_lines(server: Server) -> None:

@@ -25,6 +25,7 @@ from forebay.gateway.protocol import allow_steady_body
 from forebay.gateway.transcriptions import in_background
 from forebay.inference import Capability
 from forebay.media.spool import Spool
+from forebay.quotas import Amounts
 from forebay.replicas.calls import ALIGNMENTS, DIARIZATIONS, ENDPOINTS, TRANSCRIPTIONS, TRANSLATIONS
 from forebay.replicas.catalog import Catalog
 
@@ -95,7 +96,7 @@ class RecordingAnswer(Response):
         state, caller = self._state, self._caller
         door: Door = state.door
         try:
-            door.rates.require(caller)  # before anything is received
+            await door.require(caller, Amounts(requests=1, audio_ms=1))  # before anything is received
             raw, with_recording = await self._receive(request, spool)
             call = await state.calls.prepare(
                 self._path,

@@ -26,6 +26,7 @@ from forebay.gateway.signed import beginning_of
 from forebay.inference import Capability
 from forebay.media.pictures import Inputs, Pictures
 from forebay.media.spool import Spool
+from forebay.quotas import Amounts
 from forebay.replicas.calls import ENDPOINTS, IMAGE_EDITS, IMAGE_GENERATIONS
 from forebay.replicas.catalog import Catalog
 
@@ -85,7 +86,7 @@ class PictureRequest(Response):
         state, caller = self._state, self._caller
         door: Door = state.door
         try:
-            door.rates.require(caller)  # before anything is received
+            await door.require(caller, Amounts(requests=1, pixel_steps=1))  # before anything is received
             raw, inputs = await self._receive(request, stack)
             call = await state.calls.prepare(
                 self._path,

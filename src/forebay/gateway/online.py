@@ -37,7 +37,7 @@ from forebay.gateway.rates import Rates
 from forebay.gateway.streams import EVENT_STREAM, in_pieces
 from forebay.metering.estimate import at_most
 from forebay.metering.meter import Meter, Reservation
-from forebay.quotas import Use
+from forebay.quotas import Amounts, Use
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.connection import EngineStream
 from forebay.scheduler.assembly import Assembler
@@ -138,6 +138,11 @@ class Door:
             self._metrics.loop_lag.observe(max(0.0, now - before - _SWEEP_SECONDS))
             for visit in list(self._visits):
                 self._sweep(visit, now)
+
+    async def require(self, caller: Principal, least: Amounts) -> None:
+        """Raise RateLimited or QuotaExceeded if nothing is left, and take nothing: for work that comes before."""
+        self.rates.require(caller)
+        await self.meter.require(caller.project_id, least)
 
     def cancel(self, project: str, request_id: str) -> None:
         """Interrupt the project's visits with this request id. Raises NotFound if there are none."""
@@ -451,13 +456,13 @@ async def _left(receive: Receive) -> None:
 
 
 async def look(request: Request, caller: Principal, pictures: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """The pictures of a caller who is there and within his rate; anybody else costs nobody a fetch or a check.
+    """The pictures of a caller who is there and within his rate and quotas; anybody else costs nobody a fetch or a check.
 
-    Raises RateLimited, and RequestCancelled when the caller goes away.
+    Raises RateLimited, QuotaExceeded and StoreUnavailable, and RequestCancelled when the caller goes away.
     """
     try:
-        request.app.state.door.rates.require(caller)
-    except RateLimited:
+        await request.app.state.door.require(caller, Amounts(requests=1, tokens=1))
+    except ForebayError:
         pictures.close()
         raise
     task, watcher = asyncio.create_task(pictures), asyncio.create_task(_left(request.receive))

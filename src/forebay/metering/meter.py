@@ -168,8 +168,7 @@ class Meter:
         account = Account(project, key_id, model, capability)
         if not self.counts(project):
             return Reservation(self, account, NOTHING)
-        if project not in self._known and self._load is not None:
-            await self._load(project)
+        await self._known_balance(project)
         amounts = estimate()
         self.take(project, amounts)
         return Reservation(self, account, amounts)
@@ -198,9 +197,11 @@ class Meter:
             await self._load(project)
         return await self.reserve(project, key_id, model, capability, estimate)
 
-    async def require(self, project: str) -> None:
-        """Raise QuotaExceeded where nothing is left of a quota, and take nothing: for work that comes before."""
-        (await self.reserve(project, "", "", "", lambda: Amounts(requests=1))).release()
+    async def require(self, project: str, least: Amounts) -> None:
+        """Raise QuotaExceeded where so much is not left, and take nothing: for work that comes before."""
+        if self.counts(project):
+            await self._known_balance(project)
+            self._check(project, least)
 
     def headers(self, project: str) -> dict[str, str]:
         """What is left of each quota, for an answer; of a day's and a month's of one resource that with less."""
@@ -218,9 +219,7 @@ class Meter:
 
     def take(self, project: str, amounts: Amounts) -> None:
         """Reserve `amounts`. Raises QuotaExceeded and takes nothing if they could go beyond a quota."""
-        for quota, left in self._left(project):
-            if amounts.of(quota.resource) > max(0, left):
-                raise self._exceeded(project, quota, amounts)
+        self._check(project, amounts)
         balance = self._balance(project)
         balance.reserved += amounts
 
@@ -280,6 +279,15 @@ class Meter:
             window.moving = NOTHING
 
     # The inside.
+
+    async def _known_balance(self, project: str) -> None:
+        if project not in self._known and self._load is not None:
+            await self._load(project)
+
+    def _check(self, project: str, amounts: Amounts) -> None:
+        for quota, left in self._left(project):
+            if amounts.of(quota.resource) > max(0, left):
+                raise self._exceeded(project, quota, amounts)
 
     def _could_fit(self, project: str, amounts: Amounts) -> bool:
         """Whether `amounts` would be there if nothing of what is reserved were used."""
