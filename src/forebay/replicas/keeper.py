@@ -137,7 +137,7 @@ class Keeper:
 
     def wake(self) -> None:
         """Take the memory again, and serve. It has to be asleep."""
-        self._sleep_asked = False
+        self._sleep_asked, self.asleep_at = False, None
         self._leaving.set()
 
     def ask_restart(self) -> None:
@@ -230,6 +230,7 @@ class Keeper:
             replica.resume()
             self._changed()
             exit_code = await self._stop(process, kill=cause is not None or self._condemned is not None)
+            replica.process = None  # its number may be another one's from now on
             self._bury(replica, process, cause, exit_code, kernel_oom_kills() - oom_before)
 
     def _new_replica(self) -> Replica:

@@ -16,8 +16,8 @@ class ModelRecord:
 
     `wanted`: it is to be up, or as soon as there is memory for it. `ordered_at`: an operator or the configuration wanted
     it, and it has not been started since; `asked_at`: when somebody last asked for it. `waiting`: for whose memory it
-    waits, as a sentence; where it is not wanted, why it can have none. `left_at`: when it last left for another; `swapped`: it has left for another, or because nobody
-    asked for it, and was not started since.
+    waits, as a sentence; where it is not wanted, why it can have none. `left_at`: when it last left for another;
+    `swapped`: it has left for another, or because nobody asked for it, and was not started since.
     """
 
     name: str
@@ -61,6 +61,11 @@ class ModelRecord:
     def awake(self) -> list[Keeper]:
         """Its keepers without those that sleep."""
         return [keeper for keeper in self.keepers if keeper.asleep_at is None]
+
+    @property
+    def sleeper(self) -> Keeper | None:
+        """One that sleeps and may be woken."""
+        return next((keeper for keeper in self.keepers if keeper.asleep_at is not None and keeper.sleeps), None)
 
     def want(self, now: float) -> None:
         """Somebody asks for it."""

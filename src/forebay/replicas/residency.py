@@ -190,10 +190,10 @@ class Residency:
 
     def _to_come(self, record: ModelRecord) -> Bytes:
         """What it will take beside what it has: one that sleeps is there in part."""
-        need, asleep = self._books.need(record.name), [one for one in record.keepers if one.asleep_at is not None]
-        if not asleep:
+        need, asleep = self._books.need(record.name), record.sleeper
+        if asleep is None:
             return need
-        held = self._books.held(record.name, asleep[0])
+        held = self._books.held(record.name, asleep)
         return {device: max(0, count - held.get(device, 0)) for device, count in need.items()}
 
     def _wait(self, record: ModelRecord, reason: str) -> None:

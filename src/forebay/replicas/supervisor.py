@@ -286,7 +286,7 @@ class Supervisor:
         if self._closing:
             return
         for record in self.residency.review(self.records(), self._present):
-            asleep = next((keeper for keeper in record.keepers if keeper.asleep_at is not None), None)
+            asleep = record.sleeper
             if asleep is not None:
                 asleep.wake()
             else:
