@@ -87,6 +87,7 @@ def _bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        bound.listen(_BACKLOG)  # who comes before the server is built waits for it
     except OSError as error:
         raise SetupError(
             f"The server cannot listen on {host}:{port}: {error.strerror or error}. Choose another with --host or --port."
