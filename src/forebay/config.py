@@ -76,7 +76,7 @@ class JobSettings(Section):
     )
     chunks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
         4,
-        description="Chunks of batches that one worker runs at once, and one more for a project of which none runs; one for a model whose chunks fail, until one of them gets on.",
+        description="Chunks of batches that one worker runs at once, and one more for a project of which none runs, or a model of which none does after `jobs.group_wait_seconds`; one for a model whose chunks fail, until one of them gets on.",
     )
     webhooks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
         16,

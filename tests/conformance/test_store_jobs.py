@@ -150,6 +150,42 @@ async def test_a_spare_place_is_for_a_project_of_which_none_runs(jobs: JobStore,
     assert await lease(jobs, 0, turns={"noop": {"default": 2.0, other: 1.0}}, spare={"noop": 1}) == []
 
 
+async def test_a_spare_place_is_for_a_model_of_which_none_runs(jobs: JobStore, clock: FakeClock) -> None:
+    await insert(jobs, *(noop(id=f"slow{number}", model="slow") for number in range(2)), noop(id="none"))
+    clock.advance(61)
+    await insert(jobs, noop(id="fast0", model="fast"), noop(id="fast1", model="fast"))
+
+    async def spare(*models: str, places: int = 1) -> list[str]:
+        turns = {"noop": {"default": 4.0}}
+        shared = {"turns": turns, "grouped": ["noop"], "warm": set(models), "group_wait_seconds": 60.0}
+        found = await lease(jobs, 0, spare={"noop": places}, models={"noop": set(models)}, **shared)
+        return [one.id for one in found]
+
+    assert await spare("slow") == [], "a worker stays with what is loaded for a while"
+    clock.advance(61)
+    assert await spare("slow", places=0) == []
+    assert await spare("slow") == ["fast0"], "the oldest are of a model that runs, or of none"
+    assert await spare("slow", "fast") == []
+    assert await spare("fast") == ["slow0"]
+    assert await spare("slow") == ["fast1"], "as soon as none runs again"
+
+
+async def test_for_a_spare_place_a_model_goes_before_a_project(jobs: JobStore, clock: FakeClock) -> None:
+    """A project whose model runs gets the next place that comes free, so neither keeps the other out."""
+    other = (await KeyStore(jobs.database, clock).get_or_create_project("other")).id
+    await insert(jobs, NewJob("noop", other, id="b0", model="slow"), noop(id="fast", model="fast"))
+    clock.advance(61)
+    running = {"default": 4.0}
+
+    async def spare(*models: str) -> list[str]:
+        shared = {"turns": {"noop": running}, "group_wait_seconds": 60.0, "warm": set(models), "grouped": ["noop"]}
+        found = await lease(jobs, 0, spare={"noop": 1}, models={"noop": set(models)}, **shared)
+        return [one.id for one in found]
+
+    assert await spare("slow") == ["fast"]
+    assert await spare("slow", "fast") == ["b0"]
+
+
 async def test_a_model_whose_jobs_fail_gets_one_place_until_it_gets_on(jobs: JobStore, clock: FakeClock) -> None:
     await insert(jobs, *(noop(id=f"bad{number}", model="bad") for number in range(4)), noop(id="far", model="bad2"))
     clock.advance(1)

@@ -389,6 +389,34 @@ async def test_one_project_does_not_hold_all_places_while_another_waits(database
         await eventually(lambda: len(hung) == 4, what="no place that is left empty")
 
 
+async def test_one_model_does_not_hold_all_places_while_another_waits(database: Database) -> None:
+    """Jobs of one model that never end fill every place: those of another one are done all the same, one at a time."""
+    hung: list[Lease] = []
+    fast = most = 0
+
+    async def perform(lease: Lease, _run: Run) -> Outcome:
+        nonlocal fast, most
+        if lease.job.model == "slow":
+            hung.append(lease)
+            await asyncio.Event().wait()
+        fast += 1
+        most = max(most, fast)
+        async with database.begin() as transaction:  # it takes a while
+            await jobs.fence(transaction, lease)
+        fast -= 1
+        return Done()
+
+    jobs = JobStore(database, SystemClock())
+    kind = Kind("job", perform, 4, RETRY, takes_turns=True, groups_models=True, spare=1)
+    settings = QUICK.model_copy(update={"group_wait_seconds": 0.1})
+    async with back_office(database, [kind], settings=settings) as back:
+        await back.submit(*(job(model="slow") for _ in range(12)))
+        await eventually(lambda: len(hung) == 4, what="every place taken")
+        for job_id in await back.submit(*(job(model="fast") for _ in range(6))):
+            assert (await back.until_finished(job_id, within_seconds=10)).state is JobState.COMPLETED
+        assert (len(hung), most) == (4, 1)
+
+
 async def test_a_model_that_does_not_start_does_not_hold_up_the_others(database: Database) -> None:
     """Its jobs fail, and when they are tried again they hang: those of another model find a place all the same."""
     hung: list[Lease] = []

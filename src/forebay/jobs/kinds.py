@@ -50,7 +50,7 @@ class Kind:
     `has_dead_letter` says that a job given up becomes a dead letter itself.
     `takes_turns` that no project holds the places of a worker while another one waits, however many are due before;
     `groups_models` that a worker still stays with a loaded model for a while; `spare` how many places there are beside
-    `at_once` for projects of which none runs.
+    `at_once` for projects of which none runs, and for models of which none does where these are grouped.
     `after` follows the commit of an attempt in the same process, with the state it left: for what a sweep does as well.
     """
 

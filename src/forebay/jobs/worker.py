@@ -112,6 +112,7 @@ class Worker:
                 turns=self._turns(),
                 grouped=[name for name, kind in self._kinds.items() if kind.groups_models],
                 spare=spare,
+                models={name: self._models(name) for name, kind in self._kinds.items() if kind.groups_models},
             )
         except ForebayError as error:  # the database is away: what runs goes on, and this is tried again
             self._note_away(error)
@@ -130,6 +131,11 @@ class Worker:
     def _warm(self) -> set[str]:
         models = (attempt.run.lease.job.model for attempt in self._attempts.values())
         return {model for model in models if model is not None}
+
+    def _models(self, kind: str) -> set[str]:
+        """The models of which jobs of this kind run."""
+        found = (attempt.run.lease.job for attempt in self._attempts.values())
+        return {job.model for job in found if job.kind == kind and job.model is not None}
 
     def _turns(self) -> dict[str, dict[str, float]]:
         """Of each kind that takes turns how many jobs of each project run, by the weight of the project."""

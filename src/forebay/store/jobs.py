@@ -15,6 +15,7 @@ from forebay.clock import Clock, new_id
 from forebay.errors import LeaseLost, NotFound
 from forebay.store.database import Database, Transaction
 from forebay.store.job_state import FINISHED, LIVE, JobState, sources
+from forebay.store.spare import Others, of_kind
 from forebay.store.tables import NO_DEADLINE, job_log, jobs, line_rates
 
 NEWS = "jobs"  # the channel on which workers hear of work
@@ -25,6 +26,7 @@ _DETAIL_CHARS_MAX = 1000
 
 _NO_TURNS: Mapping[str, Mapping[str, float]] = {}
 _NO_SPARE: Mapping[str, int] = {}
+_NO_MODELS: Mapping[str, Collection[str]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +189,7 @@ class JobStore:
         turns: Mapping[str, Mapping[str, float]] = _NO_TURNS,
         grouped: Collection[str] = (),
         spare: Mapping[str, int] = _NO_SPARE,
+        models: Mapping[str, Collection[str]] = _NO_MODELS,
     ) -> list[Lease]:
         """Lease what goes first of each kind, at most `room[kind]` jobs of it.
 
@@ -196,9 +199,14 @@ class JobStore:
 
         Of a kind in `turns` projects of which fewer jobs run go before others, by the number there, and of a `grouped`
         one behind the question of the model; it gets half of its room at a time, so that the next ones are chosen with
-        a look at these. Where there is no room, a `spare` place is for a project that is not in `turns`.
+        a look at these. Where there is no room, a `spare` place is for a project that is not in `turns` and, before that,
+        for a job that has waited for `group_wait_seconds` and is of a model that is not in `models`, of which jobs run.
         """
-        others = {kind: turns[kind] for kind, count in spare.items() if count > 0 >= room[kind]}
+        others = {
+            kind: Others(turns[kind], models.get(kind), self.now() - group_wait_seconds)
+            for kind, count in spare.items()
+            if count > 0 >= room[kind]
+        }
         wanted = {kind: count for kind, count in room.items() if count > 0} | dict.fromkeys(others, 1)
         if not wanted:
             return []
@@ -210,15 +218,17 @@ class JobStore:
             for kind, count in wanted.items():
                 some = (count + 1) // 2 if kind in turns else count
                 order = self._order(warm, group_wait_seconds, turns.get(kind, {}), grouped=kind in grouped)
-                query = self._lease(_of_kind(kind, others), some, node, lease_seconds, order, due)
+                if kind in others:
+                    order.insert(1, sa.case((others[kind].of_model(), 0), else_=1))  # behind the priority
+                query = self._lease(of_kind(kind, others), some, node, lease_seconds, order, due)
                 leases += [Lease(_job(row)) for row in await transaction.execute(query)]
         leases.sort(key=lambda lease: (lease.job.priority, lease.job.deadline_at, lease.job.created_at))
         return leases
 
-    async def _look(self, kinds: Iterable[str], warm: Collection[str], others: Mapping[str, Collection[str]]) -> _Due:
+    async def _look(self, kinds: Iterable[str], warm: Collection[str], others: Mapping[str, Others]) -> _Due:
         """A look that takes no lock, so that an idle worker does not write."""
         plain = jobs.c.kind.in_([kind for kind in kinds if kind not in others])
-        wanted = sa.or_(plain, *(_of_kind(kind, others) for kind in others))
+        wanted = sa.or_(plain, *(of_kind(kind, others) for kind in others))
         due = (jobs.c.state == JobState.AVAILABLE, wanted, self._is_due())
         async with self.database.read() as connection:
             if not await connection.scalar(sa.select(sa.exists().where(*due))):
@@ -645,12 +655,6 @@ class JobStore:
         )
         async with self.database.read() as connection:
             return int(await connection.scalar(query) or 0)
-
-
-def _of_kind(kind: str, others: Mapping[str, Collection[str]]) -> sa.ColumnElement[bool]:
-    """Jobs of a kind, which are of no project in `others` of it."""
-    of_kind = jobs.c.kind == kind
-    return sa.and_(of_kind, jobs.c.project_id.not_in(others[kind])) if kind in others else of_kind
 
 
 def _goes_before(job: Job) -> sa.ColumnElement[bool]:
