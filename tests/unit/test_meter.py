@@ -2,17 +2,19 @@
 
 import asyncio
 import datetime as dt
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from forebay.errors import InvalidRequest, QuotaExceeded
+from forebay.errors import InvalidRequest, Overloaded, QuotaExceeded
 from forebay.jobs.executor import Executor
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Done, Outcome
 from forebay.metering.jobs import JobMeter
-from forebay.metering.meter import Meter, Reservation
+from forebay.metering.meter import Aside, Meter, Reservation
 from forebay.quotas import (
     NOTHING,
     Account,
@@ -68,6 +70,16 @@ async def _reserve(meter: Meter, amounts: Amounts, project: str = "a") -> Reserv
     return await meter.reserve(project, "key", "m", "chat", lambda: amounts)
 
 
+async def _in_turn(meter: Meter, tokens: int, aside: Aside = nullcontext) -> Reservation:
+    return await meter.reserve_in_turn("a", "k", "m", "chat", lambda: Amounts(1, tokens), aside)
+
+
+async def _settled() -> None:
+    """Whoever can go on has done so."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 async def _try(meter: Meter, amounts: Amounts) -> bool:
     try:
         (await _reserve(meter, amounts)).settle(Use(amounts.requests, amounts.tokens))
@@ -96,9 +108,9 @@ async def test_what_is_not_used_is_given_back_and_only_once() -> None:
     two.release()
     assert meter.headers("a")["x-quota-remaining-tokens"] == "90"
     three = await _reserve(meter, Amounts(1))
-    three.raise_to(lambda: Amounts(1, 90))
+    await three.raise_to(lambda: Amounts(1, 90))
     with pytest.raises(QuotaExceeded):
-        three.raise_to(lambda: Amounts(1, 91))
+        await three.raise_to(lambda: Amounts(1, 91))
     assert meter.headers("a")["x-quota-remaining-tokens"] == "0"
     three.lower_to(Use(1, 20))
     assert meter.headers("a")["x-quota-remaining-tokens"] == "70"
@@ -164,31 +176,143 @@ async def test_limits_of_a_project_replace_defaults_one_by_one() -> None:
 
 
 async def test_work_that_can_wait_waits_for_what_others_may_give_back() -> None:
-    meter, _, clock = _metered("tokens=100/day")
+    meter, _, _ = _metered("tokens=100/day")
     first = await _reserve(meter, Amounts(1, 80))
-
-    async def patient(tokens: int) -> Reservation:
-        return await meter.reserve_in_turn("a", "k", "m", "chat", lambda: Amounts(1, tokens))
-
-    waiting = asyncio.create_task(patient(90))
-    hopeless = asyncio.create_task(patient(101))
+    waiting = asyncio.create_task(_in_turn(meter, 90))
+    hopeless = asyncio.create_task(_in_turn(meter, 101))
     with pytest.raises(QuotaExceeded):
         await hopeless
     assert not waiting.done()
     first.settle(Use(1, 10))
     second = await waiting
-    late = asyncio.create_task(patient(50))
+    late = asyncio.create_task(_in_turn(meter, 50))
     await asyncio.sleep(0)
     second.settle(Use(1, 60))
     with pytest.raises(QuotaExceeded):  # 70 are gone for good
         await late
-    third = await _reserve(meter, Amounts(1, 30))
-    forever = asyncio.create_task(patient(20))
-    await asyncio.sleep(0)
-    clock.advance(31)
+
+
+async def test_it_waits_as_long_as_others_hold_what_would_do_and_sees_what_is_used_elsewhere() -> None:
+    meter, books, clock = _metered("tokens=100/day")
+    held = await _reserve(meter, Amounts(1, 90))
+    aside: list[str] = []
+
+    @contextmanager
+    def stepping_aside() -> Iterator[None]:
+        aside.append("in")
+        yield
+        aside.append("out")
+
+    patient, greedy = (
+        asyncio.create_task(_in_turn(meter, tokens, aside))
+        for tokens, aside in ((20, stepping_aside), (90, nullcontext))
+    )
+    for _ in range(100):
+        await _settled()
+        clock.advance(60)
+        books.fold()
+    await _settled()
+    assert not patient.done()
+    assert not greedy.done()
+    assert aside == ["in"]
+    books.stored += Amounts(1, 20)  # by another process
+    books.fold()
     with pytest.raises(QuotaExceeded):
-        await forever
-    third.release()
+        await greedy
+    assert not patient.done()
+    held.release()
+    (await patient).release()
+    assert aside == ["in", "out"]
+
+
+async def test_whoever_raises_what_it_has_and_waits_holds_nothing() -> None:
+    meter, _, _ = _metered("tokens=100/day")
+    one, two = await _reserve(meter, Amounts(1, 45)), await _reserve(meter, Amounts(1, 45))
+    raised = [asyncio.create_task(each.raise_in_turn(lambda: Amounts(1, 70))) for each in (one, two)]
+    await _settled()
+    assert sorted(each.done() for each in raised) == [False, True]
+    first, second = (one, two) if raised[0].done() else (two, one)
+    first.settle(Use(1, 30))
+    await asyncio.gather(*raised)
+    assert meter.headers("a")["x-quota-remaining-tokens"] == "0"
+    with pytest.raises(QuotaExceeded):
+        await second.raise_in_turn(lambda: Amounts(1, 71))
+    assert meter.headers("a")["x-quota-remaining-tokens"] == "70"
+    second.release()
+    assert meter.headers("a")["x-quota-remaining-tokens"] == "70"
+
+
+async def test_work_in_a_place_that_others_want_waits_for_a_while() -> None:
+    meter, _, clock = _metered("tokens=100/day")
+    held = await _reserve(meter, Amounts(1, 90))
+
+    async def brief() -> Reservation:
+        async with meter.for_a_while():
+            return await _in_turn(meter, 20)
+
+    waiting = asyncio.create_task(brief())
+    await _settled()
+    clock.advance(31)
+    with pytest.raises(Overloaded):
+        await waiting
+    held.release()
+    (await brief()).release()
+    assert meter.headers("a")["x-quota-remaining-tokens"] == "100"
+
+
+@pytest.mark.parametrize("patient", [False, True])
+async def test_nobody_is_refused_for_what_a_look_at_the_database_beside_a_write_counts_twice(patient: bool) -> None:
+    meter, books, _ = _metered("tokens=100/day")
+    first = await _reserve(meter, Amounts(1, 60))
+    books.stored += Amounts(1, 60)  # its transaction is committed
+    books.fold()
+    first.settled_elsewhere(Use(1, 60))
+    assert meter.headers("a")["x-quota-remaining-tokens"] == "0"
+    loads = books.loads
+    second = await (_in_turn(meter, 40) if patient else _reserve(meter, Amounts(1, 40)))
+    assert books.loads == loads + 1
+    with pytest.raises(QuotaExceeded):
+        await _reserve(meter, Amounts(1, 1))
+    with pytest.raises(QuotaExceeded):
+        await second.raise_to(lambda: Amounts(1, 41))
+    assert books.loads == loads + 1, "what is not in doubt costs no look"
+    second.release()
+    third = await _reserve(meter, Amounts(1, 20))
+    meter.begin_fold()
+    third.settled_elsewhere(Use(1, 20))  # it is committed between the look and its end
+    books.stored += Amounts(1, 20)
+    meter.counted({"a": Counted("2026-11-30", "2026-11", books.stored, books.stored)})
+    await meter.require("a", Amounts(1, 20))
+    (await _reserve(meter, Amounts(1, 20))).release()
+    assert books.loads == loads + 2
+
+
+async def test_what_is_done_counts_though_nothing_is_left() -> None:
+    meter, books, _ = _metered("requests=1/day")
+    assert await _try(meter, Amounts(1))
+    meter.reserve_anyway(Account("a", "k", "m", "chat"), Amounts(1)).settled_elsewhere(Use(1))
+    books.stored += Amounts(1)
+    books.fold()
+    assert meter.headers("a")["x-quota-remaining-requests"] == "0"
+    meter.set_limits({"a": ProjectLimits(1.0, parse_quotas(["requests=3/day"]))})
+    assert [await _try(meter, Amounts(1)) for _ in range(2)] == [True, False]
+
+
+async def test_limits_of_one_project_cost_no_look_at_another() -> None:
+    meter, books, _ = _metered("requests=5/day")
+    for project in ("a", "b"):
+        (await _reserve(meter, Amounts(1), project)).release()
+    assert books.loads == 2
+    meter.set_limits({"b": ProjectLimits(1.0, parse_quotas(["requests=unlimited/day"]))})
+    for project in ("a", "b"):
+        (await _reserve(meter, Amounts(1), project)).release()
+    assert books.loads == 2
+    meter.set_limits({"b": ProjectLimits(1.0, parse_quotas(["requests=7/day"]))})
+    (await _reserve(meter, Amounts(1), "b")).release()
+    assert books.loads == 3, "nothing was counted meanwhile"
+    meter.set_limits({"b": ProjectLimits(1.0, parse_quotas(["requests=8/day"]))})
+    (await _reserve(meter, Amounts(1), "b")).release()
+    assert books.loads == 3
 
 
 async def test_what_a_job_has_used_is_its_own_until_that_is_in_the_database() -> None:

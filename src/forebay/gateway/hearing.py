@@ -103,7 +103,7 @@ class SpeechAnswer(OnlineAnswer):
                 await self._pass_on(visit, send)
                 return
             if visit.reservation is not None:
-                visit.reservation.raise_to(lambda: Amounts(1, audio_ms=milliseconds(recording.seconds)))
+                await visit.reservation.raise_to(lambda: Amounts(1, audio_ms=milliseconds(recording.seconds)))
             if self._call.speech is not None:  # what comes last is not to be found missing after all the rest
                 self._door.scheduler.expect(self._call.speech.further_models)
             self._told = _Told(shape.events() if self._call.stream else None)

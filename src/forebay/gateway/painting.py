@@ -146,7 +146,7 @@ class PictureAnswer(OnlineAnswer):
         self._bytes = self._images = 0
         self._painting = painting = await self._made_ready(call, task)
         if visit.reservation is not None:
-            visit.reservation.raise_to(lambda: Amounts(1, pixel_steps=task.n * painting.pixel_steps))
+            await visit.reservation.raise_to(lambda: Amounts(1, pixel_steps=task.n * painting.pixel_steps))
         with self._easels.room.held(self._painting.pixel_bytes, self._principal.project_id) as share:
             await serve(visit, send, shape, frame, share)
 

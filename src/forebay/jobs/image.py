@@ -213,6 +213,7 @@ class ImageWork:
         assert task is not None, "these endpoints are about pictures"
         gallery = _Gallery(self._rooms, lease, run, task.n, await self._rooms.store.parts(lease.id))
         if gallery.next is None:  # whoever has seen the results may have removed what they are made of
+            self._rooms.meter.reserve_done(run.at_end, lease.job, call, gallery.all_used)
             return gallery
         reservation = await self._rooms.meter.reserve_until(run.at_end, lease.job, call)
         async with gallery.telling():
@@ -223,14 +224,15 @@ class ImageWork:
                         await self._painted(call, inputs, gallery, reservation)
                     except ForebayError as error:
                         call = self._stand_in(call, error)
-        self._rooms.meter.settle_at(run.at_end, reservation, sum(gallery.used().values(), Use()))
+        self._rooms.meter.settle_at(run.at_end, reservation, gallery.all_used)
         return gallery
 
     async def _painted(self, call: Call, inputs: Inputs, gallery: "_Gallery", reservation: Reservation) -> None:
-        """All pictures that are not there yet, by one model. Raises QuotaExceeded."""
+        """All pictures that are not there yet, by one model. Raises QuotaExceeded and Overloaded."""
         gallery.stage(PREPARING, 0)
         painting = await self._painter.prepare(call, inputs, preview=True)
-        reservation.raise_to(lambda: Amounts(1, pixel_steps=gallery.count * painting.pixel_steps))
+        pixel_steps = gallery.all_used.pixel_steps + gallery.left * painting.pixel_steps
+        await self._rooms.meter.raise_to(reservation, Amounts(1, pixel_steps=pixel_steps))
         while (image := gallery.next) is not None:
             with suppress(Preempted):  # then it begins anew
                 await painting.paint([image], self._rooms.compute, gallery)
@@ -321,6 +323,16 @@ class _Gallery(Ledger):
     def next(self) -> int | None:
         """The picture that is to be painted; none if all are kept."""
         return next((image for image in range(self.count) if image not in self._kept), None)
+
+    @property
+    def left(self) -> int:
+        """How many are to be painted."""
+        return self.count - len(self._kept)
+
+    @property
+    def all_used(self) -> Use:
+        """What has been painted, whoever did."""
+        return sum(self.used().values(), Use())
 
     def used(self) -> dict[str, Use]:
         """What each model has painted; the request itself counts for the first."""

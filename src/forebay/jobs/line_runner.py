@@ -22,6 +22,7 @@ from forebay.errors import (
     ForebayError,
     ModelNotReady,
     Overloaded,
+    QuotaExceeded,
     ServerError,
     ShuttingDown,
     StoreUnavailable,
@@ -62,6 +63,7 @@ class _Line:
     aside: Aside
     failures: list[dict[str, Any]] = field(default_factory=list)
     reservation: Reservation | None = None
+    short: Amounts | None = None  # what it takes, where that was not there
     suspect: bool = False
     probes: int = 0
 
@@ -69,10 +71,14 @@ class _Line:
     def id(self) -> str:
         return line_id(self.batch.id, self.place.number)
 
-    def take(self, amounts: Amounts) -> None:
-        """What it takes is known. Raises QuotaExceeded."""
+    async def take(self, amounts: Amounts) -> None:
+        """What it takes is known. Raises QuotaExceeded: it waits for it without the places that it has by now."""
         if self.reservation is not None:
-            self.reservation.raise_to(lambda: amounts)
+            try:
+                await self.reservation.raise_to(lambda: amounts)
+            except QuotaExceeded:
+                self.short = amounts
+                raise
 
     def opened(self) -> None:
         """Its attempt has opened the circuit of a provider once more."""
@@ -132,8 +138,11 @@ class LineRunner:
         while True:
             try:
                 asked = asked or await self._prepare(line)
-                line.reservation = line.reservation or await self._meter.reserve(line.batch.job, asked, line.aside)
+                await self._reserve(line, asked)
                 gathered = await self._attempt(line, other or asked, on_read)
+            except QuotaExceeded:
+                if line.short is None:
+                    raise
             except (CallerError, ShuttingDown):
                 raise
             except (ServerError, Overloaded) as error:
@@ -155,6 +164,14 @@ class LineRunner:
                 await self._clock.sleep(self._clock.jitter(pause))
             else:
                 return self._answered(line, (other or asked).request.model, gathered)
+
+    async def _reserve(self, line: _Line, call: Call) -> None:
+        """Take what the line may use, as soon as others of its project do not hold it. Raises QuotaExceeded."""
+        if line.reservation is None:
+            line.reservation = await self._meter.reserve(line.batch.job, call, line.aside)
+        if line.short is not None:
+            short, line.short = line.short, None
+            await line.reservation.raise_in_turn(lambda: short, line.aside)
 
     def _stand_in(self, call: Call | None, error: ForebayError) -> Call | None:
         """The call for another model; none for a full line, which batch work waits for."""

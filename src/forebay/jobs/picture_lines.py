@@ -5,7 +5,7 @@ pictures at once than a worker has room for.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from forebay.blobs.blobs import Blobs
@@ -46,7 +46,7 @@ class PictureLines:
         self._places = asyncio.Semaphore(settings.images.lines_at_once)
         self._clock = clock
 
-    async def answer(self, call: Call, compute: Compute, take: Callable[[Amounts], None]) -> Gathered:
+    async def answer(self, call: Call, compute: Compute, take: Callable[[Amounts], Awaitable[None]]) -> Gathered:
         """The answer to `call`; `compute` runs one picture, again from its beginning where its place was taken back.
 
         `take` is told how much it takes before anything is computed, and may refuse.
@@ -67,7 +67,7 @@ class PictureLines:
             async with self._pictures.fetched(Inputs(), task, call.request.project, patient=True) as inputs:
                 painting = await self._painter.prepare(call, inputs)
                 pixel_steps = task.n * painting.pixel_steps
-                take(Amounts(1, pixel_steps=pixel_steps))
+                await take(Amounts(1, pixel_steps=pixel_steps))
                 delivered = await self._delivered(painting, task, compute, keep)
             body = await asyncio.to_thread(written, shape.answer(delivered, int(self._clock.now())))
             if len(body) > self._bytes_max:

@@ -296,6 +296,8 @@ class SegmentWriter:
             if not self._writing.cancelled():
                 with suppress(LeaseLost):  # which may be why it is abandoned
                     self._writing.result()
+        # Whether those that were being written are in the database is not known; the next look at it tells.
+        _settle(self._results[: self._taken])
         for result in self._results:
             result.release()
         self._results.clear()

@@ -4,7 +4,7 @@ It refuses formats that are no JSON, and more recordings at once than a worker h
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from forebay.config import AudioSettings
 from forebay.dialects.openai.audio_events import SpeechShape, usage_in_tokens
@@ -27,7 +27,7 @@ class SpeechLines:
         self._transcriber = transcriber
         self._places = asyncio.Semaphore(settings.lines_at_once)
 
-    async def answer(self, call: Call, compute: Compute, take: Callable[[Amounts], None]) -> Gathered:
+    async def answer(self, call: Call, compute: Compute, take: Callable[[Amounts], Awaitable[None]]) -> Gathered:
         """The answer to `call`; `compute` runs one stretch, again from its beginning where its place was taken back.
 
         `take` is told how much it takes before anything is computed, and may refuse.
@@ -48,7 +48,7 @@ class SpeechLines:
         async with self._places, self._recordings.spool() as spool:
             await self._recordings.fetch(spool, speech.source, call.request.project)
             async with self._recordings.decode(spool) as recording:
-                take(Amounts(1, audio_ms=milliseconds(recording.seconds)))
+                await take(Amounts(1, audio_ms=milliseconds(recording.seconds)))
                 finished = _Finished()
                 while True:
                     try:

@@ -135,7 +135,8 @@ class TranscriptionWork:
                 ledger.stage(DECODING, 0)
                 decoding = self._recordings.decode(spool, on_progress=lambda percent: ledger.stage(DECODING, percent))
                 async with decoding as recording:
-                    reservation.raise_to(lambda: Amounts(1, audio_ms=milliseconds(recording.seconds)))
+                    seconds = recording.seconds
+                    await self._rooms.meter.raise_to(reservation, Amounts(1, audio_ms=milliseconds(seconds)))
                     kept = await self._rooms.store.parts(lease.id)
                     ledger.done = tuple(kept_from_wire(from_json(each.body)) for each in kept)
                     return await self._transcribed(call, recording, ledger)

@@ -79,6 +79,9 @@ class Books:
         self._page: _Page | None = None
         self._full: _Page | None = None  # the one before, until all of it is in the database
         self._in_trouble = False
+        self._begun = self._ended = 0  # folds
+        self._failure: ServerError | None = None  # why the one that ended last came to nothing
+        self._asked: set[str] = set()  # projects that somebody waits to know about
         meter.attach(self.load, self.record)
 
     async def open(self) -> None:
@@ -139,31 +142,55 @@ class Books:
 
     async def load(self, project: str) -> None:
         """Bring the meter what a project has used. Raises StoreUnavailable and InsufficientStorage."""
-        await self._fold([project])
+        await self._fold(project)
 
     # The inside.
 
-    async def _fold(self, further: list[str] | None = None) -> None:
-        """Bring everything that is written down by now into the database, and what it holds to the meter."""
+    async def _fold(self, *projects: str) -> None:
+        """Bring everything that is written down by now into the database, and what it holds to the meter.
+
+        A fold that begins now is for all who have asked by now, and so is its failure.
+        """
+        before = self._begun
+        self._asked.update(projects)
         async with self._turn:
+            if self._ended <= before:
+                await self._fold_for_all()
+            elif self._failure is not None:
+                raise self._failure
+
+    async def _fold_for_all(self) -> None:
+        self._begun += 1
+        asked, self._asked = self._asked, set()
+        try:
             await self._fold_frozen()
-            await self._turn_page()
-            now = self._clock.now()
-            # Nothing awaits in between: what the meter sets aside is what the pages do.
-            self._meter.begin_fold()
-            for page in self._pages:
-                page.freeze()
-            try:
-                await self._fold_frozen()
-                watched = sorted({*self._meter.watched(), *(further or ())})
-                counted = await self._usage.counted(watched, day_of(now)) if watched else {}
-                limits = await self._projects.limits()
-            except ServerError:
-                self._meter.fold_failed()
-                raise
-            self._meter.set_limits(limits)
-            self._meter.counted(counted)
-            await self._retire_full()
+            self._turn_page()
+            await self._fold_pages(asked)
+            self._ended, self._failure = self._begun, None
+        except ServerError as error:
+            self._ended, self._failure = self._begun, error
+            raise
+        finally:
+            if self._ended < self._begun:  # cancelled: whoever comes next does it for the others
+                self._asked |= asked
+        await self._retire_full()
+
+    async def _fold_pages(self, asked: set[str]) -> None:
+        now = self._clock.now()
+        # Nothing awaits in between: what the meter sets aside is what the pages do.
+        self._meter.begin_fold()
+        for page in self._pages:
+            page.freeze()
+        try:
+            await self._fold_frozen()
+            watched = sorted({*self._meter.watched(), *asked})
+            counted = await self._usage.counted(watched, day_of(now)) if watched else {}
+            limits = await self._projects.limits()
+        except ServerError:
+            self._meter.fold_failed()
+            raise
+        self._meter.set_limits(limits)
+        self._meter.counted(counted)
 
     @property
     def _pages(self) -> list[_Page]:
@@ -176,14 +203,16 @@ class Books:
                 page.frozen = None
                 reach("usage.folded")
 
-    async def _turn_page(self) -> None:
-        """Begin a new journal where this one is long enough and the one before is done with."""
+    def _turn_page(self) -> None:
+        """Begin a new journal where this one is long enough and the one before is done with.
+
+        Nothing awaits: a journal that a cancelled caller has begun would be in nobody's hands, and locked.
+        """
         page = self._page
         if page is None or self._full is not None or page.journal.size <= self._settings.journal_bytes_max:
             return
         with suppress(SetupError):  # then this one goes on
-            fresh = await asyncio.to_thread(self._new_journal)
-            self._page, self._full = _Page(fresh), page
+            self._page, self._full = _Page(self._new_journal()), page
 
     async def _retire_full(self) -> None:
         if self._full is not None and self._full.folded:

@@ -24,22 +24,30 @@ class JobMeter:
 
     async def reserve(self, job: Job, call: Call, aside: Aside = nullcontext) -> Reservation:
         """Take what `call` may use at most, as soon as others of the project do not hold it. Raises QuotaExceeded."""
-        estimate: list[Amounts] = []
-
-        def once() -> Amounts:
-            if not estimate:
-                estimate.append(at_most(call))
-            return estimate[0]
-
+        request = call.request
         return await self._meter.reserve_in_turn(
-            job.project_id, job.key_id or "", call.request.model, call.request.capability, once, aside
+            job.project_id, job.key_id or "", request.model, request.capability, lambda: at_most(call), aside
         )
 
     async def reserve_until(self, end: ExitStack, job: Job, call: Call) -> Reservation:
-        """The same until `end` is closed, which comes after the result is committed: till then nobody else may have it."""
-        reservation = await self.reserve(job, call)
+        """The same until `end` is closed, which comes after the result is committed: till then nobody else may have it.
+
+        Raises Overloaded where others hold it for long: a job has a place, in which another one may go on meanwhile.
+        """
+        async with self._meter.for_a_while():
+            reservation = await self.reserve(job, call)
         end.callback(reservation.release)
         return reservation
+
+    def reserve_done(self, end: ExitStack, job: Job, call: Call, use: Use) -> None:
+        """Take what a job has used that is done and has only to be written down: it counts, whether it is left or not."""
+        account = Account(job.project_id, job.key_id or "", call.request.model, call.request.capability)
+        self.settle_at(end, self._meter.reserve_anyway(account, use.amounts), use)
+
+    async def raise_to(self, reservation: Reservation, amounts: Amounts) -> None:
+        """Reserve more for a job, now that it is known how much it takes. Raises QuotaExceeded and Overloaded."""
+        async with self._meter.for_a_while():
+            await reservation.raise_in_turn(lambda: amounts)
 
     @staticmethod
     def settle_at(end: ExitStack, reservation: Reservation, use: Use) -> None:

@@ -7,12 +7,12 @@ exactly what is there.
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from forebay.clock import Clock
-from forebay.errors import QuotaExceeded
+from forebay.errors import Overloaded, QuotaExceeded
 from forebay.quotas import (
     NOTHING,
     NOUNS,
@@ -32,7 +32,9 @@ Record = Callable[[Account, Use], None]
 Estimate = Callable[[], Amounts]
 Aside = Callable[[], AbstractContextManager[None]]
 _RETRY_SECONDS_MAX = 60.0  # clients wait no longer
-_TURN_SECONDS = 30.0  # that work waits for others to give back
+_PATIENCE_SECONDS = 30.0  # that a job keeps its place while others of its project hold what it needs
+_AGAIN_SECONDS = 10.0  # after which it may have a place again
+_LOOKS_MAX = 3  # at the database, before a request is refused
 
 
 @dataclass(slots=True)
@@ -50,11 +52,17 @@ class _Window:
 
 @dataclass(slots=True)
 class _Balance:
-    """The windows of one project, and what work under way may come to use."""
+    """The windows of one project, and what work under way may come to use.
+
+    Of what is `doubtful` nobody knows whether `base` has it too: it was written into the database beside a look at it, and
+    noted afterwards. The next look has it once; it begins with so much in doubt as is `resolving`.
+    """
 
     windows: dict[Period, _Window] = field(default_factory=dict)
     reserved: Amounts = NOTHING
-    freed: asyncio.Event = field(default_factory=asyncio.Event)  # something was given back
+    doubtful: Amounts = NOTHING
+    resolving: Amounts = NOTHING
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # there may be more than there was
 
     def at(self, period: Period, now: float) -> _Window:
         name = period.window(now)
@@ -82,11 +90,25 @@ class Reservation:
             return self._account
         return replace(self._account, model=self.model)
 
-    def raise_to(self, estimate: Estimate) -> None:
+    async def raise_to(self, estimate: Estimate) -> None:
         """Reserve more, now that it is known how much it takes. Raises QuotaExceeded and keeps what it had."""
         if self.open and self._meter.counts(self.project):
             amounts = estimate()
+            await self._meter.look(self.project, amounts - self._estimate)
             self._meter.take(self.project, amounts - self._estimate)
+            self._estimate = amounts
+
+    async def raise_in_turn(self, estimate: Estimate, aside: Aside = nullcontext) -> None:
+        """The same for work that can wait for others of its project. Raises QuotaExceeded, and then has nothing.
+
+        It gives back what it had before it waits: of two who held on to theirs, each would wait for the other.
+        """
+        try:
+            await self.raise_to(estimate)
+        except QuotaExceeded:
+            amounts, before, self._estimate = estimate(), self._estimate, NOTHING
+            self._meter.give_back(self.project, before)
+            await self._meter.take_in_turn(self.project, amounts, aside)
             self._estimate = amounts
 
     def lower_to(self, use: Use) -> None:
@@ -105,7 +127,7 @@ class Reservation:
         """The same for what was written into the database together with its result."""
         if self.open:
             self.release()
-            self._meter.note(self.project, use.amounts)
+            self._meter.note_stored(self.project, use.amounts)
 
     def release(self) -> None:
         """Nothing came of it."""
@@ -168,39 +190,46 @@ class Meter:
         account = Account(project, key_id, model, capability)
         if not self.counts(project):
             return Reservation(self, account, NOTHING)
-        await self._known_balance(project)
         amounts = estimate()
+        await self.look(project, amounts)
         self.take(project, amounts)
         return Reservation(self, account, amounts)
 
     async def reserve_in_turn(
         self, project: str, key_id: str, model: str, capability: str, estimate: Estimate, aside: Aside = nullcontext
     ) -> Reservation:
-        """The same for work that can wait, for a while: others of the project may give back what they do not use.
+        """The same for work that can wait, as long as others of the project may give back enough of what they hold.
 
         It is `aside` while it waits, so that nobody else waits for it.
         """
-        with suppress(QuotaExceeded):
-            return await self.reserve(project, key_id, model, capability, estimate)
+        account = Account(project, key_id, model, capability)
+        if not self.counts(project):
+            return Reservation(self, account, NOTHING)
+        amounts = estimate()
+        await self.take_in_turn(project, amounts, aside)
+        return Reservation(self, account, amounts)
+
+    def reserve_anyway(self, account: Account, amounts: Amounts) -> Reservation:
+        """Take `amounts` whether they are left or not: for what is done already, and counts."""
+        self._balance(account.project).reserved += amounts
+        return Reservation(self, account, amounts)
+
+    @asynccontextmanager
+    async def for_a_while(self) -> AsyncIterator[None]:
+        """Bound the wait for others. Raises Overloaded at its end, so that whoever waits leaves its place to others."""
         try:
-            async with self._clock.timeout(_TURN_SECONDS):
-                with aside():
-                    while self._could_fit(project, estimate()):
-                        freed = self._balance(project).freed
-                        freed.clear()
-                        await freed.wait()
-                        with suppress(QuotaExceeded):
-                            return await self.reserve(project, key_id, model, capability, estimate)
+            async with self._clock.timeout(_PATIENCE_SECONDS):
+                yield
         except TimeoutError:
-            pass  # they hold on to it
-        if self._load is not None:  # what ended beside a look at the database is counted twice until the next
-            await self._load(project)
-        return await self.reserve(project, key_id, model, capability, estimate)
+            raise Overloaded(
+                "Others of this project have reserved what is left of its quota. Try again later.",
+                retry_after_seconds=_AGAIN_SECONDS,
+            ) from None
 
     async def require(self, project: str, least: Amounts) -> None:
         """Raise QuotaExceeded where so much is not left, and take nothing: for work that comes before."""
         if self.counts(project):
-            await self._known_balance(project)
+            await self.look(project, least)
             self._check(project, least)
 
     def headers(self, project: str) -> dict[str, str]:
@@ -217,6 +246,37 @@ class Meter:
             headers[f"x-quota-reset-{name}"] = f"{self._seconds_left(quota)}s"
         return headers
 
+    async def look(self, project: str, amounts: Amounts) -> None:
+        """Have the books bring what is not known, and what is in doubt if `amounts` would be refused for that alone."""
+        if project not in self._known and self._load is not None:
+            await self._load(project)
+        for _ in range(_LOOKS_MAX):
+            doubtful = self._balance(project).doubtful
+            if self._load is None or self._fits(project, amounts) or not self._fits(project, amounts, doubtful):
+                return
+            await self._load(project)
+
+    async def take_in_turn(self, project: str, amounts: Amounts, aside: Aside | None) -> None:
+        """Reserve `amounts` as soon as they are there. Raises QuotaExceeded once they would not be whatever others do.
+
+        Every fold wakes whoever waits as well: others of the database may have used what it waits for.
+        """
+        with ExitStack() as waiting:
+            while True:
+                await self.look(project, amounts)
+                try:
+                    self.take(project, amounts)
+                    return
+                except QuotaExceeded:
+                    balance = self._balance(project)
+                    if not self._fits(project, amounts, balance.reserved + balance.doubtful):
+                        raise
+                if aside is not None:
+                    waiting.enter_context(aside())
+                    aside = None
+                balance.changed.clear()
+                await balance.changed.wait()
+
     def take(self, project: str, amounts: Amounts) -> None:
         """Reserve `amounts`. Raises QuotaExceeded and takes nothing if they could go beyond a quota."""
         self._check(project, amounts)
@@ -227,27 +287,33 @@ class Meter:
         """What was reserved is free again."""
         balance = self._balance(project)
         balance.reserved -= amounts
-        balance.freed.set()
+        balance.changed.set()
 
     def record(self, account: Account, use: Use) -> None:
         """Count what was used and have it written down."""
         if self._record is not None:
             self._record(account, use)
-        self.note(account.project, use.amounts)
+        self._note(account.project, use.amounts)
 
-    def note(self, project: str, amounts: Amounts) -> None:
-        """Count what is written down already."""
+    def note_stored(self, project: str, amounts: Amounts) -> None:
+        """Count what is in the database already; if it is not, that is forgotten with the next look."""
         if self.counts(project):
-            for window in self._windows(project):
-                window.fresh += amounts
+            self._note(project, amounts)
+            self._balance(project).doubtful += amounts
 
     # What the books bring.
 
     def set_limits(self, limits: Mapping[str, ProjectLimits]) -> None:
         """The limits of all projects that have some of their own."""
-        if limits != self._limits:
-            self._limits, self._quotas = limits, {}
-            self._known.clear()  # nothing was counted for whom had no quota
+        before, self._limits = self._limits, limits
+        for project in {*before, *limits}:
+            if before.get(project) != limits.get(project):
+                counted = self.counts(project) if project in self._quotas else False
+                self._quotas.pop(project, None)
+                if not counted:  # nothing was, so nobody knows
+                    self._known.discard(project)
+                if project in self._balances:
+                    self._balances[project].changed.set()
 
     def watched(self) -> list[str]:
         """The projects whose balances have to be kept up to date."""
@@ -258,19 +324,24 @@ class Meter:
         for window in self._every_window():
             window.moving += window.fresh
             window.fresh = NOTHING
+        for balance in self._balances.values():
+            balance.resolving = balance.doubtful
 
     def counted(self, found: Mapping[str, Counted]) -> None:
         """What the database holds by now, everything that was moving included."""
         now = self._clock.now()
         for project, counted in found.items():
+            balance = self._balance(project)
+            balance.doubtful, balance.resolving = balance.doubtful - balance.resolving, NOTHING
             for period, name, base in (
                 (Period.DAY, counted.day, counted.of_day),
                 (Period.MONTH, counted.month, counted.of_month),
             ):
-                window = self._balance(project).at(period, now)
+                window = balance.at(period, now)
                 if window.name == name:
                     window.base, window.moving = base, NOTHING
             self._known.add(project)
+            balance.changed.set()
 
     def fold_failed(self) -> None:
         """Nobody knows what the database holds; what was moving counts on."""
@@ -280,22 +351,21 @@ class Meter:
 
     # The inside.
 
-    async def _known_balance(self, project: str) -> None:
-        if project not in self._known and self._load is not None:
-            await self._load(project)
+    def _note(self, project: str, amounts: Amounts) -> None:
+        if self.counts(project):
+            for window in self._windows(project):
+                window.fresh += amounts
 
     def _check(self, project: str, amounts: Amounts) -> None:
         for quota, left in self._left(project):
             if amounts.of(quota.resource) > max(0, left):
                 raise self._exceeded(project, quota, amounts)
 
-    def _could_fit(self, project: str, amounts: Amounts) -> bool:
-        """Whether `amounts` would be there if nothing of what is reserved were used."""
-        reserved = self._balance(project).reserved
-        left = list(self._left(project))
-        short = [quota.resource for quota, rest in left if amounts.of(quota.resource) > rest]
-        return bool(short) and all(
-            amounts.of(quota.resource) <= rest + reserved.of(quota.resource) for quota, rest in left
+    def _fits(self, project: str, amounts: Amounts, further: Amounts = NOTHING) -> bool:
+        """Whether `amounts` would be there if `further` were, too."""
+        return all(
+            amounts.of(quota.resource) <= max(0, left + further.of(quota.resource))
+            for quota, left in self._left(project)
         )
 
     def _balance(self, project: str) -> _Balance:
