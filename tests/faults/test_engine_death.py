@@ -136,6 +136,21 @@ async def test_an_engine_that_freezes_itself_is_replaced() -> None:
         assert (await beside).longest_gap_seconds < STALL_SECONDS
 
 
+async def test_nobody_is_sent_to_an_engine_whose_hung_stream_it_has_not_given_up() -> None:
+    """Its stream hangs before the engine stands still, and so ends before the engine is known to hang."""
+    async with serving(CONFIG, environment=DEBUG) as server:
+        engine = psutil.Process(server.engine_pid())
+        hung = asyncio.create_task(ask(server, "[[fake hang_at=5]]"))
+        assert (await ask(server, "[[fake tokens=150 token_ms=10]]")).whole
+        assert not hung.done()
+        engine.suspend()
+        assert (await hung).code == "request_timeout"
+        following = await ask(server, "Next.")
+        assert following.whole, following
+        assert not lives(engine)
+        assert await _deaths(server) == 1
+
+
 async def test_one_stream_that_hangs_ends_and_its_engine_stays() -> None:
     async with serving(CONFIG, environment=DEBUG) as server:
         engine = server.engine_pid()

@@ -55,6 +55,7 @@ class EngineStream:
     def __init__(self, session: aiohttp.ClientSession, url: str, headers: Mapping[str, str], body: bytes) -> None:
         self.connection: Connection | None = None
         self.finished = False
+        self._reads_since: float | None = None
         self._response: aiohttp.ClientResponse | None = None
         self._begin(session, url, headers, body)
 
@@ -66,6 +67,11 @@ class EngineStream:
         self._response = response = await asyncio.shield(self._request)
         return response.status
 
+    @property
+    def silent_seconds(self) -> float:
+        """How long nothing has come for who reads, or did until he was interrupted."""
+        return 0.0 if self._reads_since is None else _now() - self._reads_since
+
     def header(self, name: str) -> str | None:
         """A header of the answer, once it has begun."""
         return None if self._response is None else self._response.headers.get(name)
@@ -73,7 +79,9 @@ class EngineStream:
     async def read(self) -> bytes:
         """The next bytes, as many as there are; b"" at the end. Raises aiohttp.ClientError on a cut."""
         assert self._response is not None
+        self._reads_since = _now()
         data = await self._response.content.readany()
+        self._reads_since = None
         if not data:
             self.finished = True
         return data
@@ -131,3 +139,7 @@ class EngineStream:
     ) -> aiohttp.ClientResponse:
         _opening.set(self)
         return await session.post(url, data=body, headers=headers, allow_redirects=False)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

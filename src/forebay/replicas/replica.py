@@ -21,6 +21,7 @@ from forebay.replicas.pauses import Pauses
 from forebay.replicas.postmortem import Death, Quarantine
 
 _VERDICT_SECONDS = 0.9
+_SILENT_SECONDS = 1.0  # after this long in the middle of an answer, an engine may have hung
 _SECRET_CHARS_MIN = 8
 
 
@@ -69,6 +70,7 @@ class Replica:
         self._session = session
         self._quarantine = quarantine
         self._stopping: set[int] = set()
+        self._doubts: set[int] = set()
         self._stops: set[asyncio.Task[None]] = set()
         self._sequence = 0
 
@@ -76,6 +78,11 @@ class Replica:
     def ready(self) -> bool:
         """Whether it takes requests."""
         return self.state is ReplicaState.READY
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it fell silent on somebody who has left, and has not said since that it has stopped: it may hang."""
+        return bool(self._doubts)
 
     @property
     def only_refusals_left(self) -> bool:
@@ -153,6 +160,8 @@ class Replica:
             else:
                 self.resume()
                 self._stopping.add(number)
+                if stream.silent_seconds >= _SILENT_SECONDS:
+                    self._doubts.add(number)
                 stop = asyncio.create_task(self._stop(stream, number, grace_seconds, on_refusal, on_stopped))
                 self._stops.add(stop)
                 stop.add_done_callback(self._stops.discard)
@@ -236,6 +245,7 @@ class Replica:
         del self.in_flight[number]
         self.refusing.pop(number, None)
         self._stopping.discard(number)
+        self._doubts.discard(number)
         self._look_idle()
         on_stopped()
 

@@ -363,7 +363,7 @@ class Scheduler:
         """Give every free place to whoever is first for it, and make room for those who wait online."""
         if not (len(hall.line) or len(hall.backlog) or hall.alarm):
             return
-        replicas = {replica.id: replica for replica in self._fleet.replicas(model)}
+        replicas = {replica.id: replica for replica in self._fleet.replicas(model) if not replica.doubtful}
         now, ageing = self._clock.monotonic(), self._settings.ageing_seconds
         self._step_aside(model, hall, now)
         while len(hall.line) or len(hall.backlog):
