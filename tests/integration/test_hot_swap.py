@@ -187,6 +187,39 @@ async def test_an_engine_that_can_sleep_keeps_its_process_while_another_has_its_
         assert not [process for process in family if lives(process)]
 
 
+async def wake_frozen(server: Server) -> tuple[psutil.Process, asyncio.Task[Answer]]:
+    """An engine that froze in its sleep and is asked to wake, and who waits for it."""
+    for name in ("one", "two"):
+        assert (await ask(server, f"Hello, {name}.", model=name)).whole
+    sleeper = engines(server)["one"]
+    sleeper.suspend()
+    waiting = asyncio.create_task(ask(server, "Hello, one.", model="one"))
+    await until_state(server, "one", "starting")
+    return sleeper, waiting
+
+
+async def test_an_engine_that_dies_while_it_wakes_or_need_not_wake_any_longer_holds_nobody_up() -> None:
+    async with serving(SLEEPER.format(level=1), environment=JSON_LOG) as server:
+        sleeper, waiting = await wake_frozen(server)
+        sleeper.kill()
+        assert (await waiting).whole
+        assert names(server, "engine.starting") == ["one", "two", "one"]
+
+        sleeper, waiting = await wake_frozen(server)
+        await server.post("/admin/models/one/unload")
+        assert (await waiting).code == "engine_unavailable"
+        await eventually(lambda: not lives(sleeper), what="the end of the sleeper")
+
+
+async def test_an_engine_that_hangs_while_it_wakes_is_started_anew() -> None:
+    limits = "[supervisor]\nstall_seconds = 2\nbackoff_seconds_min = 0.05\n"
+    async with serving(SLEEPER.format(level=1) + limits, environment=JSON_LOG) as server:
+        sleeper, waiting = await wake_frozen(server)
+        assert (await asyncio.wait_for(waiting, 30)).whole
+        assert not lives(sleeper)
+        assert [each["cause"] for each in server.named("engine.died")] == ["stall"]
+
+
 async def test_models_that_are_loaded_at_the_start_and_do_not_fit_together_end_serve(tmp_path: Path) -> None:
     (tmp_path / "forebay.toml").write_text(
         BASE + model("one", more="preload = true") + model("two", more="preload = true")

@@ -6,7 +6,7 @@ It is the only writer of its replica's state. It refuses to restart without a pa
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from forebay.model_config import CommandModel, Model, UpstreamModel, VllmModel
 from forebay.replicas import probes, sleep
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import Traits, command_for, traits_of
-from forebay.replicas.launcher import EngineProcess, Launcher
+from forebay.replicas.launcher import EngineProcess, Launcher, end
 from forebay.replicas.postmortem import Cause, Death, Quarantine, classify, kernel_oom_kills
 from forebay.replicas.replica import Replica, ReplicaState
 from forebay.replicas.state import ModelState
@@ -32,6 +32,9 @@ _FAILED_STARTS_MAX = 3
 _SLEEP_SECONDS_MAX = 60.0  # weights go to the host's memory meanwhile
 _KEY_BYTES = 32
 _LOGGED_LINES = 8
+
+_Exit = asyncio.Future[int]  # the end of a process
+_Hang = asyncio.Future[None]  # that it does not turn any longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +232,8 @@ class Keeper:
             replica.state, self.ready_at, self.asleep_at = ReplicaState.STOPPED, None, None
             replica.resume()
             self._changed()
-            exit_code = await self._stop(process, kill=cause is not None or self._condemned is not None)
+            grace = None if cause is not None or self._condemned is not None else self._shop.limits.stop_grace_seconds
+            exit_code = await end(process, grace) if process is not None else 0
             replica.process = None  # its number may be another one's from now on
             self._bury(replica, process, cause, exit_code, kernel_oom_kills() - oom_before)
 
@@ -343,16 +347,17 @@ class Keeper:
         try:
             while True:
                 cause = await self._serve(exited, hung) or await self._drain(replica, exited, hung)
-                if cause is not None or not await self._fall_asleep(replica):
+                if cause is not None or not self.sleeps or self._condemned is not None:
                     return cause
-                cause = await self._sleep(replica, exited, hung)
-                if cause is not None or self._stop_asked:
-                    return cause
+                for step in (self._fall_asleep, self._sleep):
+                    cause = await step(replica, exited, hung)
+                    if cause is not None or self._stop_asked:
+                        return cause
         finally:
             exited.cancel()
             hung.cancel()
 
-    async def _serve(self, exited: asyncio.Future[int], hung: asyncio.Future[None]) -> Cause | None:
+    async def _serve(self, exited: _Exit, hung: _Hang) -> Cause | None:
         """Watch until it is to leave (None) or has died or hung (the cause)."""
         leaving = asyncio.ensure_future(self._leaving.wait())
         watched: set[asyncio.Future[Any]] = {leaving, exited, hung}
@@ -364,25 +369,34 @@ class Keeper:
             return None
         return Cause.CRASH if exited.done() else Cause.STALL
 
-    async def _fall_asleep(self, replica: Replica) -> bool:
-        """Whether it sleeps. An engine that was to, and does not, ends: others wait for its memory."""
-        if not self.sleeps or self._condemned is not None:
-            return False
+    async def _attended(self, step: Coroutine[Any, Any, bool], exited: _Exit, hung: _Hang) -> Cause | None:
+        """Have the engine do `step`; the cause if it dies, hangs or does not. Whoever is to leave waits for nothing."""
+        doing, watch = asyncio.ensure_future(step), asyncio.ensure_future(self._serve(exited, hung))
+        try:
+            await asyncio.wait([doing, watch], return_when=asyncio.FIRST_COMPLETED)
+            return watch.result() if watch.done() else None if doing.result() else Cause.FAILED_START
+        finally:
+            doing.cancel()
+            watch.cancel()
+
+    async def _fall_asleep(self, replica: Replica, exited: _Exit, hung: _Hang) -> Cause | None:
+        """Have it sleep. One that was to, and does not, ends: others wait for its memory."""
         shop = self._shop
-        slept = await sleep.fall_asleep(self._session_of(replica), replica, _SLEEP_SECONDS_MAX, shop.clock)
-        if not slept:
-            shop.log.warning("engine.sleepless", model=self._name, replica=replica.id)
-            self._stop_asked = True
-        if self._stop_asked:
-            return False
         self._leaving.clear()
+        slept = sleep.fall_asleep(self._session_of(replica), replica, _SLEEP_SECONDS_MAX, shop.clock)
+        cause = await self._attended(slept, exited, hung)
+        if cause is not None or self._leaving.is_set():
+            self._stop_asked = True
+            if cause is Cause.FAILED_START:
+                shop.log.warning("engine.sleepless", model=self._name, replica=replica.id)
+            return cause if cause is not Cause.FAILED_START else None
         replica.state, self.ready_at, self.asleep_at = ReplicaState.ASLEEP, None, shop.clock.monotonic()
         shop.log.info("engine.asleep", model=self._name, replica=replica.id)
         self._changed()
         self._on_end()
-        return True
+        return None
 
-    async def _sleep(self, replica: Replica, exited: asyncio.Future[int], hung: asyncio.Future[None]) -> Cause | None:
+    async def _sleep(self, replica: Replica, exited: _Exit, hung: _Hang) -> Cause | None:
         """Wait until it is woken or to end; the cause if it does not come up again, or dies, and then for good."""
         cause = await self._serve(exited, hung)
         if cause is not None or self._stop_asked:
@@ -392,8 +406,10 @@ class Keeper:
         shop, self.asleep_at, self._launched_at = self._shop, None, self._shop.clock.monotonic()
         replica.state = ReplicaState.STARTING
         self._changed()
-        if not await sleep.wake(self._session_of(replica), replica, shop.limits.start_timeout_seconds, shop.clock):
-            return Cause.FAILED_START
+        woken = sleep.wake(self._session_of(replica), replica, shop.limits.start_timeout_seconds, shop.clock)
+        cause = await self._attended(woken, exited, hung)
+        if cause is not None or self._leaving.is_set():
+            return cause
         self._serve_from_now(replica)
         shop.log.info("engine.woken", model=self._name, replica=replica.id, seconds=round(self.load_seconds, 3))
         self._changed()
@@ -406,7 +422,7 @@ class Keeper:
     def _session_of(self, replica: Replica) -> aiohttp.ClientSession:
         return self._shop.session(self._name, replica.traits, self._model)
 
-    async def _drain(self, replica: Replica, exited: asyncio.Future[int], hung: asyncio.Future[None]) -> Cause | None:
+    async def _drain(self, replica: Replica, exited: _Exit, hung: _Hang) -> Cause | None:
         """Let running requests end; the cause if the engine dies or hangs meanwhile.
 
         A request that refuses to stop does not hold up its own engine's end.
@@ -423,17 +439,6 @@ class Keeper:
             return None
         finally:
             idle.cancel()
-
-    async def _stop(self, process: EngineProcess | None, *, kill: bool) -> int:
-        if process is None:
-            return 0
-        if not kill:
-            process.terminate()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._shop.limits.stop_grace_seconds):
-                    return await process.wait()
-        process.kill()
-        return await process.wait()
 
     def _bury(
         self, replica: Replica, process: EngineProcess | None, cause: Cause | None, exit_code: int, oom_kills: int

@@ -3,6 +3,8 @@
 It refuses to know what an engine is: it sees a command, an address and an exit status.
 """
 
+import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,3 +66,14 @@ class Launcher(Protocol):
     async def launch(self, command: EngineCommand, on_line: Callable[[str], None]) -> EngineProcess:
         """Start `command`; `on_line` gets each line that it prints. Raises SetupError if there is no such program."""
         ...
+
+
+async def end(process: EngineProcess, grace_seconds: float | None) -> int:
+    """Ask it to end, and kill it after `grace_seconds`, or at once without them; its exit code."""
+    if grace_seconds is not None:
+        process.terminate()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_seconds):
+                return await process.wait()
+    process.kill()
+    return await process.wait()
