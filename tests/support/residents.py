@@ -106,6 +106,7 @@ class House:
         self.total = total
         self.shut: str | None = None
         self.relief: int | None = None
+        self.taken = 0  # by the programs of others
         self.story = Story()
         self.lines: dict[str, list[Arrival]] = {name: [] for name in self.kinds}
         self.last: dict[tuple[str, bool], float] = {}
@@ -120,10 +121,13 @@ class House:
     # What the residency asks.
 
     def totals(self) -> Bytes:
-        return {HOST: self.total}
+        return {HOST: self.total - self.taken}
+
+    def others(self) -> Bytes:
+        return {HOST: self.taken}
 
     def allowed(self) -> Bytes:
-        return {HOST: self.total if self.relief is None else self.relief}
+        return {HOST: self.total - self.taken if self.relief is None else self.relief}
 
     def need(self, model: str) -> Bytes:
         count = self.kinds[model].bytes

@@ -124,6 +124,7 @@ async def test_engines_that_the_driver_does_not_tell_of_are_not_taken_for_others
     desk.books.held = lambda _model, _keeper: {HOST: GIB, "gpu0": 3 * GIB}  # type: ignore[method-assign, assignment]
     await desk.books.measure()
     assert desk.books.totals()["gpu0"] == 8 * GIB, "nine tenths of it without the GiB that is others'"
+    assert desk.books.others() == {"gpu0": GIB}
 
 
 async def test_the_peak_of_a_start_is_not_taken_for_work() -> None:

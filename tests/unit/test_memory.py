@@ -177,6 +177,35 @@ def test_what_never_fits_is_refused_with_the_arithmetic() -> None:
     assert plan(need(10.5), [], TOTALS, NOW, RULES) == Never("new needs 10.5 GiB on host, which has 10.0 GiB.")
 
 
+def test_what_other_programs_hold_is_waited_for_and_not_refused() -> None:
+    totals, others = {HOST: GIB, "gpu0": 5 * GIB}, {"gpu0": 4 * GIB}
+    pinned = holding("chat", bytes={"gpu0": 2 * GIB}, pinned=True)
+    wanted = Need("new", {HOST: 0, "gpu0": 6 * GIB})
+    decision = plan(wanted, [pinned, holding("idle", bytes={"gpu0": GIB})], totals, NOW, RULES, others=others)
+    assert decision == Wait(
+        "new needs 6.0 GiB on gpu0, which has 9.0 GiB, of which 2.0 GiB is held by what is pinned (chat); "
+        "it waits until other programs, which hold 4.0 GiB there, give enough of it back.",
+        None,
+        outside=True,
+    )
+    assert plan(wanted, [pinned], {**totals, "gpu0": 9 * GIB}, NOW, RULES) == Fits()
+    larger = Need("new", {"gpu0": 7 * GIB + 1})
+    assert plan(larger, [pinned], totals, NOW, RULES, others=others) == Never(
+        "new needs 7.0 GiB on gpu0, which has 9.0 GiB, of which 2.0 GiB is held by what is pinned (chat)."
+    )
+
+
+def test_nothing_is_kept_for_one_that_waits_for_other_programs() -> None:
+    wishes = [Wish(need(8, "large"), waited_seconds=1e6), Wish(need(4, "small"))]
+    plans = agenda(wishes, [], {HOST: 5 * GIB}, NOW, RULES, others={HOST: 5 * GIB})
+    assert [(wish.need.model, type(verdict)) for wish, verdict in plans] == [("large", Wait), ("small", Fits)]
+
+
+def test_a_pinned_one_that_an_operator_has_told_to_go_is_no_reason_to_refuse_another() -> None:
+    going = holding("chat", 8, pinned=True, leaving=True)
+    assert plan(need(), [going], TOTALS, NOW, RULES) == Wait("new starts when chat is gone.", None, promised=True)
+
+
 def test_a_device_that_is_not_there_is_named() -> None:
     decision = plan(Need("new", {"gpu0": GIB}), [], TOTALS, NOW, RULES)
     assert decision == Never("new needs 1.0 GiB on gpu0, and this machine has no gpu0.")
@@ -302,7 +331,7 @@ def test_plans_hold_what_they_promise(
     wanted: Need, residents: list[Holding], for_batch: bool, waited_seconds: float
 ) -> None:
     decision = plan(wanted, residents, SMALL, NOW, RULES, for_batch=for_batch, waited_seconds=waited_seconds)
-    pinned = [one for one in residents if one.pinned]
+    pinned = [one for one in residents if one.pinned and not one.leaving]
     assert isinstance(decision, Fits) == (fits(wanted, residents) and fits(wanted, pinned))
     assert isinstance(decision, Never) == (not fits(wanted, pinned))
     if isinstance(decision, Wait):

@@ -104,6 +104,20 @@ def test_what_is_larger_than_the_machine_is_refused_with_the_arithmetic() -> Non
     assert (home.record("huge").wanted, home.record("huge").reason) == (False, refusal)
 
 
+def test_a_model_waits_while_other_programs_hold_its_memory_and_comes_when_they_give_it_back() -> None:
+    home = house(Kind("one", LARGE), Kind("small", SMALL))
+    home.taken = LARGE
+    assert home.residency.refusal(home.record("one"), home.records) is None
+    ask(home, "one", seconds=30)
+    assert home.record("one").wanted
+    assert "it waits until other programs" in str(home.record("one").waiting)
+    ask(home, "small", seconds=4)
+    assert up(home, "small"), "it does not wait behind what nobody here can make room for"
+    home.taken = 0
+    home.run([], 4)
+    assert up(home, "one")
+
+
 def test_models_that_are_loaded_at_the_start_have_to_fit_together() -> None:
     home = house(Kind("one", LARGE), Kind("two", LARGE), Kind("small", SMALL))
     home.residency.check_together([home.record("one"), home.record("small")])

@@ -58,6 +58,10 @@ class MeasuredBooks:
         """What engines may take in all, by device."""
         return self._totals
 
+    def others(self) -> Bytes:
+        """What the programs of others hold of what engines could take of each GPU; of the host they are given a part."""
+        return {gpu.name: self._whole(gpu.name) - self._totals[gpu.name] for gpu in self._reading.gpus}
+
     def allowed(self) -> Bytes:
         """What engines may hold now: as much, or less while the machine has too little left for all the rest."""
         return self._allowed

@@ -6,14 +6,15 @@ go of a model that works, that is pinned or that has a line, and to promise the 
 A plan is decided in this order:
 (1) what is more than the device will ever have: never;
 (2) what is free: fits;
-(3) what is free once those are gone who are leaving: wait;
-(4) those who are idle and whom nobody awaits, the one idle longest first, then the one that is back soonest: evict;
-(5) after `swap_wait_seconds` those who work or have a line, too, once they have finished what they run: yield;
-(6) otherwise: wait, and say for whom.
+(3) what is more than the programs of others leave for now: wait;
+(4) what is free once those are gone who are leaving: wait;
+(5) those who are idle and whom nobody awaits, the one idle longest first, then the one that is back soonest: evict;
+(6) after `swap_wait_seconds` those who work or have a line, too, once they have finished what they run: yield;
+(7) otherwise: wait, and say for whom.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf, log2
 
 HOST = "host"
@@ -95,12 +96,14 @@ class Yield:
 class Wait:
     """Ask again when something changes, at the latest at `until`, if that is known.
 
-    `promised`: those who are leaving make room for it.
+    `promised`: those who are leaving make room for it. `outside`: programs that are not ours would have to, so that
+    nothing is kept for it meanwhile.
     """
 
     reason: str
     until: float | None
     promised: bool = False
+    outside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,13 @@ def used(holdings: Iterable[Holding], device: str) -> int:
 
 
 def agenda(
-    wishes: Iterable[Wish], holdings: Sequence[Holding], totals: Bytes, now: float, rules: Rules
+    wishes: Iterable[Wish],
+    holdings: Sequence[Holding],
+    totals: Bytes,
+    now: float,
+    rules: Rules,
+    *,
+    others: Bytes | None = None,
 ) -> list[tuple[Wish, Plan]]:
     """Plans for all who wait: online before batch, the longest wait first; none is promised what another was.
 
@@ -149,12 +158,17 @@ def agenda(
             waited_seconds=wish.waited_seconds,
             extra=wish.extra,
             claimed=claimed,
+            others=others,
         )
         plans.append((wish, verdict))
         if isinstance(verdict, Evict | Yield):
             holdings = [replace(one, leaving=True) if one in verdict.victims else one for one in holdings]
         patient = wish.waited_seconds >= rules.swap_wait_seconds and not wish.extra
-        if not isinstance(verdict, Never) and (patient or not isinstance(verdict, Wait) or verdict.promised):
+        if isinstance(verdict, Wait):
+            kept = verdict.promised or (patient and not verdict.outside)
+        else:
+            kept = not isinstance(verdict, Never)
+        if kept:
             for device, count in wish.need.bytes.items():
                 claimed[device] = claimed.get(device, 0) + count
     return plans
@@ -171,17 +185,23 @@ def plan(
     waited_seconds: float = 0.0,
     extra: bool = False,
     claimed: Bytes | None = None,
+    others: Bytes | None = None,
 ) -> Plan:
     """What has to happen before `need` can be loaded. `claimed` is what others ahead of it will take.
 
+    `others` is what programs that are not ours hold: it is not in `totals` now, and may be again.
+
     Ask again at every change, and let those yield whom the newest plans name: plans are stable, and nothing is kept.
     """
-    case = _Case(need, holdings, totals, claimed or {}, now, rules, for_batch)
+    case = _Case(need, holdings, totals, claimed or {}, now, rules, for_batch, others or {})
     never = case.never()
     if never is not None:
         return Never(never)
     if case.fits_without(()):
         return Fits()
+    outside = case.outside()
+    if outside is not None:
+        return Wait(outside, None, outside=True)
     leaving = tuple(one for one in holdings if one.leaving)
     if case.fits_without(leaving):
         return Wait(f"{need.model} starts when {_names(leaving)} is gone.", None, promised=True)
@@ -226,19 +246,38 @@ class _Case:
     now: float
     rules: Rules
     for_batch: bool
+    others: Bytes = field(default_factory=dict)
 
     def never(self) -> str | None:
-        """The arithmetic, if no eviction could make room."""
+        """The arithmetic, if no eviction could make room, and no other program."""
         for device, count in self.need.bytes.items():
             if device not in self.totals:
                 return f"{self.need.model} needs {size(count)} on {device}, and this machine has no {device}."
-            pinned = [one for one in self.holdings if one.pinned and one.bytes.get(device)]
-            held = used(pinned, device)
-            if count + held > self.totals[device]:
-                text = f"{self.need.model} needs {size(count)} on {device}, which has {size(self.totals[device])}"
-                beside = f", of which {size(held)} is held by what is pinned ({_names(pinned)})" if pinned else ""
-                return f"{text}{beside}."
+            whole = self.totals[device] + self.others.get(device, 0)
+            if count + used(self._pinned(device), device) > whole:
+                return f"{self._arithmetic(device, whole)}."
         return None
+
+    def outside(self) -> str | None:
+        """The arithmetic, if no eviction could make room while other programs hold what they do."""
+        for device, count in self.need.bytes.items():
+            total, others = self.totals[device], self.others.get(device, 0)
+            if others and count + used(self._pinned(device), device) > total:
+                text = self._arithmetic(device, total + others)
+                return (
+                    f"{text}; it waits until other programs, which hold {size(others)} there, give enough of it back."
+                )
+        return None
+
+    def _arithmetic(self, device: str, whole: int) -> str:
+        pinned = self._pinned(device)
+        text = f"{self.need.model} needs {size(self.need.bytes[device])} on {device}, which has {size(whole)}"
+        held = size(used(pinned, device))
+        return f"{text}, of which {held} is held by what is pinned ({_names(pinned)})" if pinned else text
+
+    def _pinned(self, device: str) -> list[Holding]:
+        """Those on `device` that stay whatever happens; an operator may have told one to go nevertheless."""
+        return [one for one in self.holdings if one.pinned and not one.leaving and one.bytes.get(device)]
 
     def short(self, gone: Iterable[Holding]) -> list[str]:
         """The devices that lack room for it once `gone` are gone."""

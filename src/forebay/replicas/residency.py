@@ -69,6 +69,10 @@ class Books(Protocol):
         """What engines may take in all, by device."""
         ...
 
+    def others(self) -> Bytes:
+        """What the programs of others hold of what engines could take, by device: it is not in the totals."""
+        ...
+
     def allowed(self) -> Bytes:
         """What engines may hold now: less than in all while the machine has too little left for all the rest."""
         ...
@@ -129,7 +133,7 @@ class Residency:
         wishes = [wish for record in lacking.values() for wish in self._wishes(record, wanted[record.name], now)]
         holdings = self._holdings(records, wanted, now)
         starts = []
-        for wish, verdict in agenda(wishes, holdings, self._books.totals(), now, self._rules):
+        for wish, verdict in self._agenda(wishes, holdings, now):
             record = lacking[wish.need.model]
             if isinstance(verdict, Fits):
                 record.waiting = record.ordered_at = None
@@ -151,17 +155,17 @@ class Residency:
         if not need.bytes:
             return None
         holdings = self._holdings(records, {each.name: Wanted() for each in records}, now)
-        verdict = plan(need, holdings, self._books.totals(), now, self._rules)
+        verdict = plan(need, holdings, self._books.totals(), now, self._rules, others=self._books.others())
         return verdict.reason if isinstance(verdict, Never) else None
 
     def check_together(self, records: Iterable[ModelRecord]) -> None:
         """Raise SetupError if `records`, which are loaded at the start, cannot all be in memory at once."""
-        totals = self._books.totals()
+        totals, others = self._books.totals(), self._books.others()
         held: list[Holding] = []
         for record in records:
             for number in range(record.settings.replicas):
                 need = Need(record.name, self._books.need(record.name))
-                verdict = plan(need, held, totals, 0.0, self._rules)
+                verdict = plan(need, held, totals, 0.0, self._rules, others=others)
                 if isinstance(verdict, Never):
                     raise SetupError(
                         f"The models that are loaded at the start do not fit into memory together: {verdict.reason} "
@@ -171,6 +175,9 @@ class Residency:
                 held.append(_pinned(need, f"{record.name} {number}"))
 
     # What waits.
+
+    def _agenda(self, wishes: list[Wish], holdings: list[Holding], now: float) -> list[tuple[Wish, Plan]]:
+        return agenda(wishes, holdings, self._books.totals(), now, self._rules, others=self._books.others())
 
     def _wishes(self, record: ModelRecord, wanted: Wanted, now: float) -> list[Wish]:
         """One for each replica that is missing; for all but its first one nobody leaves."""
