@@ -33,8 +33,8 @@ slots = 8
 LINES = 24  # in three chunks
 LINE = "[[fake echo=1 token_ms=50]]"  # 0.2 s: one worker does 1.7 batches a second, whatever the processor does
 PACE = 1.0  # well below that
-BACKLOG, BACKLOG_LONG = 28, 40
-KILLS = 10
+BACKLOG, BACKLOG_LONG = 20, 40
+KILLS, KILLS_LONG = 4, 10
 RESCUE_SECONDS = 5.0
 RATE_MIN = 0.95
 SEED = 8
@@ -121,7 +121,9 @@ async def pair(postgres: OwnPostgres, server: Server, environment: Mapping[str, 
 
 @pytest.mark.timeout(900)
 async def test_one_of_two_is_killed(tmp_path: Path, prove: bool) -> None:
-    lease_seconds, backlog = (LEASE_SECONDS_LONG, BACKLOG_LONG) if prove else (LEASE_SECONDS, BACKLOG)
+    lease_seconds, backlog, kills = (LEASE_SECONDS, BACKLOG, KILLS)
+    if prove:
+        lease_seconds, backlog, kills = (LEASE_SECONDS_LONG, BACKLOG_LONG, KILLS_LONG)
     async with own_postgres() as postgres:
         environment = {"FOREBAY_DATABASE_URL": postgres.url, "FOREBAY_LOG_FORMAT": "json"}
         idle = {**environment, "FOREBAY_JOBS_ENABLED": "false"}
@@ -131,7 +133,7 @@ async def test_one_of_two_is_killed(tmp_path: Path, prove: bool) -> None:
             steady_load(server, PACE, LINES, LINE) as load,
         ):
             before = await load.drain(backlog)
-            await load.offer_during(workers.kill(KILLS))
+            await load.offer_during(workers.kill(kills))
             assert len(workers.workers) == 1
             after = await load.drain_as_fast(backlog, RATE_MIN * before)
             workers.unharmed()
