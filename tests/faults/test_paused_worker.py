@@ -162,7 +162,7 @@ async def keep_supplied(customer: Customer, stop: asyncio.Event) -> None:
 
 @pytest.mark.timeout(1800)
 async def test_what_a_paused_worker_says_late_is_refused(tmp_path: Path, prove: bool) -> None:
-    rounds = ROUNDS if prove else 10
+    rounds = ROUNDS if prove else 5
     url = postgres.new_database()
     site = Site(tmp_path, url, ["server", "first", "second"], lease_seconds=LEASE_SECONDS)
     database = await Database.open(Settings(data_dir=tmp_path / "server", database_url=SecretStr(url)))
@@ -312,7 +312,7 @@ def result(number: int, who: str, *, lost: bool) -> Result:
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 async def test_late_writes_are_refused_in_any_order(kind: str, tmp_path: Path, prove: bool) -> None:
     """Two attempts at one chunk, whose writes are interleaved by chance: only those of the one that holds it count."""
-    chance, rounds = seeded(7), ROUNDS if prove else 60
+    chance, rounds = seeded(7), ROUNDS if prove else 30
     async with stores(kind, tmp_path) as shared:
         refused = 0
         for _ in range(rounds):
