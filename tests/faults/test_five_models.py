@@ -102,7 +102,7 @@ def _time(stamp: str) -> float:
 
 @pytest.mark.timeout(900)
 async def test_five_models_in_half_the_memory_that_they_take(prove: bool) -> None:
-    seconds = 600.0 if prove else 20.0
+    seconds = 600.0 if prove else 12.0
     async with serving(CONFIG, environment={"FOREBAY_LOG_FORMAT": "json"}) as server:
         await server.session.close()
         server.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300))
