@@ -41,3 +41,27 @@ logging.getLogger("library").error("about nothing")
     told = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
     assert told == ["ERROR library about ValueError", "ERROR library about nothing"]
     assert "CancelledError" not in ended.stderr
+
+
+@pytest.mark.parametrize("event", ["server.ready", "intake.token_refused.and.more"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {
+            "status": 200,
+            "path": "/v1/models",
+            "ms": 1.5,
+            "reason": 'it\'s "no"',
+            "none": None,
+            "model": "",
+            "z": ["a b"],
+        },
+        {"exception": "Traceback:\n  a line", "path": "a=b"},
+        {"z": "ends in blanks  "},
+    ],
+)
+def test_a_line_of_text_is_as_the_library_writes_it(event: str, fields: dict[str, object]) -> None:
+    line = {"event": event, "level": "info", "timestamp": "2026-11-22T00:00:00.000000Z", **fields}
+    expected = structlog.dev.ConsoleRenderer(colors=False, pad_event_to=24)(None, "info", dict(line))
+    assert telemetry.text_line(None, "info", dict(line)) == expected

@@ -81,9 +81,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.watchers = jobs.Watchers(
         settings.jobs.watchers_max, settings.jobs.watch_seconds, lambda: bool(app.state.stopping)
     )
+    app.include_router(router)  # first what is asked most: the search goes from here to the end
     app.include_router(health.open_router)
     app.include_router(health.router)
-    app.include_router(router)
     app.include_router(unversioned)
     app.include_router(files.router)
     app.include_router(uploads.router)

@@ -4,7 +4,7 @@ It refuses to go on with events once the reader is gone.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 from starlette.types import Message, Receive, Send
 
@@ -16,10 +16,15 @@ EVENT_STREAM = [
 _PIECE_BYTES = 2**18  # of a body, so that a reader who takes it slowly is seen to go on
 
 
-def in_pieces(body: bytes, *, ends: bool) -> Iterator[Message]:
+def in_pieces(body: bytes, *, ends: bool) -> Iterable[Message]:
     """The messages of a body, the last of which is that of the answer if it `ends` there."""
-    # An empty body is a message too: without one the next request on the connection would have no answer.
-    for start in range(0, max(1, len(body)), _PIECE_BYTES):
+    if len(body) <= _PIECE_BYTES:  # an empty one is a message too: without it the next request would have no answer
+        return ({"type": "http.response.body", "body": body, "more_body": not ends},)
+    return _cut(body, ends=ends)
+
+
+def _cut(body: bytes, *, ends: bool) -> Iterator[Message]:
+    for start in range(0, len(body), _PIECE_BYTES):
         end = start + _PIECE_BYTES
         yield {"type": "http.response.body", "body": body[start:end], "more_body": not ends or end < len(body)}
 

@@ -251,6 +251,8 @@ class Calls:
         )
         call = asked.endpoint.build(body, context)
         priority = call.request.priority if asked.priority is None else asked.priority
+        if key is None and priority is call.request.priority:
+            return call
         return replace(call, request=replace(call.request, priority=priority, caller_key=key))
 
     def _rules(self, name: str, model: Model, traits: Traits, key: str | None) -> ItemRules:

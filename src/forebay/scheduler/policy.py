@@ -15,6 +15,7 @@ from forebay.scheduler.router import Seats, pick_replica
 from forebay.scheduler.shares import Shares
 
 _SPARE_PLACES = 1
+_FEW = 2  # from which on there is an order
 _NEW_SHARES = Shares()
 
 
@@ -49,6 +50,10 @@ def in_order(
     and a long line would otherwise lift all of it over whoever comes. (2) Then the lower start tag; (3) then the
     earlier.
     """
+    waiting = list(waiting)
+    if len(waiting) < _FEW:  # as it is most of the time
+        yield from waiting
+        return
     lines: dict[str, list[tuple[tuple[float, int], Ticket]]] = {}
     for ticket in waiting:
         lines.setdefault(ticket.project, []).append((rank(ticket, now, ageing_seconds), ticket))

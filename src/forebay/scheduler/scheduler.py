@@ -391,6 +391,8 @@ class Scheduler:
         hall.grants[ticket.number].set_result(replica)
 
     def _background(self, hall: _Hall, seats: list[Seats], now: float) -> Background:
+        if not len(hall.backlog):
+            return _NO_BATCH
         waiting = _waiting(hall, hall.backlog)
         head = next(in_order(waiting, now, math.inf, hall.backlog.shares), None)
         if head is None or not self.well():
