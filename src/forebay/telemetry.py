@@ -41,6 +41,7 @@ EVENTS = {
     "engine.no_tools_probe": "An engine did not say what its chat template can do.",
     "model.state": "A model changed its state.",
     "model.waiting": "A model waits for memory, and for whom.",
+    "model.refused": "There will be no memory for a model, whoever leaves; the reason has the arithmetic.",
     "model.swapped": "A model leaves its memory to another.",
     "model.idle": "A model is unloaded because nobody has asked for it.",
     "memory.gate_closed": "The machine has little memory left, or a hot GPU: it loads nothing, and batch work waits.",

@@ -76,6 +76,9 @@ async def test_two_models_that_do_not_fit_together_take_turns() -> None:
         assert (refused.status, refused.code) == (503, "model_too_large")
         assert refused.headers["x-should-retry"] == "false"
         assert "huge needs 1.9 GiB on host, which has 0.9 GiB." in refused.error["message"]  # type: ignore[index]
+        await eventually(lambda: server.named("model.refused"), what="the refusal to be told")
+        (told,) = server.named("model.refused")
+        assert (told["model"], told["reason"]) == ("huge", "huge needs 1.9 GiB on host, which has 0.9 GiB.")
 
         both = [ask(server, f"Caller {each}.", model=("one", "two")[each % 2]) for each in range(24)]
         answers = await asyncio.gather(*both)

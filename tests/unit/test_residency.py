@@ -95,13 +95,18 @@ def test_a_pinned_model_stays_and_what_cannot_fit_beside_it_is_refused() -> None
     assert "pinned (one)" in str(home.residency.refusal(home.record("two"), home.records))
 
 
-def test_what_is_larger_than_the_machine_is_refused_with_the_arithmetic() -> None:
+def test_what_is_larger_than_the_machine_is_refused_with_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
     home = house(Kind("huge", 5 * 2**30), total=4 * 2**30)
     refusal = home.residency.refusal(home.record("huge"), home.records)
     assert refusal == "huge needs 5.0 GiB on host, which has 4.0 GiB."
     ask(home, "huge", seconds=2)
     assert not home.story.loads
     assert (home.record("huge").wanted, home.record("huge").reason) == (False, refusal)
+    ask(home, "huge", seconds=2)
+    told = capsys.readouterr()
+    lines = [line for line in (told.out + told.err).splitlines() if "model.refused" in line]
+    assert len(lines) == 1, "it is told once, however often somebody asks"
+    assert str(refusal) in lines[0]
 
 
 def test_a_model_waits_while_other_programs_hold_its_memory_and_comes_when_they_give_it_back() -> None:

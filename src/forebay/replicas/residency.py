@@ -139,8 +139,7 @@ class Residency:
                 record.waiting = record.ordered_at = None
                 starts.append(record)
             elif isinstance(verdict, Never) and not wish.extra:
-                record.refuse(verdict.reason)
-                self.on_refused(record.name)
+                self._refuse(record, verdict.reason)
             elif not wish.extra:
                 self._wait(record, verdict.reason)
                 self._act(wish, verdict, records, wanted, now)
@@ -209,6 +208,12 @@ class Residency:
         if record.waiting is None:
             self._log.info("model.waiting", model=record.name, reason=reason)
         record.waiting = reason
+
+    def _refuse(self, record: ModelRecord, reason: str) -> None:
+        if record.waiting != reason:  # told once, however often somebody asks
+            self._log.warning("model.refused", model=record.name, reason=reason)
+        record.refuse(reason)
+        self.on_refused(record.name)
 
     def _forget(self, record: ModelRecord, wanted: Wanted, now: float) -> None:
         """Let go of a model that was announced, waits for memory, and is asked for by nobody."""
