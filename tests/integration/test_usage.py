@@ -12,9 +12,10 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.batches import create, finished, jsonl, line, results, upload
+from tests.support.batches import create, finished, jsonl, line, results, submit, upload
 from tests.support.images import data_url as image_url
 from tests.support.images import picture
+from tests.support.jobs import until_at, until_ended
 from tests.support.recordings import data_url, wav
 from tests.support.server import FAKE, Server, chat_body, eventually, serving
 from tests.support.wire import wire
@@ -165,6 +166,36 @@ async def test_recordings_and_pictures_beyond_a_quota_are_refused_before_they_co
     assert (await ask(server, key, "/v1/images/generations", drawing))[0] == 429
     found = await counted(server, key, 2)
     assert (found["audio_seconds"], found["megapixel_steps"]) == (4, 0)
+
+
+async def test_lines_and_jobs_wait_for_what_a_request_holds_and_gives_back(server: Server) -> None:
+    key = await limited(server, "patient", "audio_seconds=4/day")
+    mine = type(server)(server.process, server.folder, server.folder / "server.log")
+    mine.url, mine.key = server.url, key
+    before = sum(await server.load())
+    slow = {"model": "fake", "url": data_url(wav(4)), "prompt": "[[fake token_ms=20000]]"}
+    holding = asyncio.create_task(ask(server, key, "/v1/audio/transcriptions", slow))
+
+    async def held() -> bool:
+        return sum(await server.load()) > before
+
+    try:
+        await eventually(held, what="the request to hold its quota")
+        body = {"model": "fake", "url": data_url(wav(2))}
+        spoken = {"custom_id": "a", "method": "POST", "url": "/v1/audio/transcriptions", "body": body}
+        batch = await submit(mine, [spoken], endpoint="/v1/audio/transcriptions")
+        status, job, _ = await ask(server, key, "/v1/audio/transcriptions", {**body, "background": True})
+        assert status == 202, job
+        await until_at(mine, job["id"], "decoding")
+        assert not holding.done()
+        holding.cancel()
+        output, errors = await results(mine, await finished(mine, batch["id"]))
+        assert (len(output), errors) == (1, [])
+        assert (await until_ended(mine, job["id"]))["status"] == "completed"
+    finally:
+        holding.cancel()
+        await mine.disconnect()
+    assert (await counted(server, key, 2))["audio_seconds"] == 4
 
 
 async def test_where_a_quota_is_used_up_nothing_is_received(server: Server) -> None:

@@ -195,6 +195,9 @@ async def test_work_that_can_wait_waits_for_what_others_may_give_back() -> None:
 async def test_it_waits_as_long_as_others_hold_what_would_do_and_sees_what_is_used_elsewhere() -> None:
     meter, books, clock = _metered("tokens=100/day")
     held = await _reserve(meter, Amounts(1, 90))
+    await meter.require("a", Amounts(1, 11))
+    with pytest.raises(QuotaExceeded):
+        await meter.require("a", Amounts(1, 101))
     aside: list[str] = []
 
     @contextmanager

@@ -227,10 +227,15 @@ class Meter:
             ) from None
 
     async def require(self, project: str, least: Amounts) -> None:
-        """Raise QuotaExceeded where so much is not left, and take nothing: for work that comes before."""
+        """Raise QuotaExceeded where so much will not be left whatever others give back, and take nothing.
+
+        It is for work that comes before: of what is received nobody knows yet whether it can wait.
+        """
         if self.counts(project):
             await self.look(project, least)
-            self._check(project, least)
+            balance = self._balance(project)
+            if not self._fits(project, least, balance.reserved + balance.doubtful):
+                self._check(project, least)
 
     def headers(self, project: str) -> dict[str, str]:
         """What is left of each quota, for an answer; of a day's and a month's of one resource that with less."""
