@@ -65,11 +65,15 @@ class PaceSettings(Section):
         True, description="Bound batch work beside online work on the same device, and pause the engines that do it."
     )
     resume_seconds: Annotated[float, Field(ge=0, le=60)] = Field(
-        0.1, description="Engines that were paused go on when nobody has been online on their device for this long."
+        0.02, description="Engines that were paused go on when nobody has been online on their device for this long."
     )
     quiet_seconds: Seconds = Field(
         2,
         description="After this long, batch work is let in without a bound that cannot be paused: that of a model with online traffic of its own.",
+    )
+    brief_seconds: Annotated[float, Field(ge=0, le=60)] = Field(
+        0.05,
+        description="So much of it is let in before, whenever nobody is online, as has lately ended within this long.",
     )
     tolerance_good: Annotated[float, Field(ge=1, le=10)] = Field(
         1.1,

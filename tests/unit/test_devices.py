@@ -20,7 +20,8 @@ from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock
 from tests.support.hallway import Bench, Room, Visitor, request, settle
 
-PACE = PaceSettings(resume_seconds=0.1, quiet_seconds=2, hold_seconds_max=60, floor_seconds=3)
+PACE = PaceSettings(resume_seconds=0.1, quiet_seconds=2, brief_seconds=0, hold_seconds_max=60, floor_seconds=3)
+BRIEF = PACE.model_copy(update={"brief_seconds": 0.05})
 SETTINGS = SchedulerSettings(headroom_seconds=10, batch_floor_seconds=1000)
 TOKEN_SECONDS = 0.02
 
@@ -118,12 +119,17 @@ DEVICES = {"chat": "cpu", "speech": "cpu", "pictures": "cpu", "elsewhere": "", "
 
 
 @pytest.fixture
-async def hall() -> AsyncIterator[Hall]:
+def pace() -> PaceSettings:
+    return PACE
+
+
+@pytest.fixture
+async def hall(pace: PaceSettings) -> AsyncIterator[Hall]:
     async with aiohttp.ClientSession() as session:
         clock, metrics = FakeClock(), Metrics()
         house = House(clock)
         limits = {name: Limits(4, 8, 60.0, device=device) for name, device in DEVICES.items()}
-        scheduler = Scheduler(house, limits, SETTINGS, 1.0, clock, metrics, pace=PACE)
+        scheduler = Scheduler(house, limits, SETTINGS, 1.0, clock, metrics, pace=pace)
         yield Hall(house, scheduler, clock, metrics, session)
         scheduler.close()
 
@@ -398,3 +404,59 @@ async def test_a_line_that_can_go_on_steps_aside_for_its_own_model_and_comes_bac
     assert not stands(chat)
     await hall.leave(line)
     assert hall.scheduler.load("chat") == (0, 0)
+
+
+async def test_a_line_that_can_go_on_stands_still_where_it_is_for_another_model(hall: Hall) -> None:
+    chat = hall.open("chat")
+    hall.open("pictures")
+    line = Line(hall.scheduler, replace(request(1, Priority.BATCH), model="chat"))
+    await settle()
+    further = Line(hall.scheduler, replace(request(2, Priority.BATCH), model="chat"))
+    await settle()
+    online = await hall.visit("pictures", 3)
+    hall.scheduler.changed("chat")
+    await settle()
+    assert stands(chat)
+    assert (line.preempted, further.preempted) == (0, 0)
+    await hall.leave(online)
+    await hall.advance(PACE.resume_seconds)
+    assert not stands(chat)
+
+
+async def some_online(hall: Hall, number: int) -> None:
+    """A visit that is over, and the gap after it."""
+    await hall.leave(await hall.visit("chat", number))
+    await hall.advance(BRIEF.resume_seconds)
+
+
+@pytest.mark.parametrize("pace", [BRIEF])
+async def test_lines_that_are_soon_over_run_in_any_gap_as_many_as_are_over_in_time(hall: Hall) -> None:
+    hall.open("chat", slots=8)
+    await some_online(hall, 1)
+    lines = [await hall.batch("chat", number) for number in range(2, 8)]
+    assert [line.waits for line in lines] == [False, *[True] * 5], "one is tried"
+    hall.clock.advance(0.015)
+    await hall.leave(lines[0])
+    assert [line.waits for line in lines[1:]] == [False, False, False, True, True], "three times 15 ms"
+    online = await hall.visit("chat", 9)
+    await hall.leave(lines[1])
+    assert lines[4].waits, "somebody is online"
+    await hall.leave(online)
+    assert lines[4].waits
+    await hall.advance(BRIEF.resume_seconds)
+    assert not lines[4].waits
+
+
+@pytest.mark.parametrize("pace", [BRIEF])
+async def test_lines_that_take_long_wait_for_quiet_once_that_is_known(hall: Hall) -> None:
+    hall.open("chat")
+    await some_online(hall, 1)
+    first = await hall.batch("chat", 2)
+    assert not first.waits
+    hall.clock.advance(0.3)
+    await hall.leave(first)
+    await some_online(hall, 3)
+    later = await hall.batch("chat", 4)
+    assert later.waits
+    await hall.advance(BRIEF.quiet_seconds)
+    assert not later.waits

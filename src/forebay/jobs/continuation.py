@@ -13,7 +13,7 @@ from forebay.jobs.admission import Admission
 from forebay.scheduler.gather import Gathered
 from forebay.telemetry import Metrics
 
-TOKENS_MIN = 16  # fewer are as soon written again
+TOKENS_MIN = 4  # fewer are as soon written again
 
 
 class Continuation:

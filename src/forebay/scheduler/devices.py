@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from forebay.clock import Clock
 from forebay.replicas.replica import Replica
+from forebay.scheduler.brief import Brief
 from forebay.scheduler.pace import Bound, Claim, Pace, Signal, to_run
 from forebay.scheduler.queue import Ticket
 from forebay.server_config import PaceSettings
@@ -23,9 +24,23 @@ _SAMPLE_SECONDS_ALONE = 0.1  # the same while there is no batch work that they c
 _FREE = Bound(None, None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Batch work that was granted a place on `replica`, which had stood still for so many seconds in all by then."""
+
+    ticket: Ticket
+    replica: Replica
+    began_at: float
+    still_before: float
+
+    def seconds(self, now: float) -> float:
+        """How long it has run."""
+        return now - self.began_at - (self.replica.paused_seconds - self.still_before)
+
+
 @dataclass(slots=True)
 class _Device:
-    """What is known of one device. `batch` has the replica of each batch ticket that was granted a place on it.
+    """What is known of one device. `batch` has what each batch ticket runs that was granted a place on it.
 
     `online` counts online requests by replica, `last_online` is when a model last had one. `since` is when a replica was
     last paused or resumed. `busy`: batch work runs or waits. `offered` is the bound at which those who wait were last told to look again.
@@ -35,10 +50,11 @@ class _Device:
     name: str
     models: list[str]
     pace: Pace
+    brief: Brief
     online: Counter[str] = field(default_factory=Counter)
     last_online: dict[str, float] = field(default_factory=dict)
     online_of: Counter[str] = field(default_factory=Counter)
-    batch: dict[int, tuple[Ticket, Replica]] = field(default_factory=dict)
+    batch: dict[int, _Run] = field(default_factory=dict)
     since: dict[str, float] = field(default_factory=dict)
     served_at: dict[str, float] = field(default_factory=dict)
     busy: bool = False
@@ -105,7 +121,9 @@ class Devices:
         self._of: dict[str, _Device] = {}
         for model, name in device_of.items():
             if name and settings.enabled:
-                device = self._devices.setdefault(name, _Device(name, [], Pace(settings)))
+                device = self._devices.setdefault(
+                    name, _Device(name, [], Pace(settings), Brief(settings.brief_seconds))
+                )
                 device.models.append(model)
                 self._of[model] = device
         for device in self._devices.values():
@@ -129,7 +147,7 @@ class Devices:
             return
         now = self._clock.monotonic()
         if ticket.batch:
-            device.batch[ticket.number] = (ticket, replica)
+            device.batch[ticket.number] = _Run(ticket, replica, now, replica.paused_seconds)
             device.since.setdefault(replica.id, now)
             device.served_at[ticket.model] = now
         else:
@@ -145,10 +163,7 @@ class Devices:
             return
         now = self._clock.monotonic()
         if ticket.batch:
-            _, replica = device.batch.pop(ticket.number, (None, None))
-            if replica is not None and not any(other is replica for _, other in device.batch.values()):
-                self._resume(device, replica, now)
-                device.since.pop(replica.id, None)
+            self._ended(device, ticket, now)
         else:
             device.pace.left(now)
             device.online_of[ticket.model] -= 1
@@ -157,6 +172,17 @@ class Devices:
                 device.online[ticket.replica_id] -= 1
                 device.online += Counter()  # forgets those at nought
         self._settle(device, now)
+
+    def _ended(self, device: _Device, ticket: Ticket, now: float) -> None:
+        run = device.batch.pop(ticket.number, None)
+        if run is None:
+            return
+        beside = sum(other.ticket.taken for other in device.batch.values() if other.replica is run.replica)
+        if not ticket.preempted:
+            device.brief.learn(ticket.model, run.seconds(now) / (beside + ticket.taken))
+        if not beside:
+            self._resume(device, run.replica, now)
+            device.since.pop(run.replica.id, None)
 
     def changed(self, model: str) -> None:
         """Replicas of `model` came or went, or are about to go."""
@@ -174,10 +200,19 @@ class Devices:
         limit = bound.staying if self._stays(device, model, now, yields=yields) else bound.yielding
         if limit is None:
             return None
-        others = sum(
-            ticket.taken for ticket, replica in device.batch.values() if ticket.model != model and not replica.paused
-        )
-        return max(0, limit - others)
+        room = self._beside_others(device, model, limit)
+        return max(room, device.brief.places(model)) if bound.yielding is None else room
+
+    def room_beside(self, model: str) -> int | None:
+        """The same for work that runs already, where online work is or may be in one process with it; None if it is not.
+
+        Work that can be paused where it is has no need to leave.
+        """
+        device = self._of.get(model)
+        if device is None or not self._in_one_process(device, model):
+            return None
+        limit = device.pace.bound(self._clock.monotonic()).staying
+        return None if limit is None else self._beside_others(device, model, limit)
 
     def ear(self, model: str) -> Ear | None:
         """What hears an online answer of `model` that begins now."""
@@ -187,17 +222,23 @@ class Devices:
     def note(self, device: _Device, signal: Signal, model: str, seconds: float, now: float) -> None:
         """An online answer took so long for `signal`."""
         if device.pace.seen(signal, model, seconds, now):
-            self._log.debug("pace.changed", device=device.name, level=device.pace.level)
+            self._log.debug("pace.changed", device=device.name, bound=device.pace.level)
             self._settle(device, now)
 
     def _stays(self, device: _Device, model: str, now: float, *, yields: bool) -> bool:
         """Whether batch work of `model` may soon run beside online work in one process, which cannot be paused."""
-        if device.online_of[model]:
-            return True
         last = device.last_online.get(model)
-        if not yields and last is not None and now < last + self._settings.quiet_seconds:
-            return True
-        return not all(replica.traits.pausable for replica in self._replicas(model))
+        lately = not yields and last is not None and now < last + self._settings.quiet_seconds
+        return lately or self._in_one_process(device, model)
+
+    def _in_one_process(self, device: _Device, model: str) -> bool:
+        return device.online_of[model] > 0 or not all(replica.traits.pausable for replica in self._replicas(model))
+
+    def _beside_others(self, device: _Device, model: str, limit: int) -> int:
+        runs = device.batch.values()
+        return max(
+            0, limit - sum(run.ticket.taken for run in runs if run.ticket.model != model and not run.replica.paused)
+        )
 
     def _settle(self, device: _Device, now: float) -> None:
         """Have those engines run that may, and look again when time alone changes that."""
@@ -244,9 +285,9 @@ class Devices:
         """What batch work fills by replica, and the replicas."""
         places: Counter[str] = Counter()
         replicas: dict[str, Replica] = {}
-        for ticket, replica in device.batch.values():
-            places[replica.id] += ticket.taken
-            replicas[replica.id] = replica
+        for run in device.batch.values():
+            places[run.replica.id] += run.ticket.taken
+            replicas[run.replica.id] = run.replica
         return places, list(replicas.values())
 
     def _may_pause(self, device: _Device, replica: Replica) -> bool:
@@ -301,7 +342,7 @@ class Devices:
 
     def _measure(self, device: _Device) -> None:
         def paused() -> int:
-            return len({replica.id for _, replica in device.batch.values() if replica.paused})
+            return len({run.replica.id for run in device.batch.values() if run.replica.paused})
 
         self._metrics.pace_level.labels(device.name).set_function(lambda: device.pace.level)
         self._metrics.paused.labels(device.name).set_function(paused)

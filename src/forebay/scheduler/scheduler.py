@@ -427,7 +427,7 @@ class Scheduler:
         if not (hall.batch and self._settings.preempt):
             return
         running = [ticket for ticket in hall.batch.values() if ticket.number not in hall.leaving]
-        for ticket in to_step_aside(running, self._devices.room(model, yields=True)):
+        for ticket in to_step_aside(running, self._devices.room_beside(model)):
             self._preempt(hall, ticket, now)
 
     def _preempt(self, hall: _Hall, ticket: Ticket, now: float) -> None:
