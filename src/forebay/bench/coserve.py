@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forebay.bench.mixed import EDGE, PIECE_SECONDS, TEXT_WORDS, TOKENS, Answers, Kind, alone, kinds, offer
-from forebay.bench.mixed_batches import Batches, Handed, handing_in
+from forebay.bench.mixed_batches import Batches, handing_in
 from forebay.bench.processes import below, spent_seconds
 from forebay.bench.recordings import telephone_call
 from forebay.bench.report import Measure, Report, percentile
@@ -144,7 +144,7 @@ def _notes(plan: Plan, size: Size) -> list[str]:
     return [
         f"{', '.join(_MODELS[kind] for kind in plan.kinds)}, with the settings of the catalogue; no vectors are kept.",
         f"Online: {size.load:.0%} of the machine for {size.seconds:g} s, of that {shares}.",
-        f"A batch of {size.lines} lines ({', '.join(plan.lines)}); those count that are done in this time. Then it is cancelled.",
+        f"A batch of {size.lines} lines ({', '.join(plan.lines)}); those count that are done in this time, over all of it. Then it is cancelled.",
         f"Chat has {TOKENS} tokens at most, texts {TEXT_WORDS[0]} to {TEXT_WORDS[1]} words. Lines are about the same.",
         f"Recordings are {PIECE_SECONDS:g} s of a telephone call, images {EDGE} x {EDGE} pixels.",
         "Work is counted in the time that the machine takes for one of that kind, with nothing else and enough of these.",
@@ -210,24 +210,23 @@ class _Bench:
     async def _beside(self, seed: int) -> _Seen:
         """The load beside a batch of each kind of lines, which are cancelled at its end."""
         count = self.size.lines // len(self.plan.lines)
-        handed_in = {name: self.batches.hand_in(self.kinds[name], count, seed) for name in self.plan.lines}
         async with AsyncExitStack() as stack:
-            running = {name: await stack.enter_async_context(batch) for name, batch in handed_in.items()}
-            return await self._load(seed, 1, running)
+            for name in self.plan.lines:
+                await stack.enter_async_context(self.batches.hand_in(self.kinds[name], count, seed))
+            return await self._load(seed, 1, self.plan.lines)
 
-    async def _load(self, seed: int, salt: int, running: Mapping[str, Handed] | None = None) -> _Seen:
+    async def _load(self, seed: int, salt: int, lines: Sequence[str] = ()) -> _Seen:
         rates = {name: self.size.load * share / self.seconds_of[name] for name, share in self.plan.online.items()}
-        running = running or {}
         cpu, before, began = spent_seconds(self.server_pid), await self.batches.done(), now()
         offering = asyncio.create_task(offer(self.kinds, rates, self.size.seconds, seed, salt))
         await asyncio.sleep(self.size.seconds)
         seconds, used = now() - began, spent_seconds(self.server_pid) - cpu
         after = await self.batches.done()
-        lines = {name: (after[name] - before[name]) / await each.seconds(seconds) for name, each in running.items()}
+        done = {name: (after[name] - before[name]) / seconds for name in lines}
         answers = await offering
         for replies in answers.values():
             self.report.count(reply.trouble for reply in replies)
-        return _Seen(answers, used / seconds / (os.cpu_count() or 1), lines)
+        return _Seen(answers, used / seconds / (os.cpu_count() or 1), done)
 
     def _add(self, seen: Mapping[str, _Seen]) -> None:
         timed = {where: times(each.answers) for where, each in seen.items()}

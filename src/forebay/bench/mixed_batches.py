@@ -25,20 +25,6 @@ _DONE = re.compile(r'^forebay_batch_lines_total\{model="([^"]+)",outcome="comple
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
-    """A batch that was handed in."""
-
-    caller: Caller
-    id: str
-
-    async def seconds(self, most: float) -> float:
-        """For how many of the last `most` seconds it has run: for all of them, unless it has ended before, to the second."""
-        batch = await self.caller.batch(self.id)
-        ran = (batch["completed_at"] or 0) - (batch["in_progress_at"] or 0)
-        return min(most, max(1.0, ran)) if batch["status"] in ENDED else most
-
-
-@dataclass(frozen=True, slots=True)
 class Batches:
     """Hands batches in; `models` says which model has which kind of lines."""
 
@@ -50,18 +36,18 @@ class Batches:
     report: Report
 
     @asynccontextmanager
-    async def hand_in(self, kind: Kind, count: int, seed: int) -> AsyncIterator[Handed]:
+    async def hand_in(self, kind: Kind, count: int, seed: int) -> AsyncIterator[None]:
         """So many lines of this kind, which run; at the end of the block they stop."""
         path, chance = self.folder / f"{kind.name}.jsonl", seeded(seed)
         lines = await asyncio.to_thread(lambda: b"".join(kind.line(number, chance) for number in range(count)))
         await asyncio.to_thread(path.write_bytes, lines)
         async with calling(self.url, self.key, kind.path) as caller:
-            handed = Handed(caller, await caller.create(await caller.upload(path)))
-            await caller.until(handed.id, ENDED | {"in_progress"})
-            yield handed
-            if (await caller.batch(handed.id))["status"] not in ENDED:
-                await caller.cancel(handed.id)
-            await self._count(caller, await caller.until(handed.id, ENDED))
+            batch_id = await caller.create(await caller.upload(path))
+            await caller.until(batch_id, ENDED | {"in_progress"})
+            yield
+            if (await caller.batch(batch_id))["status"] not in ENDED:
+                await caller.cancel(batch_id)
+            await self._count(caller, await caller.until(batch_id, ENDED))
 
     async def done(self) -> dict[str, float]:
         """How many lines of each kind the server has ever answered."""
