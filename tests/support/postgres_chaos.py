@@ -68,11 +68,11 @@ class OwnPostgres:
     async def _connect_as(self, role: str) -> asyncpg.Connection:
         return await asyncpg.connect(host=str(self._folder), user=role, database="postgres", timeout=5)
 
-    async def restart_often(self, seconds: float, chance: random.Random) -> None:
-        """For so long end and start it every 5 to 40 s, with up to 2 s in between."""
+    async def restart_often(self, seconds: float, apart: tuple[float, float], chance: random.Random) -> None:
+        """For so long end and start it, with so many seconds from one start to the next end and up to 2 s without it."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            await asyncio.sleep(min(left, chance.uniform(5, 40)))
+            await asyncio.sleep(min(left, chance.uniform(*apart)))
             how = chance.choice(sorted(STOPS))
             await self.stop(how)
             await asyncio.sleep(chance.uniform(0, 2))
