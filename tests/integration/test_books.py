@@ -11,7 +11,7 @@ import pytest_asyncio
 from forebay.config import Settings
 from forebay.errors import StoreUnavailable
 from forebay.metering.books import Books
-from forebay.metering.journal import journals
+from forebay.metering.journal import Entry, Journal, journals
 from forebay.metering.meter import Meter
 from forebay.quotas import Account, Amounts, Counted, Use, parse_quotas
 from forebay.server_config import UsageSettings
@@ -59,8 +59,14 @@ class Room:
         await self.meter.reserve(project, "k", "m", "chat", lambda: Amounts(1))
 
 
+@pytest.fixture
+def records_of_the_dead() -> int:
+    """What a process left behind that ended before."""
+    return 0
+
+
 @pytest_asyncio.fixture
-async def room(tmp_path: Path) -> AsyncIterator[Room]:
+async def room(tmp_path: Path, records_of_the_dead: int) -> AsyncIterator[Room]:
     clock, settings = FakeClock(), Settings(data_dir=tmp_path / "data")
     database = await Database.open(settings)
     keys = KeyStore(database, clock)
@@ -68,6 +74,11 @@ async def room(tmp_path: Path) -> AsyncIterator[Room]:
     meter, usage = Meter(parse_quotas(["requests=1000/day"]), clock), GatedUsage(database, clock)
     limits = ProjectStore(database, clock)
     short = UsageSettings(journal_bytes_max=1024)
+    (tmp_path / "usage").mkdir()
+    dead = Journal.create(tmp_path / "usage", "node.dead")
+    for _ in range(records_of_the_dead):
+        dead.append(Entry("2027-01-15", Account(projects[0], "k", "m", "chat"), Use(1)))
+    dead.close(remove=False)
     books = Books(usage, limits, meter, tmp_path / "usage", "node", short, clock)
     await books.open()
     yield Room(usage, meter, books, tmp_path / "usage", projects)
@@ -138,3 +149,13 @@ async def test_callers_who_go_at_any_moment_leave_no_journal_and_lose_no_record(
     assert journals(room.folder) == []
     rows, _ = await room.usage.report(first="2000-01-01", last="2999-12-31", groups=(), limit=10)
     assert [row.use for row in rows] == [Use(records)]
+
+
+@pytest.mark.parametrize("records_of_the_dead", [50_000])
+async def test_a_journal_of_the_dead_that_is_too_long_for_one_piece_is_folded_in_several(
+    room: Room, records_of_the_dead: int
+) -> None:
+    rows, _ = await room.usage.report(first="2000-01-01", last="2999-12-31", groups=(), limit=10)
+    assert [row.use for row in rows] == [Use(records_of_the_dead)]
+    assert len(journals(room.folder)) == 1
+    await room.books.close()

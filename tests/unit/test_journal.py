@@ -42,6 +42,20 @@ def test_every_torn_end_ends_at_the_last_whole_record(journal: Journal, tmp_path
     assert len(set(ends)) == len(ENTRIES) + 2  # with the beginning of the file, and none
 
 
+def test_a_long_one_is_read_in_pieces(journal: Journal) -> None:
+    more = tuple(Entry("2026-11-22", Account("p", "k" * 60_000, f"m{each}", "chat"), Use(1)) for each in range(100))
+    for entry in more:
+        journal.append(entry)
+    found: list[Entry] = []
+    pieces, end = 0, 0
+    while (reading := read(journal.path, end)).entries:
+        found += reading.entries
+        pieces, end = pieces + 1, reading.end
+        assert end + reading.rest == journal.size
+    assert tuple(found) == (*ENTRIES, *more)
+    assert pieces == 2
+
+
 def test_a_record_that_was_changed_is_none(journal: Journal, tmp_path: Path) -> None:
     content = bytearray(journal.path.read_bytes())
     content[-3] ^= 1

@@ -231,13 +231,13 @@ class Books:
 
     async def _fold_abandoned(self, path: Path) -> None:
         folds, offset = await self._usage.place(path.stem)
-        reading = await asyncio.to_thread(read, path, offset)
-        known = await self._usage.project_names({entry.account.project for entry in reading.entries})
-        if unknown := [entry for entry in reading.entries if entry.account.project not in known]:
-            # The database is older than the journal, or another one.
-            self._log.warning("usage.unknown_project", records=len(unknown))
-        if reading.entries:
-            await self._usage.fold(self._node, Fold(path.stem, folds + 1, reading.end, _added_up(reading, known)))
+        while (reading := await asyncio.to_thread(read, path, offset)).entries:
+            known = await self._usage.project_names({entry.account.project for entry in reading.entries})
+            if unknown := [entry for entry in reading.entries if entry.account.project not in known]:
+                # The database is older than the journal, or another one.
+                self._log.warning("usage.unknown_project", records=len(unknown))
+            folds, offset = folds + 1, reading.end
+            await self._usage.fold(self._node, Fold(path.stem, folds, offset, _added_up(reading, known)))
         reach("usage.left_folded")
         if reading.rest:
             self._log.warning("usage.torn", bytes=reading.rest)

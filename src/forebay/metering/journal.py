@@ -21,6 +21,7 @@ from forebay.quotas import Account, Use
 _BEGINNING = b"forebay usage 1\n"
 _FRAME = struct.Struct("<II")  # the size of a record and its checksum
 _RECORD_BYTES_MAX = 65_536
+_PIECE_BYTES = 4 * 2**20  # of a journal that are read at once
 _SUFFIX = ".journal"
 _DRAFT = ".new"
 
@@ -88,7 +89,7 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a journal holds from an offset on. `rest` is how many bytes behind its last whole record make no record."""
+    """Some of what a journal holds from an offset on. `rest` is how many bytes there are behind: none of a record if it is empty."""
 
     entries: tuple[Entry, ...]
     end: int
@@ -127,17 +128,23 @@ def abandoned(path: Path) -> Iterator[bool]:
 
 
 def read(path: Path, offset: int) -> Reading:
-    """The records from `offset` on, or from the first one; a torn one ends it. Raises OSError."""
-    with path.open("rb") as file:
-        content = file.read()
+    """Records from `offset` on, or from the first one; a torn one ends them. Raises OSError.
+
+    There are none only behind the last one: a journal that grew while the database was away is read piece by piece.
+    """
     start = max(offset, len(_BEGINNING))
-    if not content.startswith(_BEGINNING) or start >= len(content):
-        return Reading((), offset, 0)
-    entries, place = [], start
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if file.read(len(_BEGINNING)) != _BEGINNING or start >= size:
+            return Reading((), offset, 0)
+        file.seek(start)
+        content = file.read(_PIECE_BYTES)
+    entries, place = [], 0
     while (found := _record(content, place)) is not None:
         entry, place = found
         entries.append(entry)
-    return Reading(tuple(entries), place, len(content) - place)
+    return Reading(tuple(entries), start + place, size - start - place)
 
 
 def _record(content: bytes, place: int) -> tuple[Entry, int] | None:
