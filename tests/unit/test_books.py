@@ -1,5 +1,7 @@
 """What the books say of models and replicas, by a gauge that reads what a test tells it."""
 
+import asyncio
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from forebay.replicas.memory import HOST
 from forebay.replicas.nvml import Gpu
 from forebay.telemetry import Log, Metrics
 from tests.support.clock import FakeClock
+from tests.support.server import eventually
 
 MIB = 2**20
 GIB = 2**30
@@ -31,11 +34,16 @@ class Dial(Gauge):
     def __init__(self, settings: Settings) -> None:
         self._settings = settings.memory
         self.reading = Reading(10 * GIB, 9 * GIB, 0.5, None, (), {}, {})
-        self.broken = False
+        self.trouble: Exception | None = None
+        self.stuck: threading.Event | None = None
+        self.reads = 0
 
     def read(self, families: Iterable[int] = ()) -> Reading:
-        if self.broken:
-            raise SetupError("The memory of this machine cannot be measured.")
+        self.reads += 1
+        if self.stuck is not None:
+            self.stuck.wait()
+        if self.trouble is not None:
+            raise self.trouble
         return self.reading
 
     def show(self, held: int, peak: int | None = None, available: int = 9 * GIB) -> None:
@@ -184,16 +192,50 @@ async def test_a_machine_that_is_short_closes_and_says_how_much_engines_may_hold
     assert turns == [False, True]
 
 
-async def test_what_cannot_be_measured_for_once_is_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "trouble", [SetupError("It cannot be measured."), MemoryError(), RuntimeError("can't start new thread")]
+)
+async def test_what_cannot_be_measured_for_once_is_as_it_was(
+    trouble: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
     desk = Desk()
     desk.come_up()
     await desk.measure(30 * MIB)
-    desk.dial.broken = True
+    desk.dial.trouble = trouble
     for _ in range(2):
         await desk.books.measure()
     assert desk.held == 30 * MIB
     told = capsys.readouterr()
     assert (told.out + told.err).count("memory.unmeasured") == 1
+    desk.dial.trouble = None
+    await desk.measure(40 * MIB)
+    assert desk.held == 40 * MIB
+
+
+async def test_a_measurement_that_hangs_is_not_waited_for_and_keeps_no_later_one_from_coming(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    desk = Desk()
+    desk.come_up()
+    await desk.measure(5 * GIB, available=GIB // 4)
+    assert desk.books.closed() is not None
+    desk.dial.stuck, reads = threading.Event(), desk.dial.reads
+    measuring = asyncio.create_task(desk.books.measure())
+    await eventually(lambda: desk.dial.reads > reads, what="the measurement to begin")
+    desk.clock.advance(60)
+    await asyncio.wait_for(measuring, 10)
+    await desk.books.measure()
+    assert desk.dial.reads == reads + 1, "there is one at a time"
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("memory.unmeasured") == 1
+    desk.dial.stuck.set()
+    desk.dial.stuck = None
+
+    async def measured() -> bool:
+        await desk.measure(2 * GIB, available=4 * GIB)
+        return desk.books.closed() is None
+
+    await eventually(measured, what="the gate to open")
 
 
 def test_a_model_of_somebody_elses_server_takes_nothing() -> None:

@@ -1,5 +1,6 @@
 """What is learned of models' memory: kept, believed for a time, and written down in turn."""
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -86,6 +87,35 @@ async def test_a_later_start_knows_what_an_earlier_one_learned(clock: FakeClock)
     await changed.recall(shelf)
     assert again.most("chat", "host") == 4 * GIB
     assert changed.most("chat", "host") is None
+
+
+async def test_what_could_not_be_read_at_the_start_is_read_later(clock: FakeClock) -> None:
+    shelf, first, again = Shelf(), learned(clock), learned(clock)
+    await first.recall(shelf)
+    first.observe("chat", "host", 11, 4 * GIB, 1.5)
+    first.observe("chat", "host", 12, 3 * GIB, 1.5)
+    await first.save()
+    shelf.away = True
+    await again.recall(shelf)
+    again.observe("chat", "host", 11, GIB, 1.0)
+    again.observe("chat", "host", 12, 5 * GIB, 1.0)
+    shelf.away = False
+    clock.advance(31)
+    await again.save_when_due()
+    assert again.at_work("chat", "host") == 5 * GIB
+    assert shelf.rows["chat", "host", 11].peak_bytes == 4 * GIB
+
+
+async def test_a_store_that_does_not_answer_holds_up_no_start(clock: FakeClock) -> None:
+    class Silent(Shelf):
+        async def load(self, since: float) -> list[Peak]:
+            await asyncio.Event().wait()
+            return await super().load(since)
+
+    recalling = asyncio.create_task(learned(clock).recall(Silent()))
+    await asyncio.sleep(0)
+    clock.advance(30)
+    await asyncio.wait_for(recalling, 10)
 
 
 async def test_it_writes_now_and_then_and_only_what_is_new(clock: FakeClock) -> None:

@@ -6,7 +6,6 @@ decides.
 What a model will take is, in this order: what its settings say, what it was measured to come to, what its files suggest.
 """
 
-import asyncio
 from collections.abc import Callable, Iterable
 
 from forebay.clock import Clock
@@ -16,7 +15,7 @@ from forebay.peaks import PeakStore, input_class
 from forebay.replicas import needs
 from forebay.replicas.catalog import Catalog
 from forebay.replicas.commands import device_of
-from forebay.replicas.gauge import Gauge, Reading
+from forebay.replicas.gauge import Gauge, Reading, Readings
 from forebay.replicas.health import Gate
 from forebay.replicas.keeper import Keeper
 from forebay.replicas.learned import Learned, largest
@@ -41,7 +40,7 @@ class MeasuredBooks:
         self.gate = Gate(settings)
         self._catalog = catalog
         self._settings = settings
-        self._gauge = gauge
+        self._gauge, self._readings = gauge, Readings(gauge, clock)
         self._clock = clock
         self._metrics = metrics
         self._log = log
@@ -133,7 +132,7 @@ class MeasuredBooks:
         running = {pid: (model, keeper) for model, keeper in self.keepers() if (pid := _pid(keeper)) is not None}
         since, began = self._read_at, self._clock.monotonic()
         try:
-            reading = await asyncio.to_thread(self._gauge.read, tuple(running))
+            reading = await self._readings.read(tuple(running))
         except SetupError as error:
             if not self._unmeasured:
                 self._log.warning("memory.unmeasured", reason=str(error))

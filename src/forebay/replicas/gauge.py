@@ -6,24 +6,29 @@ so it is made in a thread. What this machine does not tell is left out of a read
 Memory that several processes share, such as the file of a model, is counted for each by its part (PSS).
 """
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+from forebay.clock import Clock
 from forebay.errors import SetupError
 from forebay.replicas.memory import HOST
 from forebay.replicas.nvml import Gpu, Nvml
 from forebay.server_config import MemorySettings
 
 _PROCESSES_MAX = 4096  # of one engine
+_READ_SECONDS_MAX = 30.0  # a driver or a kernel in trouble may not answer at all
 _TOLD_MAX = 64  # bytes of a small file of the kernel
 _GONE = (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError)  # the latter two slip through psutil
 _ONLY_THE_PEAK = "5"  # what the kernel is told that it should start its count of the most resident memory anew
 _FILES = ("inactive_file", "active_file", "file_mapped")  # of `memory.stat`, in either version of control groups
 _FILES_OLDER = ("total_inactive_file", "total_active_file", "total_mapped_file")
+_UNMEASURED = "The memory of this machine cannot be measured: {}."
 _UNLIMITED = 2**60  # what a control group says that has no limit is larger
 
 
@@ -65,7 +70,7 @@ class Gauge:
         try:
             return self._read(families)
         except (OSError, ValueError, psutil.Error) as error:
-            raise SetupError(f"The memory of this machine cannot be measured: {error}.") from None
+            raise SetupError(_UNMEASURED.format(error)) from None
 
     def _read(self, families: Iterable[int]) -> Reading:
         total, available = self._host()
@@ -105,6 +110,54 @@ class Gauge:
             total = min(total, limit)
             available = min(available, max(0, limit - used))
         return total, available
+
+
+class Readings:
+    """Readings of a gauge, each in a thread that nobody waits for for long: one that hangs does not hold up a stop."""
+
+    def __init__(self, gauge: Gauge, clock: Clock) -> None:
+        self._gauge = gauge
+        self._clock = clock
+        self._running = False
+
+    async def read(self, families: tuple[int, ...]) -> Reading:
+        """As the gauge does. Raises SetupError also if it takes too long, and until that one has come to its end."""
+        if self._running:
+            raise SetupError(_UNMEASURED.format("the last measurement goes on still"))
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Reading | Exception] = loop.create_future()
+
+        def ended(found: Reading | Exception) -> None:
+            self._running = False
+            if not answer.done():
+                answer.set_result(found)
+
+        def look() -> None:
+            found: Reading | Exception = SetupError(_UNMEASURED.format("the measurement met a bug of its own"))
+            try:
+                found = self._gauge.read(families)
+            except (SetupError, RuntimeError, MemoryError) as error:
+                found = error
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(ended, found)
+
+        try:
+            threading.Thread(target=look, name="gauge", daemon=True).start()
+            self._running = True
+            async with self._clock.timeout(_READ_SECONDS_MAX):
+                found = await answer
+        except TimeoutError:
+            raise SetupError(_UNMEASURED.format("it takes too long")) from None
+        except (RuntimeError, MemoryError) as error:  # there is not even memory for a thread
+            found = error
+        if isinstance(found, Exception):
+            raise (
+                found
+                if isinstance(found, SetupError)
+                else SetupError(_UNMEASURED.format(str(found) or "there is too little of it"))
+            )
+        return found
 
 
 def _weighed(root: Path, family: Iterable[int], gpus: Iterable[Gpu]) -> tuple[dict[str, int], dict[str, int]]:

@@ -14,7 +14,7 @@ from forebay.telemetry import Log
 
 _DAY_SECONDS = 86_400.0
 _SAVE_SECONDS = 30.0  # between two writes
-_SAVE_SECONDS_MAX = 5.0  # for one write
+_STORE_SECONDS_MAX = 5.0  # for one write, or one reading
 _WORTH_KEEPING = 1.02  # a figure that is higher by less than this is the same
 _AS_MUCH_AGAIN = 0.9  # what shows that a model comes to its peak still
 _AT_REST = 0  # the class of no input: what a start and rest come to
@@ -29,20 +29,34 @@ class Learned:
         self._clock = clock
         self._log = log
         self._store: PeakStore | None = None
+        self._recalled = False
         self._peaks: dict[tuple[str, str], dict[int, Peak]] = {}  # by model and device, then by class
         self._unsaved: set[tuple[str, str, int]] = set()
         self._saved_at = clock.monotonic()
         self._away = False
 
     async def recall(self, store: PeakStore) -> None:
-        """Take over what is known from earlier starts; from now on `store` gets what is learned."""
+        """Take over what is known from earlier starts; from now on `store` gets what is learned.
+
+        Where the store does not answer, that is done before the next write.
+        """
         self._store = store
+        await self._recall(store)
+
+    async def _recall(self, store: PeakStore) -> None:
         try:
-            for peak in await store.load(self._since()):
-                if self._fingerprints.get(peak.model) == peak.fingerprint:
-                    self._of(peak.model, peak.device).setdefault(peak.input_class, peak)
-        except ForebayError as error:
+            async with self._clock.timeout(_STORE_SECONDS_MAX):
+                found = await store.load(self._since())
+        except (ForebayError, TimeoutError) as error:
             self._tell(error)
+            return
+        self._recalled = True
+        for peak in found:
+            if self._fingerprints.get(peak.model) == peak.fingerprint:
+                peaks = self._of(peak.model, peak.device)
+                known = peaks.get(peak.input_class)
+                if known is None or known.peak_bytes < peak.peak_bytes:
+                    peaks[peak.input_class] = peak
 
     def observe(self, model: str, device: str, size_class: int, count: int, load_seconds: float) -> None:
         """A replica of `model` came to `count` bytes while nothing larger than `size_class` was in flight on it."""
@@ -70,8 +84,11 @@ class Learned:
 
     async def save_when_due(self) -> None:
         """Write what is new, if the last time was long enough ago."""
-        if self._clock.monotonic() - self._saved_at >= _SAVE_SECONDS:
-            await self.save()
+        if self._clock.monotonic() - self._saved_at < _SAVE_SECONDS:
+            return
+        if self._store is not None and not self._recalled:
+            await self._recall(self._store)
+        await self.save()
 
     async def save(self) -> None:
         """Write what is new now. Where the store does not answer, it is written the next time."""
@@ -80,7 +97,7 @@ class Learned:
             return
         keys, self._unsaved = self._unsaved, set()
         try:
-            async with self._clock.timeout(_SAVE_SECONDS_MAX):
+            async with self._clock.timeout(_STORE_SECONDS_MAX):
                 rows = [self._of(model, device)[size_class] for model, device, size_class in keys]
                 await self._store.save(rows, self._since())
             self._away = False
