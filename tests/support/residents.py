@@ -33,6 +33,7 @@ class Kind:
     slots: int = 4
     replicas: int = 1
     pinned: bool = False
+    asleep_bytes: int = 0
     idle_unload_seconds: float | None = None
 
 
@@ -134,7 +135,11 @@ class House:
         return {HOST: count} if count else {}
 
     def held(self, model: str, keeper: Keeper) -> Bytes:
-        return self.need(model)
+        asleep = keeper.asleep_at is not None
+        return {HOST: self.kinds[model].asleep_bytes} if asleep else self.need(model)
+
+    def may_sleep(self, model: str, beside: Bytes) -> bool:
+        return True
 
     def closed(self) -> str | None:
         return self.shut

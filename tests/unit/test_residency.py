@@ -170,6 +170,16 @@ def test_an_operators_load_of_what_is_up_says_nothing_of_later_starts() -> None:
     assert [name for _, name in home.story.loads] == ["one", "two"]
 
 
+def test_one_that_sleeps_makes_no_other_replica_cheaper() -> None:
+    home = house(Kind("one", LARGE, replicas=2, asleep_bytes=SMALL))
+    ask(home, "one", seconds=3)
+    (stand,) = home.stands("one")
+    stand.ready_at, stand.asleep_at, stand.sleeps = None, home.now - 1, True
+    home.record("one").want(home.now)
+    starts = home.residency.review(home.records, lambda _record: True)
+    assert len(starts) == 1, "one is woken; what another would take is more than there is beside it"
+
+
 def test_nobody_leaves_for_a_second_replica() -> None:
     home = house(Kind("one", LARGE), Kind("two", 40, replicas=3))
     ask(home, "one", seconds=4)

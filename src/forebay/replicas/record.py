@@ -63,9 +63,9 @@ class ModelRecord:
         return [keeper for keeper in self.keepers if keeper.asleep_at is None]
 
     @property
-    def sleeper(self) -> Keeper | None:
-        """One that sleeps and may be woken."""
-        return next((keeper for keeper in self.keepers if keeper.asleep_at is not None and keeper.sleeps), None)
+    def sleepers(self) -> list[Keeper]:
+        """Those that sleep and may be woken."""
+        return [keeper for keeper in self.keepers if keeper.asleep_at is not None and keeper.sleeps]
 
     def want(self, now: float) -> None:
         """Somebody asks for it."""

@@ -179,9 +179,9 @@ class Residency:
         return agenda(wishes, holdings, self._books.totals(), now, self._rules, others=self._books.others())
 
     def _wishes(self, record: ModelRecord, wanted: Wanted, now: float) -> list[Wish]:
-        """One for each replica that is missing; for all but its first one nobody leaves."""
-        need = Need(record.name, self._to_come(record))
-        extra = [Wish(need, for_batch=True, extra=True)] * record.missing
+        """One for each replica that is missing; for all but its first one nobody leaves. Those that sleep come first."""
+        needs = [Need(record.name, count) for count in self._to_come(record)]
+        need, extra = needs[0], [Wish(each, for_batch=True, extra=True) for each in needs]
         if record.awake:
             return extra
         since = record.ordered_at if record.ordered_at is not None else wanted.oldest_online_at
@@ -194,13 +194,12 @@ class Residency:
             first = Wish(need, for_batch=True)
         return [first, *extra[1:]]
 
-    def _to_come(self, record: ModelRecord) -> Bytes:
-        """What it will take beside what it has: one that sleeps is there in part."""
-        need, asleep = self._books.need(record.name), record.sleeper
-        if asleep is None:
-            return need
-        held = self._books.held(record.name, asleep)
-        return {device: max(0, count - held.get(device, 0)) for device, count in need.items()}
+    def _to_come(self, record: ModelRecord) -> list[Bytes]:
+        """What each replica that is missing will take beside what it has: one that sleeps is there in part."""
+        need = self._books.need(record.name)
+        there = [self._books.held(record.name, asleep) for asleep in record.sleepers[: record.missing]]
+        there += [{}] * (record.missing - len(there))
+        return [{device: max(0, count - held.get(device, 0)) for device, count in need.items()} for held in there]
 
     def _wait(self, record: ModelRecord, reason: str) -> None:
         if record.awake or not self._books.need(record.name):

@@ -286,9 +286,9 @@ class Supervisor:
         if self._closing:
             return
         for record in self.residency.review(self.records(), self._present):
-            asleep = record.sleeper
-            if asleep is not None:
-                asleep.wake()
+            asleep = record.sleepers
+            if asleep:
+                asleep[0].wake()
             else:
                 record.keepers.append(self._keeper(record))
 
