@@ -1,9 +1,11 @@
 """What the books say of models and replicas, by a gauge that reads what a test tells it."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -61,7 +63,9 @@ class Desk:
         self.dial = Dial(settings)
         self.books = MeasuredBooks(Catalog(settings), settings.memory, self.dial, self.clock, Metrics(), Log())
         self.replica = SimpleNamespace(process=SimpleNamespace(pid=PID), largest_input=0, in_flight={})
-        self.stand = SimpleNamespace(replica=self.replica, ready_at=None, asleep_at=None, load_seconds=1.5)
+        self.stand = SimpleNamespace(
+            replica=self.replica, ready_at=None, asleep_at=None, sleeps=False, load_seconds=1.5
+        )
         self.keeper = cast(Keeper, self.stand)
         self.books.keepers = lambda: [("plain", self.keeper)]
 
@@ -236,6 +240,24 @@ async def test_a_measurement_that_hangs_is_not_waited_for_and_keeps_no_later_one
         return desk.books.closed() is None
 
     await eventually(measured, what="the gate to open")
+
+
+async def test_weights_that_go_to_the_host_while_a_model_sleeps_need_room_there(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    os.truncate(tmp_path / "model.safetensors", 3 * GIB)
+    desk = Desk(engine="vllm", source=f"file:{tmp_path}", options={"sleep_level": 1})
+    assert desk.books.totals() == {HOST: 8 * GIB}
+    assert desk.held == 4 * GIB
+    assert desk.books.may_sleep("plain", {HOST: GIB})
+    assert not desk.books.may_sleep("plain", {HOST: GIB + 1})
+    desk.stand.sleeps = True
+    assert not desk.books.may_sleep("plain", {}), "one that is about to sleep takes it already"
+    desk.stand.asleep_at = desk.clock.monotonic()
+    assert desk.held == 7 * GIB
+    await desk.measure(GIB)
+    assert desk.held == 3 * GIB, "some drivers count what is pinned for them for nobody"
+    await desk.measure(5 * GIB)
+    assert desk.held == 5 * GIB
 
 
 def test_a_model_of_somebody_elses_server_takes_nothing() -> None:

@@ -47,6 +47,7 @@ class MeasuredBooks:
         prints = {name: needs.fingerprint(catalog.get(name)) for name in catalog.names()}
         self._learned = Learned(prints, settings.peak_days, clock, log)
         self._estimates: dict[str, Bytes] = {}
+        self._along: dict[str, int] = {}
         self._labels: set[tuple[str, str]] = set()
         self._held: dict[int, Bytes] = {}
         self._unmeasured, self._read_at = False, 0.0
@@ -79,7 +80,7 @@ class MeasuredBooks:
         """What a replica is charged with now. What an operator has said it takes, it is charged with at least."""
         need, measured = self.need(model), self._measured(keeper)
         if keeper.asleep_at is not None:
-            return self._asleep(need, measured, fresh=self._read_at > keeper.asleep_at)
+            return self._asleep(model, measured, fresh=self._read_at > keeper.asleep_at)
         said = self._catalog.get(model).memory_bytes is not None
         reserved = said or keeper.ready_at is None or keeper.ready_at >= self._read_at
         return {
@@ -89,9 +90,27 @@ class MeasuredBooks:
             for device in need.keys() | measured.keys()
         }
 
-    def _asleep(self, need: Bytes, measured: Bytes, *, fresh: bool) -> Bytes:
+    def _asleep(self, model: str, measured: Bytes, *, fresh: bool) -> Bytes:
         """What one that sleeps holds still: what is measured; until then all of the host, and nothing of its GPU."""
-        return dict(measured) if fresh else {HOST: max(need.get(HOST, 0), measured.get(HOST, 0))}
+        host, along = measured.get(HOST, 0), self._taken_along(model)
+        if fresh:
+            return {**measured, HOST: max(host, along)}
+        return {HOST: max(self.need(model).get(HOST, 0), host) + along}
+
+    def may_sleep(self, model: str, beside: Bytes) -> bool:
+        """Whether the host has room for what a replica of `model` takes there when it sleeps, and for `beside`."""
+        along = self._taken_along(model)
+        if not along:
+            return True
+        falling = sum(self._taken_along(name) for name, one in self.keepers() if one.sleeps and one.asleep_at is None)
+        charged = sum(self.held(name, keeper).get(HOST, 0) for name, keeper in self.keepers())
+        return charged + falling + along + beside.get(HOST, 0) <= self._totals[HOST]
+
+    def _taken_along(self, model: str) -> int:
+        if model not in self._along:
+            path = self._catalog.path(model) if self._catalog.needs_file(model) else None
+            self._along[model] = needs.taken_along(self._catalog.get(model), path)
+        return self._along[model]
 
     def closed(self) -> str | None:
         """Why nothing may be loaded now, if so."""

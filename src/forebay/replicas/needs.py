@@ -77,6 +77,12 @@ def estimate(model: Model, path: Path | None, gpus: Bytes) -> Bytes:
     return {HOST: figures.fixed + waiting, **_split(model, device, computed)}
 
 
+def taken_along(model: Model, path: Path | None) -> int:
+    """Bytes that a process of it takes from its GPU to the host when it sleeps."""
+    keeps = isinstance(model, VllmModel) and model.options.sleep_level == 1
+    return _weights(path, model) if keeps else 0
+
+
 def _split(model: Model, device: str, computed: int) -> Bytes:
     """What a model takes of its GPUs: of one, or of all that it is spread over."""
     shares = model.options.tensor_split if isinstance(model, LlamaCppModel) else ()

@@ -85,6 +85,10 @@ class Books(Protocol):
         """What a replica is charged with now."""
         ...
 
+    def may_sleep(self, model: str, beside: Bytes) -> bool:
+        """Whether the host has room for what a replica of `model` takes there when it sleeps, and for `beside`."""
+        ...
+
     def closed(self) -> str | None:
         """Why nothing may be loaded now, if so."""
         ...
@@ -272,7 +276,8 @@ class Residency:
 
     def _may_sleep(self, record: ModelRecord, keeper: Keeper, need: Need) -> bool:
         device = device_of(record.settings)
-        return keeper.sleep_level > 0 and need.bytes.get(HOST if device == "cpu" else device, 0) > 0
+        gives = keeper.sleep_level > 0 and need.bytes.get(HOST if device == "cpu" else device, 0) > 0
+        return gives and self._books.may_sleep(record.name, need.bytes)
 
     # What is held.
 
