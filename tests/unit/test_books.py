@@ -139,6 +139,23 @@ async def test_engines_that_the_driver_does_not_tell_of_are_not_taken_for_others
     assert desk.books.others() == {"gpu0": GIB}
 
 
+@pytest.mark.parametrize("left", [1, 0])
+async def test_a_gpu_that_the_driver_does_not_tell_of_for_once_is_as_it_was(left: int) -> None:
+    desk = Desk()
+    gpus = tuple(Gpu(f"gpu{each}", 10 * GIB, 3 * GIB, {99: 3 * GIB}, None, None) for each in (1, 0))
+    desk.dial.reading = replace(desk.dial.reading, gpus=gpus)
+    await desk.books.measure()
+    before = desk.books.totals(), desk.books.others()
+    assert before == ({HOST: 8 * GIB, "gpu0": 6 * GIB, "gpu1": 6 * GIB}, {"gpu0": 3 * GIB, "gpu1": 3 * GIB})
+    desk.dial.reading = replace(desk.dial.reading, gpus=gpus[:left])
+    await desk.books.measure()
+    assert (desk.books.totals(), desk.books.others()) == before
+    free = tuple(replace(gpu, used_bytes=0, processes={}) for gpu in gpus)
+    desk.dial.reading = replace(desk.dial.reading, gpus=free)
+    await desk.books.measure()
+    assert desk.books.totals() == {HOST: 8 * GIB, "gpu0": 9 * GIB, "gpu1": 9 * GIB}
+
+
 async def test_the_peak_of_a_start_is_not_taken_for_work() -> None:
     desk = Desk()
     desk.clock.advance(1)

@@ -7,6 +7,7 @@ What a model will take is, in this order: what its settings say, what it was mea
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from forebay.clock import Clock
 from forebay.errors import SetupError
@@ -51,7 +52,9 @@ class MeasuredBooks:
         self._labels: set[tuple[str, str]] = set()
         self._held: dict[int, Bytes] = {}
         self._unmeasured, self._read_at = False, 0.0
-        self._take(gauge.read())
+        self._reading = gauge.read()
+        self._totals = gauge.totals(self._reading, {})
+        self._take(self._reading)
         self._allowed: Bytes = self._totals
 
     def totals(self) -> Bytes:
@@ -206,9 +209,13 @@ class MeasuredBooks:
         return self._held.get(pid, {}) if pid is not None else {}
 
     def _take(self, reading: Reading) -> None:
-        self._reading = reading
+        told = {gpu.name for gpu in reading.gpus}
+        silent = tuple(gpu for gpu in self._reading.gpus if gpu.name not in told)
+        # A GPU that the driver does not tell of for once is as it was: nobody is refused, or leaves, for that.
+        self._reading = replace(reading, gpus=(*reading.gpus, *silent))
         self._held = dict(reading.held)
-        self._totals = self._gauge.totals(reading, self._untold(reading))
+        as_it_was = {gpu.name: self._totals[gpu.name] for gpu in silent}
+        self._totals = {**self._gauge.totals(reading, self._untold(reading)), **as_it_was}
         if self.gate.update(reading):
             if self.gate.open:
                 self._log.info("memory.gate_opened")
