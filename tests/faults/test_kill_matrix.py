@@ -29,7 +29,8 @@ from tests.support.server import eventually
 from tests.support.worker import SEGMENT_LINES, SLOTS, Life, Site, holds_a_lease
 
 SEED = 20261121
-LINES = 10_000
+LINES, LINES_LONG = 4_000, 10_000
+LEFT_SECONDS, LEFT_SECONDS_LONG = 1, 2  # of work, by each kill: the lines are to last for the run
 IN_FLIGHT = SLOTS + 2  # what the engine is at, and what waits for it
 SMALL = 20
 PAUSE_SECONDS = 0.5  # at most, between two small batches
@@ -69,6 +70,7 @@ class Matrix:
     customer: Customer
     receiver: Receiver
     chance: random.Random
+    lines: int  # of the large batch
     figures: Figures = field(default_factory=Figures)
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -129,8 +131,8 @@ class Matrix:
         while not stop.is_set():
             await self.customer.submit(SMALL, by_parts=number % 2 == 1, priority=1)
             await self.customer.look_at_all()
-            if all(each.ended for each in self.customer.submitted if each.lines == LINES):
-                await self.customer.submit(LINES)
+            if all(each.ended for each in self.customer.submitted if each.lines == self.lines):
+                await self.customer.submit(self.lines)
             number += 1
             await asyncio.sleep(self.chance.uniform(0, PAUSE_SECONDS))
 
@@ -153,7 +155,7 @@ class Matrix:
         async with asyncio.TaskGroup() as group:
             group.create_task(kill())
             await self.customer.post("/v1/webhooks", "hook", lambda: {"json": {"url": self.receiver.url}})
-            await self.customer.submit(LINES)
+            await self.customer.submit(self.lines)
             group.create_task(self.keep_busy(stop))
 
     async def check(self) -> Found:
@@ -204,16 +206,18 @@ class Matrix:
 
 
 @asynccontextmanager
-async def matrix(folder: Path, url: str | None, places: Sequence[str], kills: int) -> AsyncIterator[Matrix]:
+async def matrix(
+    folder: Path, url: str | None, places: Sequence[str], kills: int, *, prove: bool
+) -> AsyncIterator[Matrix]:
     """Everything that a run needs."""
+    lines, left_seconds = (LINES_LONG, LEFT_SECONDS_LONG) if prove else (LINES, LEFT_SECONDS)
     site = Site(folder, url, places)
     secret = None if url is None else SecretStr(url)
     database = await Database.open(Settings(data_dir=site.data("server"), database_url=secret))
-    # So slow that the lines last for the run: each kill leaves about two seconds of work.
-    customer = Customer(site.url, delay_ms=max(10, kills * 2 * SLOTS * 1000 // LINES))
+    customer = Customer(site.url, delay_ms=max(10, kills * left_seconds * SLOTS * 1000 // lines))
     try:
         async with receiving("127.0.0.2") as receiver:
-            yield Matrix(site, database, customer, receiver, seeded(SEED))
+            yield Matrix(site, database, customer, receiver, seeded(SEED), lines)
     finally:
         await customer.close()
         await database.close()
@@ -253,8 +257,8 @@ def report(name: str, run: Matrix, found: Found) -> None:
 @pytest.mark.timeout(1800)
 async def test_on_sqlite(tmp_path: Path, prove: bool) -> None:
     chance = seeded(SEED)
-    ends = plan(chance, list(NAMES), *((4, 10, 15) if prove else (1, 3, 2)))
-    async with matrix(tmp_path, None, ["server"], len(ends)) as run:
+    ends = plan(chance, list(NAMES), *((4, 10, 15) if prove else (1, 2, 2)))
+    async with matrix(tmp_path, None, ["server"], len(ends), prove=prove) as run:
         await run.run({"server": ends})
         report("SQLite", run, await run.check())
         assert run.figures.kills.total() >= (100 if prove else 20)
@@ -271,7 +275,7 @@ async def test_on_postgres(tmp_path: Path, prove: bool) -> None:
         "first": plan(chance, of_workers[:half], rounds, moments, engines),
         "second": plan(chance, of_workers[half:], rounds, moments, engines),
     }
-    async with matrix(tmp_path, postgres.new_database(), list(ends), max(map(len, ends.values()))) as run:
+    async with matrix(tmp_path, postgres.new_database(), list(ends), max(map(len, ends.values())), prove=prove) as run:
         await run.run(ends)
         report("PostgreSQL", run, await run.check())
         assert run.figures.kills.total() >= (100 if prove else 20)
