@@ -257,7 +257,9 @@ class Meter:
             await self._load(project)
         for _ in range(_LOOKS_MAX):
             doubtful = self._balance(project).doubtful
-            if self._load is None or self._fits(project, amounts) or not self._fits(project, amounts, doubtful):
+            if doubtful == NOTHING or self._load is None:
+                return
+            if self._fits(project, amounts) or not self._fits(project, amounts, doubtful):
                 return
             await self._load(project)
 
