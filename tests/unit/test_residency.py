@@ -160,6 +160,14 @@ def test_an_operators_load_is_as_good_as_a_caller() -> None:
     assert "two" in [name for _, name in home.story.loads]
 
 
+def test_an_operators_load_takes_nothing_from_the_patience_of_those_in_line() -> None:
+    home = house(Kind("one", LARGE, run_seconds=5, slots=1), Kind("two", LARGE))
+    home.run([Arrival(0, "one")] * 40 + [Arrival(5, "two")], 20)
+    home.record("two").ordered_at = home.now
+    home.run([], 15)
+    assert "two" in [name for _, name in home.story.loads]
+
+
 def test_an_operators_load_of_what_is_up_says_nothing_of_later_starts() -> None:
     home = house(Kind("one", LARGE, run_seconds=30), Kind("two", LARGE))
     home.run([Arrival(0, "one", batch=True)] * 8, 5)

@@ -188,9 +188,9 @@ class Residency:
         need, extra = needs[0], [Wish(each, for_batch=True, extra=True) for each in needs]
         if record.awake:
             return extra
-        since = record.ordered_at if record.ordered_at is not None else wanted.oldest_online_at
-        if since is not None:
-            first = Wish(need, waited_seconds=now - max(since, record.left_at))
+        asked = [time for time in (record.ordered_at, wanted.oldest_online_at) if time is not None]
+        if asked:
+            first = Wish(need, waited_seconds=now - max(min(asked), record.left_at))
         elif wanted.oldest_batch_at is not None:
             waited = now - max(wanted.oldest_batch_at, record.left_at) - self._batch_delay_seconds
             first = Wish(need, for_batch=True, waited_seconds=max(0.0, waited))

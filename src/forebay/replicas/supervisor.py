@@ -95,6 +95,10 @@ class Supervisor:
         """The ready replicas of `model`."""
         return [keeper.replica for keeper in self._models[model].keepers if keeper.replica and keeper.replica.ready]
 
+    def loaded(self) -> list[str]:
+        """The models of which a replica is ready."""
+        return [name for name in self._models if self.replicas(name)]
+
     def record(self, model: str) -> ModelRecord:
         """What is known of `model`; raises ModelNotFound."""
         self._catalog.get(model)
@@ -194,7 +198,8 @@ class Supervisor:
         """Want `model` up, although nobody asks for it."""
         record, now = self.record(model), self._clock.monotonic()
         record.want(now)
-        record.ordered_at = now
+        if record.ordered_at is None:  # who orders it again has not waited less for that
+            record.ordered_at = now
         self._wake.set()
 
     def unload(self, model: str) -> None:
