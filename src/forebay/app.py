@@ -258,6 +258,7 @@ def build_office(
         metrics,
         works=settings.jobs.enabled,
         weights=stores.meter.weight,
+        loaded=machine.supervisor.loaded,
     )
 
 

@@ -76,7 +76,7 @@ class JobSettings(Section):
     )
     chunks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
         4,
-        description="Chunks of batches that one worker runs at once, and one more for a project of which none runs, or a model of which none does after `jobs.group_wait_seconds`; one for a model whose chunks fail, until one of them gets on.",
+        description="Chunks of batches that one worker runs at once, and one more for a project of which none runs, or a model of which none does, if it is loaded or after `jobs.group_wait_seconds`; one for a model whose chunks fail, until one of them gets on.",
     )
     webhooks_at_once: Annotated[int, Field(ge=1, le=256)] = Field(
         16,
@@ -91,7 +91,7 @@ class JobSettings(Section):
     backoff_seconds_min: Seconds = Field(1, description="Wait after a first failed attempt; it doubles with each.")
     backoff_seconds_max: Seconds = Field(300, description="Longest wait between attempts.")
     group_wait_seconds: Seconds = Field(
-        60, description="Longest time that chunks of other models wait while a worker stays with a loaded one."
+        60, description="Longest time that chunks of models that are not loaded wait while a worker stays with those that are."
     )
     stuck_seconds: Seconds = Field(300, description="A running job without progress for this long raises the alarm.")
     drain_seconds: Annotated[float, Field(ge=0, le=25)] = Field(

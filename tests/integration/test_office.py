@@ -417,6 +417,25 @@ async def test_one_model_does_not_hold_all_places_while_another_waits(database: 
         assert (len(hung), most) == (4, 1)
 
 
+async def test_jobs_of_another_loaded_model_wait_for_nobody(database: Database) -> None:
+    """Jobs of one model fill every place and hang; those of another one that is loaded as well have a place at once."""
+    hung: list[Lease] = []
+
+    async def perform(lease: Lease, _run: Run) -> Outcome:
+        if lease.job.model == "slow":
+            hung.append(lease)
+            await asyncio.Event().wait()
+        return Done()
+
+    kind = Kind("job", perform, 4, RETRY, takes_turns=True, groups_models=True, spare=1)
+    settings = QUICK.model_copy(update={"group_wait_seconds": 3600})
+    async with back_office(database, [kind], settings=settings, loaded=lambda: ["slow", "fast"]) as back:
+        await back.submit(*(job(model="slow") for _ in range(12)))
+        await eventually(lambda: len(hung) == 4, what="every place taken")
+        for job_id in await back.submit(*(job(model="fast") for _ in range(3))):
+            assert (await back.until_finished(job_id, within_seconds=10)).state is JobState.COMPLETED
+
+
 async def test_a_model_that_does_not_start_does_not_hold_up_the_others(database: Database) -> None:
     """Its jobs fail, and when they are tried again they hang: those of another model find a place all the same."""
     hung: list[Lease] = []

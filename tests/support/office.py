@@ -13,6 +13,7 @@ from forebay.config import JobSettings, Settings
 from forebay.jobs.kinds import Kind
 from forebay.jobs.office import Office
 from forebay.jobs.retry import doubling
+from forebay.jobs.worker import Loaded, nothing_loaded
 from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.jobs import Job, JobStore, NewJob
@@ -59,6 +60,7 @@ async def back_office(
     settings: JobSettings = QUICK,
     clock: Clock | None = None,
     works: bool = True,
+    loaded: Loaded = nothing_loaded,
 ) -> AsyncIterator[Back]:
     """An office that works until the block ends."""
     clock = clock or SystemClock()
@@ -76,6 +78,7 @@ async def back_office(
         clock,
         metrics,
         works=works,
+        loaded=loaded,
     )
     running = asyncio.create_task(office.run())
     try:

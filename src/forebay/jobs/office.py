@@ -15,7 +15,7 @@ from forebay.jobs.kinds import Kind
 from forebay.jobs.pruner import Pruner, Sweep
 from forebay.jobs.rescuer import Rescuer
 from forebay.jobs.settlement import Settlement
-from forebay.jobs.worker import Worker
+from forebay.jobs.worker import Loaded, Worker, nothing_loaded
 from forebay.scheduler.shares import Weights, equal
 from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.jobs import JobStore
@@ -40,6 +40,7 @@ class Office:
         *,
         works: bool,
         weights: Weights = equal,
+        loaded: Loaded = nothing_loaded,
     ) -> None:
         by_name = {kind.name: kind for kind in kinds}
         settlement = Settlement(jobs, webhooks, dead_letters, by_name)
@@ -50,7 +51,8 @@ class Office:
         self._rescuer = Rescuer(jobs, settlement, by_name, settings, clock, metrics)
         self._pruner = Pruner(sweeps, settings, clock)
         executor = Executor(jobs, settlement, clock, metrics)
-        self._worker = Worker(jobs, executor, by_name, node, settings, clock, metrics, weights) if works else None
+        worker = Worker(jobs, executor, by_name, node, settings, clock, metrics, weights, loaded)
+        self._worker = worker if works else None
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:

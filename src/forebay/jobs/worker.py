@@ -5,7 +5,7 @@ It owns the set of attempts; nobody else starts or ends one.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,13 @@ from forebay.store.jobs import CANCELS, NEWS, JobStore, Lease, Renewed
 from forebay.telemetry import Log, Metrics
 
 _RENEWALS = 3  # in the time of one lease
+
+Loaded = Callable[[], Collection[str]]
+
+
+def nothing_loaded() -> Collection[str]:
+    """Of a worker that has no models."""
+    return ()
 
 
 @dataclass(slots=True)
@@ -39,7 +46,7 @@ class _Attempt:
 
 
 class Worker:
-    """Works on jobs until it is stopped. `node` is who holds the leases."""
+    """Works on jobs until it is stopped. `node` is who holds the leases; `loaded` names the models that are up here."""
 
     def __init__(
         self,
@@ -51,6 +58,7 @@ class Worker:
         clock: Clock,
         metrics: Metrics,
         weights: Weights = equal,
+        loaded: Loaded = nothing_loaded,
     ) -> None:
         self._jobs = jobs
         self._executor = executor
@@ -60,6 +68,7 @@ class Worker:
         self._clock = clock
         self._metrics = metrics
         self._weights = weights
+        self._loaded = loaded
         self._log = Log()
         self._attempts: dict[tuple[str, int], _Attempt] = {}  # by job and attempt: an old one may still be ending
         self._freed = asyncio.Event()
@@ -113,6 +122,7 @@ class Worker:
                 grouped=[name for name, kind in self._kinds.items() if kind.groups_models],
                 spare=spare,
                 models={name: self._models(name) for name, kind in self._kinds.items() if kind.groups_models},
+                loaded=self._loaded(),
             )
         except ForebayError as error:  # the database is away: what runs goes on, and this is tried again
             self._note_away(error)

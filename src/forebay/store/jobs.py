@@ -190,20 +190,22 @@ class JobStore:
         grouped: Collection[str] = (),
         spare: Mapping[str, int] = _NO_SPARE,
         models: Mapping[str, Collection[str]] = _NO_MODELS,
+        loaded: Collection[str] = (),
     ) -> list[Lease]:
         """Lease what goes first of each kind, at most `room[kind]` jobs of it.
 
-        The order: priority; then jobs of a `warm` model, and those that have waited for `group_wait_seconds`; then the
-        deadline; then age. Of a model whose jobs fail, and have made no progress since, one is leased at a time, and
+        The order: priority; then jobs of a `warm` or a `loaded` model, and those that have waited for
+        `group_wait_seconds`; then the deadline; then age. Of a model whose jobs fail, and have made no progress since, one is leased at a time, and
         none while the model is `warm`: a worker that has one of its jobs already takes no second one.
 
         Of a kind in `turns` projects of which fewer jobs run go before others, by the number there, and of a `grouped`
         one behind the question of the model; it gets half of its room at a time, so that the next ones are chosen with
         a look at these. Where there is no room, a `spare` place is for a project that is not in `turns` and, before that,
-        for a job that has waited for `group_wait_seconds` and is of a model that is not in `models`, of which jobs run.
+        for a job that has waited for `group_wait_seconds`, or is of a `loaded` model, and of none that is in `models`, of
+        which jobs run.
         """
         others = {
-            kind: Others(turns[kind], models.get(kind), self.now() - group_wait_seconds)
+            kind: Others(turns[kind], models.get(kind), self.now() - group_wait_seconds, loaded)
             for kind, count in spare.items()
             if count > 0 >= room[kind]
         }
@@ -217,7 +219,9 @@ class JobStore:
         async with self.database.begin() as transaction:
             for kind, count in wanted.items():
                 some = (count + 1) // 2 if kind in turns else count
-                order = self._order(warm, group_wait_seconds, turns.get(kind, {}), grouped=kind in grouped)
+                order = self._order(
+                    {*warm, *loaded} if warm else (), group_wait_seconds, turns.get(kind, {}), grouped=kind in grouped
+                )
                 if kind in others:
                     order.insert(1, sa.case((others[kind].of_model(), 0), else_=1))  # behind the priority
                 query = self._lease(of_kind(kind, others), some, node, lease_seconds, order, due)
