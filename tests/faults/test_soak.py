@@ -2,8 +2,8 @@
 
 Chat, embeddings, rerank, speech and images online, batches, jobs of speech and images in the background with webhooks that
 tell of their end, all at once. What finished is kept for seconds only, so that the tables come to rest as well. OpenCV is
-real; the other engines are fakes, whose pace does not change, so that what drifts is the server. A minute here, half an
-hour with `--prove`; `SECONDS` may be three minutes where there is time for that.
+real; the other engines are fakes, whose pace does not change, so that what drifts is the server. Half a minute here, half
+an hour with `--prove`; `SECONDS` may be three minutes where there is time for that.
 """
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from tests.support.server import Server, serving
 from tests.support.soak import NETWORK, Seen, soak
 
-SECONDS, PROVE_SECONDS = 60.0, 1800.0
+SECONDS, PROVE_SECONDS = 30.0, 1800.0
 CONFIG = f"""
 default_models = false
 [jobs]
@@ -50,11 +50,12 @@ ROWS_SLACK = 12
 KEPT_FOR_A_DAY = (
     "rows of idempotency_keys"  # one for each batch, and for each recording and picture, which are always the same
 )
-# In a minute a slice has a handful of requests, so its p99 is its slowest: bounds that only a leak of time would break.
+# In half a minute a slice has a handful of requests, so its p99 is its slowest: bounds that only a leak of time would break.
 DRIFT, DRIFT_SHORT = 1.1, 1.5
 DRIFT_SECONDS, DRIFT_SECONDS_SHORT = 0.025, 0.15
 ONLINE_MIN = {"chat": 60, "embeddings": 60, "rerank": 40, "speech": 20, "images": 15}
 BACKGROUND_MIN = {"batch": 10, "speech in the background": 8, "images in the background": 8}
+MIN_SECONDS = 60.0  # in which so many are done at least; in less time as large a share
 
 
 def check_flat(seen: Seen) -> None:
@@ -85,9 +86,11 @@ async def check_health(server: Server) -> None:
 @pytest.mark.timeout(PROVE_SECONDS + 600)
 async def test_a_server_that_is_used_for_long_is_as_it_was(prove: bool) -> None:
     async with serving(CONFIG) as server:
-        seen = await soak(server, PROVE_SECONDS if prove else SECONDS)
+        seconds = PROVE_SECONDS if prove else SECONDS
+        seen = await soak(server, seconds)
         done = {kind: len(each) for kind, each in seen.done.items()}
-        assert all(done[kind] >= least for kind, least in {**ONLINE_MIN, **BACKGROUND_MIN}.items()), done
+        share = min(1.0, seconds / MIN_SECONDS)
+        assert all(done[kind] >= share * least for kind, least in {**ONLINE_MIN, **BACKGROUND_MIN}.items()), done
         for what in seen.looks:
             print(what, *(f"{value:.0f}" for value in seen.quarters(what)))
         for kind in ONLINE_MIN:
