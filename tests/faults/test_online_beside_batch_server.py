@@ -18,7 +18,7 @@ SLOTS = 8
 LOAD = 0.5
 ONLINE_SECONDS_MEAN = 0.08
 TOKEN_SECONDS = 0.01
-LINES, LINES_LONG = 4_000, 10_000
+LINES, LINES_LONG = 3_000, 10_000
 LONG_LINE_EVERY = 100
 LONG_LINE_MILLISECONDS = 600
 # The settings are to the length of these requests as the defaults are to requests of five seconds.
@@ -88,7 +88,7 @@ async def done(server: Server, batch: dict[str, Any]) -> int:
 
 @pytest.mark.timeout(900)
 async def test_online_requests_wait_no_longer_beside_a_batch_and_the_batch_is_finished(prove: bool) -> None:
-    rounds, seconds, lines = (5, 20.0, LINES_LONG) if prove else (2, 7.0, LINES)
+    rounds, seconds, lines = (5, 20.0, LINES_LONG) if prove else (2, 5.0, LINES)
     alone, beside, meanwhile, number = Seen(), Seen(), 0, 0
     async with serving(CONFIG) as server:
         file = await upload(server, jsonl(line(f"id-{i}", f"{i} {ask_of_line(i)}") for i in range(lines)))
