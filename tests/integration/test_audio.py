@@ -353,6 +353,12 @@ async def test_a_long_recording_and_one_in_the_background_are_jobs(server: Serve
         assert response.headers["location"] == f"/v1/jobs/{job['id']}"
     assert (job["object"], job["kind"]) == ("job", "transcription")
 
+    async def completed() -> bool:  # it waits for the quiet after online work, with its recording
+        found = await server.get(f"/v1/jobs/{job['id']}")
+        return bool(found["status"] == "completed")
+
+    await eventually(completed, what="the job to be done")
+
 
 # Who goes, and what stops then.
 
