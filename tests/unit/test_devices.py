@@ -460,3 +460,53 @@ async def test_lines_that_take_long_wait_for_quiet_once_that_is_known(hall: Hall
     assert later.waits
     await hall.advance(BRIEF.quiet_seconds)
     assert not later.waits
+
+
+async def test_of_two_replicas_one_is_for_batch_work_and_stands_still_for_the_other(hall: Hall) -> None:
+    first, second = hall.open("chat"), hall.open("chat")
+    await hall.leave(await hall.visit("chat", 1))
+    await hall.advance(PACE.resume_seconds)
+    lines = [await hall.batch("chat", number) for number in (2, 3)]
+    assert (len(first.in_flight), len(second.in_flight)) == (0, 2), "in any gap, and where it can be paused"
+    online = [await hall.visit("chat", number) for number in range(4, 7)]
+    assert (len(first.in_flight), len(second.in_flight)) == (3, 2)
+    assert (stands(first), stands(second)) == (False, True)
+    assert [line.preempted for line in lines] == [0, 0]
+    later = await hall.batch("chat", 7)
+    assert later.waits
+    for visitor in online:
+        await hall.leave(visitor)
+    await hall.advance(PACE.resume_seconds)
+    assert not later.waits
+    assert not stands(second)
+    assert len(second.in_flight) == 3
+
+
+async def test_online_work_that_finds_no_room_goes_to_the_replica_of_batch_work_as_well(hall: Hall) -> None:
+    hall.open("chat")
+    second = hall.open("chat")
+    await hall.leave(await hall.visit("chat", 1))
+    await hall.advance(PACE.resume_seconds)
+    line = await hall.batch("chat", 2)
+    online = [await hall.visit("chat", number) for number in range(3, 8)]
+    assert len(second.in_flight) == 2
+    assert not stands(second)
+    await hall.leave(online[-1])
+    assert stands(second)
+    assert line.permit is not None
+
+
+async def test_online_work_alone_is_spread(hall: Hall) -> None:
+    first, second = hall.open("chat"), hall.open("chat")
+    for number in range(4):
+        await hall.visit("chat", number)
+    assert (len(first.in_flight), len(second.in_flight)) == (2, 2)
+
+
+async def test_nobody_online_leaves_every_replica_to_batch_work(hall: Hall) -> None:
+    first, second = hall.open("chat"), hall.open("chat")
+    for number in range(7):
+        await hall.batch("chat", number)
+    assert (len(first.in_flight), len(second.in_flight)) == (3, 4)
+    await hall.visit("chat", 9)
+    assert (stands(first), stands(second)) == (False, True)

@@ -7,13 +7,14 @@ knows no device of models that run elsewhere: those are not paced.
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from forebay.clock import Clock
 from forebay.replicas.replica import Replica
 from forebay.scheduler.brief import Brief
 from forebay.scheduler.pace import Bound, Claim, Pace, Signal, to_run
+from forebay.scheduler.policy import to_step_aside
 from forebay.scheduler.queue import Ticket
 from forebay.server_config import PaceSettings
 from forebay.telemetry import Log, Metrics
@@ -197,22 +198,36 @@ class Devices:
             return None
         now = self._clock.monotonic()
         bound = device.pace.bound(now)
-        limit = bound.staying if self._stays(device, model, now, yields=yields) else bound.yielding
+        stays = self.only(model) is None and self._stays(device, model, now, yields=yields)
+        limit = bound.staying if stays else bound.yielding
         if limit is None:
             return None
         room = self._beside_others(device, model, limit)
         return max(room, device.brief.places(model)) if bound.yielding is None else room
 
-    def room_beside(self, model: str) -> int | None:
-        """The same for work that runs already, where online work is or may be in one process with it; None if it is not.
-
-        Work that can be paused where it is has no need to leave.
-        """
+    def to_leave(self, model: str, running: Iterable[Ticket]) -> list[Ticket]:
+        """Those of `running` that leave for online work in one process with them: what can be paused where it is need not."""
         device = self._of.get(model)
-        if device is None or not self._in_one_process(device, model):
+        limit = None if device is None else device.pace.bound(self._clock.monotonic()).staying
+        if device is None or limit is None:
+            return []
+        shared = [ticket for ticket in running if self._is_shared(device, ticket)]
+        return to_step_aside(shared, self._beside_others(device, model, limit)) if shared else []
+
+    def apart(self, model: str) -> frozenset[str]:
+        """Of several replicas of `model` all but the first: where its batch work can stand still for its online work."""
+        replicas = self._replicas(model) if model in self._of else []
+        if len(replicas) < 2 or not all(replica.traits.pausable for replica in replicas):
+            return frozenset()
+        return frozenset(replica.id for replica in replicas[1:])
+
+    def only(self, model: str) -> frozenset[str] | None:
+        """The replicas that batch work may go to now, while it has some to itself; None for any."""
+        apart = self.apart(model)
+        device = self._of[model] if apart else None
+        if device is None or device.pace.bound(self._clock.monotonic()).staying is None:
             return None
-        limit = device.pace.bound(self._clock.monotonic()).staying
-        return None if limit is None else self._beside_others(device, model, limit)
+        return frozenset(replica_id for replica_id in apart if not device.online[replica_id]) or None
 
     def ear(self, model: str) -> Ear | None:
         """What hears an online answer of `model` that begins now."""
@@ -233,6 +248,12 @@ class Devices:
 
     def _in_one_process(self, device: _Device, model: str) -> bool:
         return device.online_of[model] > 0 or not all(replica.traits.pausable for replica in self._replicas(model))
+
+    def _is_shared(self, device: _Device, ticket: Ticket) -> bool:
+        run = device.batch.get(ticket.number)
+        if run is None or device.online[run.replica.id] or not run.replica.traits.pausable:
+            return run is not None
+        return device.online_of[ticket.model] > 0 and run.replica.id not in self.apart(ticket.model)
 
     def _beside_others(self, device: _Device, model: str, limit: int) -> int:
         runs = device.batch.values()

@@ -24,7 +24,7 @@ class Background:
     """The batch work of a model: the first that waits, the places that it fills, and those it has to leave free.
 
     `starves`: none of it runs, and none has been served for as long as the floor allows. `room` bounds the places that it
-    may fill in all, for the sake of online work on the same device; None is no bound.
+    may fill in all, for the sake of online work on the same device, and `only` the replicas; None is no bound.
     """
 
     head: Ticket | None = None
@@ -32,6 +32,7 @@ class Background:
     reserved: int = 0
     starves: bool = False
     room: int | None = None
+    only: frozenset[str] | None = None
 
 
 def rank(ticket: Ticket, now: float, ageing_seconds: float) -> tuple[float, int]:
@@ -145,7 +146,7 @@ def next_grant(
         first = background.head
     if first is None:
         return None
-    replica = pick_replica(first.places, seats)
+    replica = pick_replica(first.places, _open_to(first, background, seats), batch=first.batch)
     return (first, replica) if replica is not None else None
 
 
@@ -233,6 +234,12 @@ def to_turn_away(
 def retry_after_seconds(waiting: int, slots: int, mean_run_seconds: float, longest: float) -> float:
     """When a caller who is turned away may find room: the time that those before it take, within [1, longest]."""
     return min(longest, max(1.0, mean_run_seconds * (waiting + 1) / max(1, slots)))
+
+
+def _open_to(first: Ticket, background: Background, seats: list[Seats]) -> list[Seats]:
+    if background.only is None or not first.batch or background.starves:
+        return seats
+    return [seat for seat in seats if seat.replica_id in background.only]
 
 
 def _leaves_enough(head: Ticket, background: Background, seats: list[Seats]) -> bool:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Seats:
-    """The places of one ready replica."""
+    """The places of one ready replica. One that is `apart` is for batch work first, and for online work last."""
 
     replica_id: str
     slots: int
     running: int
+    apart: bool = False
 
     @property
     def free(self) -> int:
@@ -21,10 +22,12 @@ class Seats:
         return self.slots - self.running
 
 
-def pick_replica(places: int, seats: Iterable[Seats]) -> Seats | None:
-    """The replica with the largest free share that has `places` free; None when there is none.
+def pick_replica(places: int, seats: Iterable[Seats], *, batch: bool = False) -> Seats | None:
+    """Of those that have `places` free, and of these of the kind that the work goes to first, the one with the largest free share.
 
     A request for more places than a replica has (after it ran out of memory, say) takes the whole of it.
     """
     fitting = [seat for seat in seats if seat.free >= min(places, seat.slots)]
-    return min(fitting, key=lambda seat: (seat.running / seat.slots, seat.replica_id), default=None)
+    return min(
+        fitting, key=lambda seat: (seat.apart is not batch, seat.running / seat.slots, seat.replica_id), default=None
+    )

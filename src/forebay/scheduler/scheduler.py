@@ -11,7 +11,7 @@ to admit anybody once it is closed.
 import asyncio
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Container, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -32,7 +32,6 @@ from forebay.scheduler.policy import (
     reserved,
     retry_after_seconds,
     to_preempt,
-    to_step_aside,
     to_turn_away,
 )
 from forebay.scheduler.queue import Line, Ticket
@@ -339,9 +338,8 @@ class Scheduler:
             return
         (hall.backlog if ticket.batch else hall.line).end(ticket)
         replica.give_back()
-        left = hall.running[replica.id] - ticket.taken
-        hall.running[replica.id] = left
-        if left == 0 and not replica.ready:
+        hall.running[replica.id] -= ticket.taken
+        if hall.running[replica.id] == 0 and not replica.ready:
             del hall.running[replica.id]
         for held in (hall.leaving, hall.batch, hall.permits):
             held.pop(ticket.number, None)
@@ -367,7 +365,7 @@ class Scheduler:
         now, ageing = self._clock.monotonic(), self._settings.ageing_seconds
         self._step_aside(model, hall, now)
         while len(hall.line) or len(hall.backlog):
-            seats = _seats(hall, replicas.values())
+            seats = _seats(hall, replicas.values(), self._devices.apart(model))
             online = _waiting(hall, hall.line)
             grant = next_grant(online, self._background(hall, seats, now), seats, now, ageing, hall.line.shares)
             if grant is None:
@@ -404,6 +402,7 @@ class Scheduler:
             reserved=reserved(hall.demand.peak(now), slots),
             starves=not hall.batch and self._floor_at(hall) <= now,
             room=self._devices.room(head.model, yields=head.yields),
+            only=self._devices.only(head.model),
         )
 
     def _make_room(self, hall: _Hall, online: list[Ticket], seats: list[Seats], now: float) -> None:
@@ -427,7 +426,7 @@ class Scheduler:
         if not (hall.batch and self._settings.preempt):
             return
         running = [ticket for ticket in hall.batch.values() if ticket.number not in hall.leaving]
-        for ticket in to_step_aside(running, self._devices.room_beside(model)):
+        for ticket in self._devices.to_leave(model, running):
             self._preempt(hall, ticket, now)
 
     def _preempt(self, hall: _Hall, ticket: Ticket, now: float) -> None:
@@ -496,5 +495,6 @@ def _places(tickets: Iterable[Ticket]) -> int:
     return sum(ticket.taken for ticket in tickets)
 
 
-def _seats(hall: _Hall, replicas: Iterable[Replica]) -> list[Seats]:
-    return [Seats(replica.id, replica.slots, hall.running.get(replica.id, 0)) for replica in replicas]
+def _seats(hall: _Hall, replicas: Iterable[Replica], apart: Container[str]) -> list[Seats]:
+    any_batch = bool(hall.batch or len(hall.backlog))  # nothing is apart while there is none
+    return [Seats(r.id, r.slots, hall.running.get(r.id, 0), any_batch and r.id in apart) for r in replicas]
