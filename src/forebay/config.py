@@ -91,7 +91,8 @@ class JobSettings(Section):
     backoff_seconds_min: Seconds = Field(1, description="Wait after a first failed attempt; it doubles with each.")
     backoff_seconds_max: Seconds = Field(300, description="Longest wait between attempts.")
     group_wait_seconds: Seconds = Field(
-        60, description="Longest time that chunks of models that are not loaded wait while a worker stays with those that are."
+        60,
+        description="Longest time that chunks of models that are not loaded wait while a worker stays with those that are.",
     )
     stuck_seconds: Seconds = Field(300, description="A running job without progress for this long raises the alarm.")
     drain_seconds: Annotated[float, Field(ge=0, le=25)] = Field(

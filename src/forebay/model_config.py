@@ -48,7 +48,9 @@ class ModelSettings(Section):
     idle_unload_seconds: Seconds | None = Field(
         None, description="Unload it when nobody has asked for it for so long; never if absent."
     )
-    replicas: Annotated[int, Field(ge=1, le=64)] = Field(1, description="Engine processes.")
+    replicas: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Engine processes. Of several, all but the first are for batch work first."
+    )
     slots: Annotated[int, Field(ge=1, le=1024)] = Field(
         8, description="Requests that one engine process works on at once."
     )
