@@ -66,8 +66,9 @@ from forebay.replicas.nvml import Nvml
 from forebay.replicas.pull import Puller
 from forebay.replicas.supervisor import Supervisor
 from forebay.scheduler.assembly import Assembler
+from forebay.scheduler.hall import Limits
 from forebay.scheduler.painter import Painter
-from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.scheduler.scheduler import Scheduler
 from forebay.scheduler.shares import Weights, equal
 from forebay.scheduler.transcriber import Transcriber
 from forebay.store.batches import BATCH, CHUNK, JOIN, BatchStore
@@ -635,7 +636,8 @@ def _limits(catalog: Catalog, name: str) -> Limits:
     model = catalog.get(name)
     slots = model.slots * model.replicas
     device = device_of(model)
-    return Limits(slots, model.queue_places, model.queue_timeout_seconds, model.cancel_grace_seconds, device)
+    grace = model.cancel_grace_seconds
+    return Limits(slots, model.queue_places, model.queue_timeout_seconds, grace, device, model.replicas)
 
 
 def _is_loopback(host: str) -> bool:

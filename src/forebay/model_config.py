@@ -48,8 +48,11 @@ class ModelSettings(Section):
     idle_unload_seconds: Seconds | None = Field(
         None, description="Unload it when nobody has asked for it for so long; never if absent."
     )
-    replicas: Annotated[int, Field(ge=1, le=64)] = Field(
-        1, description="Engine processes. Of several, all but the first are for batch work first."
+    replicas: Annotated[int, Field(ge=1, le=64)] = Field(1, description="Engine processes.")
+    batch_replicas: Annotated[int, Field(ge=0, le=64)] = Field(
+        0,
+        description="Further ones for batch work, which stand still when somebody is online instead of giving anything back; "
+        "online requests go there when the others are full.",
     )
     slots: Annotated[int, Field(ge=1, le=1024)] = Field(
         8, description="Requests that one engine process works on at once."
@@ -81,6 +84,11 @@ class ModelSettings(Section):
     input_tokens_max: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
         300_000, description="Tokens of one embeddings or rerank request in all."
     )
+
+    @property
+    def processes(self) -> int:
+        """Engine processes of both kinds."""
+        return self.replicas + self.batch_replicas
 
 
 class LlamaCppModel(ModelSettings):

@@ -24,7 +24,8 @@ from forebay.replicas.connection import open_session
 from forebay.replicas.postmortem import Quarantine
 from forebay.replicas.replica import Replica, ReplicaState
 from forebay.scheduler.gather import gather
-from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.scheduler.hall import Limits
+from forebay.scheduler.scheduler import Scheduler
 from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
 from tests.support.engines import KEY, Engine

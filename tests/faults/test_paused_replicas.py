@@ -22,6 +22,7 @@ from forebay.dialects.openai.chat import ChatBody, chat_call
 from forebay.errors import EngineCrashed, EngineTimeout
 from forebay.inference import Priority
 from forebay.model_config import FakeModel, OpencvModel
+from forebay.replicas.connection import EngineStream
 from forebay.replicas.replica import Replica
 from forebay.scheduler.gather import gather
 from forebay.server_config import PaceSettings, SupervisorSettings
@@ -31,6 +32,7 @@ from tests.support.server import chat_body, eventually
 
 STALL_SECONDS = 1.0
 TIMEOUT_SECONDS = 3.0
+SILENT_SECONDS = 1.0  # after so long an engine may have hung
 LINE = "[[fake tokens=60 token_ms=10]]"
 ENDLESS = "[[fake tokens=100000 token_ms=10]]"
 
@@ -161,6 +163,37 @@ async def test_what_is_cancelled_in_a_pause_gives_its_place_back_in_time(hall: H
     assert not other.running.done()
     other.running.cancel()
     await eventually(lambda: line.replica.idle.is_set(), within_seconds=4, what="the other place")
+
+
+async def test_a_pause_is_no_silence(hall: Hall) -> None:
+    line = await hall.paused(ENDLESS)
+    before = line.replica.paused_seconds
+    await eventually(lambda: line.replica.paused_seconds - before > SILENT_SECONDS * 1.1, what="a long pause")
+    line.running.cancel()
+    await asyncio.wait([line.running])
+    assert not line.replica.doubtful
+    await eventually(lambda: line.replica.idle.is_set(), within_seconds=4, what="the place")
+
+
+async def test_silence_counts_on_both_sides_of_a_pause(hall: Hall) -> None:
+    async def read_all(stream: EngineStream) -> None:
+        while await stream.read():
+            pass
+
+    replica, request = hall.replica, _call("[[fake tokens=60 token_ms=10 hang_at=5]]", Priority.BATCH).request
+    async with replica.run(request, 5.0, lambda _replica: None, lambda: None) as stream:
+        reading = asyncio.create_task(read_all(stream))
+        await eventually(lambda: stream.silent_seconds > SILENT_SECONDS / 2, what="a hang")
+        replica.pause()
+        silent = stream.silent_seconds
+        await eventually(lambda: replica.paused_seconds > SILENT_SECONDS, what="a long pause")
+        assert stream.silent_seconds == pytest.approx(silent, abs=0.01)
+        replica.resume()
+        await eventually(lambda: stream.silent_seconds >= SILENT_SECONDS, what="a long silence")
+        reading.cancel()
+    assert replica.doubtful
+    await eventually(lambda: replica.idle.is_set(), within_seconds=6, what="the place")
+    assert not replica.doubtful
 
 
 async def test_it_may_stand_still_again_as_soon_as_a_stop_is_over(hall: Hall) -> None:

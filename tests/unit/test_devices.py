@@ -14,7 +14,8 @@ from forebay.inference import Priority, Request
 from forebay.replicas.commands import Traits
 from forebay.replicas.postmortem import Quarantine
 from forebay.replicas.replica import Replica, ReplicaState
-from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.scheduler.hall import Limits
+from forebay.scheduler.scheduler import Scheduler
 from forebay.server_config import PaceSettings, SchedulerSettings
 from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock
@@ -116,6 +117,7 @@ class Hall:
 
 
 DEVICES = {"chat": "cpu", "speech": "cpu", "pictures": "cpu", "elsewhere": "", "other": "gpu0"}
+ONLINE = {"pictures": 2}  # replicas for online work
 
 
 @pytest.fixture
@@ -128,7 +130,9 @@ async def hall(pace: PaceSettings) -> AsyncIterator[Hall]:
     async with aiohttp.ClientSession() as session:
         clock, metrics = FakeClock(), Metrics()
         house = House(clock)
-        limits = {name: Limits(4, 8, 60.0, device=device) for name, device in DEVICES.items()}
+        limits = {
+            name: Limits(4, 8, 60.0, device=device, replicas=ONLINE.get(name, 1)) for name, device in DEVICES.items()
+        }
         scheduler = Scheduler(house, limits, SETTINGS, 1.0, clock, metrics, pace=pace)
         yield Hall(house, scheduler, clock, metrics, session)
         scheduler.close()
@@ -347,7 +351,9 @@ async def test_without_a_pace_nothing_stands_still() -> None:
     clock: Clock = FakeClock()
     async with aiohttp.ClientSession() as session:
         house, metrics = House(clock), Metrics()  # type: ignore[arg-type]
-        limits = {name: Limits(4, 8, 60.0, device=device) for name, device in DEVICES.items()}
+        limits = {
+            name: Limits(4, 8, 60.0, device=device, replicas=ONLINE.get(name, 1)) for name, device in DEVICES.items()
+        }
         pace = PaceSettings(enabled=False)
         scheduler = Scheduler(house, limits, SETTINGS, 1.0, clock, metrics, pace=pace)
         hall = Hall(house, scheduler, clock, metrics, session)  # type: ignore[arg-type]
@@ -462,7 +468,7 @@ async def test_lines_that_take_long_wait_for_quiet_once_that_is_known(hall: Hall
     assert not later.waits
 
 
-async def test_of_two_replicas_one_is_for_batch_work_and_stands_still_for_the_other(hall: Hall) -> None:
+async def test_a_replica_is_for_batch_work_and_stands_still_for_the_other(hall: Hall) -> None:
     first, second = hall.open("chat"), hall.open("chat")
     await hall.leave(await hall.visit("chat", 1))
     await hall.advance(PACE.resume_seconds)
@@ -496,11 +502,65 @@ async def test_online_work_that_finds_no_room_goes_to_the_replica_of_batch_work_
     assert line.permit is not None
 
 
-async def test_online_work_alone_is_spread(hall: Hall) -> None:
-    first, second = hall.open("chat"), hall.open("chat")
-    for number in range(4):
-        await hall.visit("chat", number)
-    assert (len(first.in_flight), len(second.in_flight)) == (2, 2)
+async def test_online_work_is_spread_over_its_own_replicas(hall: Hall) -> None:
+    places = [hall.open("pictures") for _ in range(3)]
+    for number in range(9):
+        await hall.visit("pictures", number)
+        if number == 3:
+            assert [len(place.in_flight) for place in places] == [2, 2, 0]
+    assert [len(place.in_flight) for place in places] == [4, 4, 1]
+
+
+async def test_a_replica_for_batch_work_is_of_use_where_there_is_one_place_each(hall: Hall) -> None:
+    hall.open("chat", slots=1)
+    second = hall.open("chat", slots=1)
+    await hall.leave(await hall.visit("chat", 1))
+    await hall.advance(PACE.resume_seconds)
+    line = await hall.batch("chat", 2)
+    assert not line.waits
+    assert len(second.in_flight) == 1
+
+
+async def test_what_holds_the_place_that_somebody_waits_for_runs_on(hall: Hall) -> None:
+    chat = hall.open("chat", slots=1)
+    first = await hall.visit("chat", 1)
+    line = await hall.batch("chat", 2)
+    await hall.advance(SETTINGS.batch_floor_seconds)
+    await hall.leave(first)
+    assert not line.waits, "it had starved, and keeps its place"
+    await hall.advance(PACE.floor_seconds)
+    online = await hall.visit("chat", 3)
+    assert online.waits
+    assert not stands(chat)
+    await hall.leave(line)
+    assert not online.waits
+
+
+async def test_a_line_that_may_fill_a_gap_does_not_wait_behind_one_that_may_not(hall: Hall) -> None:
+    hall.open("chat")
+    await hall.leave(await hall.visit("chat", 1))
+    plain = await hall.batch("chat", 2)
+    line = Line(hall.scheduler, replace(request(3, Priority.BATCH), model="chat"))
+    await settle()
+    await hall.advance(PACE.resume_seconds)
+    assert (plain.waits, line.waits) == (True, False)
+    await hall.advance(PACE.quiet_seconds)
+    assert not plain.waits
+
+
+async def test_lines_leave_a_replica_of_theirs_that_online_work_has_to_go_to(hall: Hall) -> None:
+    hall.open("chat", slots=1)
+    second = hall.open("chat")
+    await hall.leave(await hall.visit("chat", 1))
+    await hall.advance(PACE.resume_seconds)
+    line = Line(hall.scheduler, replace(request(2, Priority.BATCH), model="chat"))
+    await settle()
+    online = [await hall.visit("chat", number) for number in (3, 4)]
+    assert not any(visitor.waits for visitor in online)
+    assert line.preempted == 1
+    second.stop_one()
+    await settle()
+    assert line.waits
 
 
 async def test_nobody_online_leaves_every_replica_to_batch_work(hall: Hall) -> None:

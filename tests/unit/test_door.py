@@ -18,7 +18,8 @@ from forebay.metering.meter import Meter
 from forebay.model_config import FakeModel
 from forebay.replicas.catalog import Catalog
 from forebay.scheduler.assembly import Assembler
-from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.scheduler.hall import Limits
+from forebay.scheduler.scheduler import Scheduler
 from forebay.server_config import SchedulerSettings
 from forebay.store.key_format import Role
 from forebay.telemetry import Metrics

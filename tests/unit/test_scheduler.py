@@ -26,8 +26,9 @@ from hypothesis.stateful import (
 from forebay.errors import EngineUnavailable, Overloaded, Quarantined, ShuttingDown
 from forebay.inference import Priority
 from forebay.replicas.replica import Replica, ReplicaState
+from forebay.scheduler.hall import Limits
 from forebay.scheduler.policy import reserved
-from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.scheduler.scheduler import Scheduler
 from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock

@@ -8,7 +8,8 @@ import pytest
 
 from forebay.errors import EngineUnavailable, Overloaded
 from forebay.inference import Priority
-from forebay.scheduler.scheduler import Limits, Scheduler
+from forebay.scheduler.hall import Limits
+from forebay.scheduler.scheduler import Scheduler
 from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock

@@ -36,7 +36,9 @@ _MODELS = {
     "images": "opencv-telea",
 }
 _PROGRAMS = {"embeddings": "forebay.engines.onnx_text", "recordings": "forebay.engines.whisper"}
-_REPLICAS = {"chat": 2}  # so that lines of a batch can stand still where they are for their own model's online requests
+_BATCH_REPLICAS = {
+    "chat": 1
+}  # so that lines of a batch can stand still where they are for their own model's online requests
 _BURST = 8
 _BURST_LINES_MIN = 400  # so that some are left when the burst comes
 _LOOK_SECONDS = 0.02
@@ -143,7 +145,7 @@ async def run(settings: Settings, plan: Plan, seeds: int, size: Size, say: Calla
 def _notes(plan: Plan, size: Size) -> list[str]:
     shares = ", ".join(f"{share:.0%} {kind}" for kind, share in plan.online.items())
     return [
-        f"{', '.join(_MODELS[kind] for kind in plan.kinds)}, with the settings of the catalogue, but chat has two replicas; no vectors are kept.",
+        f"{', '.join(_MODELS[kind] for kind in plan.kinds)}, with the settings of the catalogue, but chat has a replica for batch work; no vectors are kept.",
         f"Online: {size.load:.0%} of the machine for {size.seconds:g} s, of that {shares}.",
         f"A batch of {size.lines} lines ({', '.join(plan.lines)}); those count that are done in this time, over all of it. Then it is cancelled.",
         f"Chat has {TOKENS} tokens at most, texts {TEXT_WORDS[0]} to {TEXT_WORDS[1]} words. Lines are about the same.",
@@ -163,7 +165,7 @@ def _model(settings: Settings, kind: str) -> Model:
     if kind == "recordings":
         return model_of(settings, name)[0]
     model = Catalog(settings).get(name)
-    model = model.model_copy(update={"replicas": _REPLICAS.get(kind, 1)})
+    model = model.model_copy(update={"batch_replicas": _BATCH_REPLICAS.get(kind, 0)})
     if model.source is None:
         return model
     return model.model_copy(update={"source": f"file:{place_of(settings, name)}", "files": {}})

@@ -153,7 +153,7 @@ def _table(name: str, model: Model) -> str:
         *([] if model.source is None else [f"source = {literal(model.source)}"]),
         "preload = true",
         f"slots = {model.slots}",
-        f"replicas = {model.replicas}",
+        f"batch_replicas = {model.batch_replicas}",
         f"queue_places = {model.queue_places}",
         f"[models.{literal(name)}.options]",
         *(

@@ -117,7 +117,7 @@ class ChunkWork:
     def _window(self, model: str) -> Window:
         if model not in self._windows:
             found = self._catalog.get(model)
-            self._windows[model] = Window(found.slots * found.replicas, _AHEAD, self._weights)
+            self._windows[model] = Window(found.slots * found.processes, _AHEAD, self._weights)
         return self._windows[model]
 
     async def _run(self, attempt: _Attempt) -> ForebayError | None:

@@ -55,7 +55,7 @@ class ModelRecord:
     @property
     def missing(self) -> int:
         """How many more keepers it is to have."""
-        return self.settings.replicas - len(self.awake) if self.wanted and self.failure is None else 0
+        return self.settings.processes - len(self.awake) if self.wanted and self.failure is None else 0
 
     @property
     def awake(self) -> list[Keeper]:

@@ -98,21 +98,26 @@ class Ear:
 class Devices:
     """Owned by the scheduler, which alone calls it, but for what ears hear.
 
-    `waiting` says how many batch requests of a model wait; `offer` has the scheduler look whether one of them may go on.
+    `online` has how many replicas of each model are for online work first. `waiting` says how many batch requests of a model
+    wait, and `in_line` how many others; `offer` has the scheduler look whether a batch request may go on.
     """
 
     def __init__(
         self,
         device_of: Mapping[str, str],
+        online: Mapping[str, int],
         replicas: Callable[[str], list[Replica]],
         waiting: Callable[[str], int],
+        in_line: Callable[[str], int],
         offer: Callable[[str], None],
         settings: PaceSettings,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
+        self._online = online
         self._replicas = replicas
         self._waiting = waiting
+        self._in_line = in_line
         self._offer = offer
         self._settings = settings
         self._clock = clock
@@ -215,11 +220,9 @@ class Devices:
         return to_step_aside(shared, self._beside_others(device, model, limit)) if shared else []
 
     def apart(self, model: str) -> frozenset[str]:
-        """Of several replicas of `model` all but the first: where its batch work can stand still for its online work."""
-        replicas = self._replicas(model) if model in self._of else []
-        if len(replicas) < 2 or not all(replica.traits.pausable for replica in replicas):
-            return frozenset()
-        return frozenset(replica.id for replica in replicas[1:])
+        """The replicas of `model` beyond those for online work: where its batch work can stand still for that."""
+        further = self._replicas(model)[self._online[model] :] if model in self._of else ()
+        return frozenset(replica.id for replica in further if replica.traits.pausable)
 
     def only(self, model: str) -> frozenset[str] | None:
         """The replicas that batch work may go to now, while it has some to itself; None for any."""
@@ -314,6 +317,8 @@ class Devices:
     def _may_pause(self, device: _Device, replica: Replica) -> bool:
         if device.online[replica.id] or not replica.pausable:
             return False
+        if self._in_line(replica.model) and replica.id not in self.apart(replica.model):
+            return False  # they wait for a place there
         return any(other is replica for other in self._replicas(replica.model))  # not while it is to leave
 
     def _pause(self, device: _Device, replica: Replica, now: float) -> None:

@@ -177,7 +177,7 @@ def to_preempt(
         options = [(_room_for(ticket, seat, room, left), seat) for seat in seats]
         chosen = min(
             ((going, seat) for going, seat in options if going is not None),
-            key=lambda option: (len(option[0]), -room[option[1].replica_id], option[1].replica_id),
+            key=lambda option: (len(option[0]), option[1].apart, -room[option[1].replica_id], option[1].replica_id),
             default=None,
         )
         if not left or chosen is None:

@@ -11,9 +11,8 @@ to admit anybody once it is closed.
 import asyncio
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Container, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from forebay.clock import Clock
@@ -21,8 +20,8 @@ from forebay.errors import ForebayError, Overloaded, ShuttingDown
 from forebay.inference import Priority, Request
 from forebay.replicas.replica import Replica
 from forebay.replicas.residency import Wanted
-from forebay.scheduler.demand import Demand
 from forebay.scheduler.devices import Devices
+from forebay.scheduler.hall import Hall, Limits, new_hall, places_of, seats_of, waiting_in
 from forebay.scheduler.permit import Permit
 from forebay.scheduler.policy import (
     Background,
@@ -34,14 +33,13 @@ from forebay.scheduler.policy import (
     to_preempt,
     to_turn_away,
 )
-from forebay.scheduler.queue import Line, Ticket
+from forebay.scheduler.queue import Ticket
 from forebay.scheduler.router import Seats
 from forebay.scheduler.shares import Weights, equal
-from forebay.scheduler.wants import Seen, wanted
+from forebay.scheduler.wants import wanted
 from forebay.server_config import PaceSettings, SchedulerSettings
 from forebay.telemetry import Metrics
 
-_FIRST_GUESS_SECONDS = 2.0
 _SMOOTHING = 0.1
 _NO_BATCH = Background()
 
@@ -70,44 +68,6 @@ class Fleet(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The bounds of one model's line; without a grace of its own its engines have that of all, without a `device` no pace."""
-
-    slots: int
-    queue_places: int
-    queue_timeout_seconds: float
-    cancel_grace_seconds: float | None = None
-    device: str = ""
-
-
-@dataclass(slots=True)
-class _Hall:
-    """What the scheduler keeps for one model.
-
-    Every ticket that waits or runs has its grant. `line` waits online and has a bound; `backlog` is batch work, bounded
-    by how many the back office sends. `running` counts places by replica id. `batch` runs, the oldest first; `permits`
-    are those of it that can be interrupted. `leaving` have let go of their run, and their engine has not stopped yet.
-    Batch work waits and none of it runs since `kept_out_since`; `preempted_since` is the first preemption since some of
-    it was last served. `alarm` looks again when time alone may have made room for it.
-    """
-
-    limits: Limits
-    line: Line
-    demand: Demand
-    backlog: Line
-    grants: dict[int, asyncio.Future[Replica]] = field(default_factory=dict)
-    running: dict[str, int] = field(default_factory=dict)
-    batch: dict[int, Ticket] = field(default_factory=dict)
-    permits: dict[int, Permit] = field(default_factory=dict)
-    leaving: dict[int, Ticket] = field(default_factory=dict)
-    kept_out_since: float | None = None
-    preempted_since: float | None = None
-    alarm: tuple[float, asyncio.Task[None]] | None = None
-    mean_run_seconds: float = _FIRST_GUESS_SECONDS
-    seen: Seen = field(default_factory=Seen)
-
-
 class Scheduler:
     """Admits requests to replicas."""
 
@@ -129,11 +89,13 @@ class Scheduler:
         self._clock = clock
         self._metrics = metrics
         window = settings.headroom_seconds
-        self._halls = {name: _hall(limits, weights, window) for name, limits in models.items()}
+        self._halls = {name: new_hall(limits, weights, window) for name, limits in models.items()}
         self._devices = Devices(
             {name: limits.device for name, limits in models.items()},
+            {name: limits.replicas for name, limits in models.items()},
             fleet.replicas,
             lambda model: len(self._halls[model].backlog),
+            lambda model: len(self._halls[model].line),
             lambda model: self._grant(model, self._halls[model]),
             pace or PaceSettings(),
             clock,
@@ -230,16 +192,16 @@ class Scheduler:
                 self._preempt(hall, ticket, now)
         self._devices.changed(model)
 
-    def _measure(self, name: str, hall: _Hall) -> None:
+    def _measure(self, name: str, hall: Hall) -> None:
         self._metrics.running.labels(name).set_function(lambda: sum(hall.running.values()))
         self._metrics.waiting.labels(name).set_function(lambda: len(hall.line))
-        self._metrics.batch_running.labels(name).set_function(lambda: _places(hall.batch.values()))
+        self._metrics.batch_running.labels(name).set_function(lambda: places_of(hall.batch.values()))
         self._metrics.batch_waiting.labels(name).set_function(lambda: len(hall.backlog))
         self._metrics.slots.labels(name).set_function(lambda: sum(r.slots for r in self._fleet.replicas(name)))
 
     # Changes of state: none of these awaits.
 
-    def _join(self, hall: _Hall, request: Request, *, further: bool, yields: bool) -> tuple[Ticket, int]:
+    def _join(self, hall: Hall, request: Request, *, further: bool, yields: bool) -> tuple[Ticket, int]:
         """(1) closed; (2) quarantined; (3) no hope of a replica; (4) room at once; (5) room in line; (6) full."""
         try:
             self._let_in(request)
@@ -272,16 +234,16 @@ class Scheduler:
         self._fleet.check(request)
         self._fleet.summon(request.model)
 
-    def _overfull(self, hall: _Hall) -> bool:
+    def _overfull(self, hall: Hall) -> bool:
         """Whether more wait than may. Those who are about to get places that batch work gives back do not count."""
-        returning = _places(ticket for ticket in hall.leaving.values() if ticket.preempted)
+        returning = places_of(ticket for ticket in hall.leaving.values() if ticket.preempted)
         return len(hall.line) > hall.limits.queue_places + returning
 
-    def _turn_away(self, hall: _Hall, newcomer: Ticket, now: float) -> None:
+    def _turn_away(self, hall: Hall, newcomer: Ticket, now: float) -> None:
         """Raise Overloaded for the newcomer, or have whoever holds most of the line lose a place in it to him."""
         self._metrics.rejections.labels(newcomer.model, "queue_full").inc()
         full = Overloaded(retry_after_seconds=self._retry_after(hall))
-        waiting = _waiting(hall, hall.line)
+        waiting = waiting_in(hall, hall.line)
         last = to_turn_away(newcomer, waiting, now, self._settings.ageing_seconds, hall.line.shares)
         if last is newcomer:
             self._quit(hall, newcomer)
@@ -289,7 +251,7 @@ class Scheduler:
         hall.line.leave(last)
         hall.grants[last.number].set_exception(full)
 
-    async def _wait(self, hall: _Hall, ticket: Ticket) -> Replica:
+    async def _wait(self, hall: Hall, ticket: Ticket) -> Replica:
         granted = hall.grants[ticket.number]
         if granted.done():
             return granted.result()
@@ -304,7 +266,7 @@ class Scheduler:
                 retry_after_seconds=self._retry_after(hall),
             ) from None
 
-    def _permit(self, hall: _Hall, ticket: Ticket, request: Request, replica: Replica, place: int) -> Permit:
+    def _permit(self, hall: Hall, ticket: Ticket, request: Request, replica: Replica, place: int) -> Permit:
         waited = self._clock.monotonic() - ticket.joined_at
         grace = self._grace_seconds if hall.limits.cancel_grace_seconds is None else hall.limits.cancel_grace_seconds
         permit = Permit(request, replica, place, waited, grace, self._fleet.condemn)
@@ -317,7 +279,7 @@ class Scheduler:
             hall.permits[ticket.number] = permit
         return permit
 
-    def _quit(self, hall: _Hall, ticket: Ticket) -> None:
+    def _quit(self, hall: Hall, ticket: Ticket) -> None:
         """Leave without having run: out of the line, or with a grant that nobody will use."""
         granted = hall.grants[ticket.number]
         if granted.done() and not granted.cancelled() and granted.exception() is None:
@@ -327,13 +289,13 @@ class Scheduler:
         (hall.backlog if ticket.batch else hall.line).leave(ticket)
         self._gone(hall, ticket)
 
-    def _leave(self, hall: _Hall, ticket: Ticket) -> None:
+    def _leave(self, hall: Hall, ticket: Ticket) -> None:
         """The run is over for its holder. If the engine has not stopped, the place is on its way back."""
         if ticket.number in hall.grants:
             hall.leaving[ticket.number] = ticket
             hall.permits.pop(ticket.number, None)
 
-    def _give_back(self, hall: _Hall, ticket: Ticket, replica: Replica) -> None:
+    def _give_back(self, hall: Hall, ticket: Ticket, replica: Replica) -> None:
         if hall.grants.pop(ticket.number, None) is None:
             return
         (hall.backlog if ticket.batch else hall.line).end(ticket)
@@ -347,7 +309,7 @@ class Scheduler:
             hall.preempted_since = None
         self._gone(hall, ticket)
 
-    def _gone(self, hall: _Hall, ticket: Ticket) -> None:
+    def _gone(self, hall: Hall, ticket: Ticket) -> None:
         """What is left to do when a ticket neither waits nor runs any longer."""
         hall.seen.note(ticket, self._clock.monotonic())
         self._devices.gone(ticket)
@@ -357,24 +319,27 @@ class Scheduler:
             hall.kept_out_since = hall.preempted_since = None
         self._grant(ticket.model, hall)
 
-    def _grant(self, model: str, hall: _Hall) -> None:
+    def _grant(self, model: str, hall: Hall) -> None:
         """Give every free place to whoever is first for it, and make room for those who wait online."""
         if not (len(hall.line) or len(hall.backlog) or hall.alarm):
             return
         replicas = {replica.id: replica for replica in self._fleet.replicas(model) if not replica.doubtful}
         now, ageing = self._clock.monotonic(), self._settings.ageing_seconds
         self._step_aside(model, hall, now)
+        in_line = len(hall.line)
         while len(hall.line) or len(hall.backlog):
-            seats = _seats(hall, replicas.values(), self._devices.apart(model))
-            online = _waiting(hall, hall.line)
+            seats = seats_of(hall, replicas.values(), self._devices.apart(model))
+            online = waiting_in(hall, hall.line)
             grant = next_grant(online, self._background(hall, seats, now), seats, now, ageing, hall.line.shares)
             if grant is None:
                 self._make_room(hall, online, seats, now)
                 break
             self._seat(hall, grant[0], replicas[grant[1].replica_id], now)
+        if len(hall.line) < in_line:
+            self._step_aside(model, hall, now)  # for those who have got a place where nobody online was before
         self._set_alarm(model, hall, self._next_look(hall, now))
 
-    def _seat(self, hall: _Hall, ticket: Ticket, replica: Replica, now: float) -> None:
+    def _seat(self, hall: Hall, ticket: Ticket, replica: Replica, now: float) -> None:
         ticket.replica_id, ticket.taken = replica.id, min(ticket.places, replica.slots)
         hall.running[replica.id] = hall.running.get(replica.id, 0) + ticket.taken
         if ticket.batch:
@@ -388,24 +353,30 @@ class Scheduler:
         self._devices.granted(ticket, replica)
         hall.grants[ticket.number].set_result(replica)
 
-    def _background(self, hall: _Hall, seats: list[Seats], now: float) -> Background:
+    def _background(self, hall: Hall, seats: list[Seats], now: float) -> Background:
         if not len(hall.backlog):
             return _NO_BATCH
-        waiting = _waiting(hall, hall.backlog)
-        head = next(in_order(waiting, now, math.inf, hall.backlog.shares), None)
+        order = in_order(waiting_in(hall, hall.backlog), now, math.inf, hall.backlog.shares)
+        head = next(order, None)
         if head is None or not self.well():
             return _NO_BATCH
+        running, starves = places_of(hall.batch.values()), not hall.batch and self._floor_at(hall) <= now
+        room, only = self._devices.room(head.model, yields=head.yields), self._devices.only(head.model)
+        if room is not None and running >= room and not (head.yields or starves):
+            head = next((ticket for ticket in order if ticket.yields), head)  # of whom more may run than of the first
+            room = self._devices.room(head.model, yields=head.yields)
         slots = sum(seat.slots for seat in seats)
+        kept = sum(seat.slots for seat in seats if only is None or seat.replica_id not in only)
         return Background(
             head,
-            running=_places(hall.batch.values()),
-            reserved=reserved(hall.demand.peak(now), slots),
-            starves=not hall.batch and self._floor_at(hall) <= now,
-            room=self._devices.room(head.model, yields=head.yields),
-            only=self._devices.only(head.model),
+            running=running,
+            reserved=min(kept, reserved(hall.demand.peak(now), slots)),
+            starves=starves,
+            room=room,
+            only=only,
         )
 
-    def _make_room(self, hall: _Hall, online: list[Ticket], seats: list[Seats], now: float) -> None:
+    def _make_room(self, hall: Hall, online: list[Ticket], seats: list[Seats], now: float) -> None:
         """Take places back from batch work for those who wait online, but never from one whom the floor spares."""
         if not (online and hall.batch and self._settings.preempt):
             return
@@ -421,7 +392,7 @@ class Scheduler:
         ):
             self._preempt(hall, ticket, now)
 
-    def _step_aside(self, model: str, hall: _Hall, now: float) -> None:
+    def _step_aside(self, model: str, hall: Hall, now: float) -> None:
         """Take their places back from those who lose nothing by it, where online work on the engine is slower beside them."""
         if not (hall.batch and self._settings.preempt):
             return
@@ -429,7 +400,7 @@ class Scheduler:
         for ticket in self._devices.to_leave(model, running):
             self._preempt(hall, ticket, now)
 
-    def _preempt(self, hall: _Hall, ticket: Ticket, now: float) -> None:
+    def _preempt(self, hall: Hall, ticket: Ticket, now: float) -> None:
         ticket.preempted = True
         hall.preempted_since = now if hall.preempted_since is None else hall.preempted_since
         hall.leaving[ticket.number] = ticket
@@ -438,12 +409,12 @@ class Scheduler:
         if permit is not None:
             permit.preempt()
 
-    def _floor_at(self, hall: _Hall) -> float:
+    def _floor_at(self, hall: Hall) -> float:
         """When batch work will have been kept out, or gone without an end, for as long as its floor allows."""
         since = [time for time in (hall.kept_out_since, hall.preempted_since) if time is not None]
         return min(since) + self._settings.batch_floor_seconds if since else math.inf
 
-    def _next_look(self, hall: _Hall, now: float) -> float | None:
+    def _next_look(self, hall: Hall, now: float) -> float | None:
         """When the mere passing of time may let batch work in that waits."""
         if not len(hall.backlog):
             return None
@@ -452,7 +423,7 @@ class Scheduler:
         times = [hall.demand.next_drop(), None if hall.batch else self._floor_at(hall)]
         return min((time for time in times if time is not None and time > now), default=None)
 
-    def _set_alarm(self, model: str, hall: _Hall, due: float | None) -> None:
+    def _set_alarm(self, model: str, hall: Hall, due: float | None) -> None:
         """Look again at `due`. One that goes off too early does no harm: it sets the next."""
         if hall.alarm is not None:
             if due is not None and hall.alarm[0] <= due:
@@ -462,39 +433,21 @@ class Scheduler:
         if due is not None:
             hall.alarm = (due, asyncio.get_running_loop().create_task(self._look_again(model, hall, due)))
 
-    async def _look_again(self, model: str, hall: _Hall, due: float) -> None:
+    async def _look_again(self, model: str, hall: Hall, due: float) -> None:
         await self._clock.sleep(max(0.0, due - self._clock.monotonic()))
         hall.alarm = None
         self._grant(model, hall)
 
-    def _dismiss(self, hall: _Hall, error: ForebayError) -> None:
+    def _dismiss(self, hall: Hall, error: ForebayError) -> None:
         for line in (hall.line, hall.backlog):
             for ticket in list(line):
                 line.leave(ticket)
                 if not hall.grants[ticket.number].done():
                     hall.grants[ticket.number].set_exception(error)
 
-    def _learn(self, hall: _Hall, run_seconds: float) -> None:
+    def _learn(self, hall: Hall, run_seconds: float) -> None:
         hall.mean_run_seconds += _SMOOTHING * (run_seconds - hall.mean_run_seconds)
 
-    def _retry_after(self, hall: _Hall) -> float:
+    def _retry_after(self, hall: Hall) -> float:
         longest = self._settings.retry_after_seconds_max
         return retry_after_seconds(len(hall.line), hall.limits.slots, hall.mean_run_seconds, longest)
-
-
-def _hall(limits: Limits, weights: Weights, window_seconds: float) -> _Hall:
-    return _Hall(limits, Line(weights), Demand(window_seconds), Line(weights))
-
-
-def _waiting(hall: _Hall, line: Line) -> list[Ticket]:
-    """Those in line, but not a caller that left: it has a cancelled grant until its own clean-up runs."""
-    return [ticket for ticket in line if not hall.grants[ticket.number].done()]
-
-
-def _places(tickets: Iterable[Ticket]) -> int:
-    return sum(ticket.taken for ticket in tickets)
-
-
-def _seats(hall: _Hall, replicas: Iterable[Replica], apart: Container[str]) -> list[Seats]:
-    any_batch = bool(hall.batch or len(hall.backlog))  # nothing is apart while there is none
-    return [Seats(r.id, r.slots, hall.running.get(r.id, 0), any_batch and r.id in apart) for r in replicas]
