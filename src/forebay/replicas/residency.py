@@ -166,7 +166,7 @@ class Residency:
         totals, others = self._books.totals(), self._books.others()
         held: list[Holding] = []
         for record in records:
-            for number in range(record.settings.replicas):
+            for number in range(record.settings.processes):
                 need = Need(record.name, self._books.need(record.name))
                 verdict = plan(need, held, totals, 0.0, self._rules, others=others)
                 if isinstance(verdict, Never):
