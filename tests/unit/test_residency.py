@@ -141,6 +141,33 @@ def test_a_model_that_nobody_asks_for_is_unloaded_when_its_settings_say_so() -> 
     assert up(home, "one")
 
 
+def test_one_that_sleeps_keeps_no_idle_model_in_memory() -> None:
+    home = house(Kind("one", LARGE, replicas=2, asleep_bytes=SMALL, idle_unload_seconds=30), total=2 * LARGE)
+    ask(home, "one", seconds=4)
+    asleep, awake = home.stands("one")
+    asleep.ready_at, asleep.asleep_at, asleep.sleeps = None, home.now, True
+    home.taken = SMALL  # it cannot be woken
+    home.clock.advance(20)
+    assert not home.residency.review(home.records, lambda _record: True)
+    assert not awake.leaving
+    home.clock.advance(11)
+    home.residency.review(home.records, lambda _record: True)
+    assert (awake.leaving, asleep.leaving, home.record("one").wanted) == (True, True, False)
+
+
+def test_an_operators_load_of_one_that_sleeps_waits_for_memory_longer_than_it_may_idle() -> None:
+    home = house(Kind("one", LARGE, asleep_bytes=SMALL, idle_unload_seconds=30))
+    ask(home, "one", seconds=5)
+    (asleep,) = home.stands("one")
+    asleep.ready_at, asleep.asleep_at, asleep.sleeps = None, home.now, True
+    home.taken = TOTAL - LARGE + 1
+    home.record("one").want(home.now)
+    home.record("one").ordered_at = home.now
+    home.clock.advance(40)
+    assert not home.residency.review(home.records, lambda _record: True)
+    assert (asleep.leaving, home.record("one").wanted) == (False, True)
+
+
 def test_an_announced_model_that_nobody_asks_for_does_not_wait_for_ever() -> None:
     home = house(Kind("one", LARGE, run_seconds=200), Kind("two", LARGE))
     ask(home, "one", seconds=4)

@@ -252,9 +252,9 @@ class Residency:
     def _rest(self, record: ModelRecord, wanted: Wanted, now: float) -> None:
         """Unload a model that nobody has asked for as long as its settings say."""
         seconds = record.settings.idle_unload_seconds
-        if seconds is None or not record.wanted or not record.keepers or wanted.any:
+        if seconds is None or not record.wanted or not record.awake or wanted.any:
             return
-        times = [keeper.ready_at for keeper in record.keepers]
+        times = [keeper.ready_at for keeper in record.awake]
         last = max(wanted.last_at or -inf, record.asked_at, *(inf if time is None else time for time in times))
         if now - last >= seconds:
             self._log.info("model.idle", model=record.name, idle_seconds=round(now - last, 1))
