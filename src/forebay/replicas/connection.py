@@ -13,6 +13,8 @@ from aiohttp.client_reqrep import ClientRequest
 from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
+from forebay.replicas.pauses import Pauses
+
 _ERROR_BODY_BYTES_MAX = 65_536
 _READ_BUFFER_BYTES = 65_536
 _KEEP_ALIVE_SECONDS = 4.0  # shorter than the 5 s after which common servers close
@@ -50,11 +52,22 @@ def open_session(*, reuses_connections: bool, connect_timeout_seconds: float = 1
 
 
 class EngineStream:
-    """One answer of an engine. Owned by the replica that opened it; `stop` may be called once, at any time."""
+    """One answer of an engine. Owned by the replica that opened it; `stop` may be called once, at any time.
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, headers: Mapping[str, str], body: bytes) -> None:
+    `pauses`: those of the engine, if it ever stands still.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        pauses: Pauses | None = None,
+    ) -> None:
         self.connection: Connection | None = None
         self.finished = False
+        self._pauses = pauses or Pauses()
         self._reads_since: float | None = None
         self._response: aiohttp.ClientResponse | None = None
         self._begin(session, url, headers, body)
@@ -69,8 +82,8 @@ class EngineStream:
 
     @property
     def silent_seconds(self) -> float:
-        """How long nothing has come for who reads, or did until he was interrupted."""
-        return 0.0 if self._reads_since is None else _now() - self._reads_since
+        """How long nothing has come for who reads, or did until he was interrupted, while the engine did not stand still."""
+        return 0.0 if self._reads_since is None else self._own_seconds() - self._reads_since
 
     def header(self, name: str) -> str | None:
         """A header of the answer, once it has begun."""
@@ -79,7 +92,7 @@ class EngineStream:
     async def read(self) -> bytes:
         """The next bytes, as many as there are; b"" at the end. Raises aiohttp.ClientError on a cut."""
         assert self._response is not None
-        self._reads_since = _now()
+        self._reads_since = self._own_seconds()
         data = await self._response.content.readany()
         self._reads_since = None
         if not data:
@@ -107,6 +120,10 @@ class EngineStream:
             return True
         finally:
             await self._close()
+
+    def _own_seconds(self) -> float:
+        """A time that does not pass while the engine stands still."""
+        return asyncio.get_running_loop().time() - self._pauses.seconds
 
     def _half_close(self, *, confirms_stop: bool) -> bool:
         """Shut our side; False if there is nothing that could answer to it."""
@@ -139,7 +156,3 @@ class EngineStream:
     ) -> aiohttp.ClientResponse:
         _opening.set(self)
         return await session.post(url, data=body, headers=headers, allow_redirects=False)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -177,7 +177,8 @@ class Replica:
         return EngineGarbled()
 
     def _stream_for(self, request: Request) -> EngineStream:
-        return EngineStream(self._session, self.address + request.path, self._headers_for(request), request.body)
+        url, headers = self.address + request.path, self._headers_for(request)
+        return EngineStream(self._session, url, headers, request.body, self.pauses)
 
     async def _open(self, stream: EngineStream, request: Request) -> None:
         status = await stream.open()
