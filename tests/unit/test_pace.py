@@ -213,6 +213,23 @@ def test_a_wait_counts_by_what_it_adds_to_the_first_token() -> None:
     assert drive.pace.level == 1
 
 
+def test_first_tokens_that_come_late_halve_it_although_tokens_do_not_mind() -> None:
+    drive = Drive()
+    drive.join()
+    for _ in range(4):
+        drive.now += 0.2
+        drive.pace.seen(Signal.FIRST, "chat", 0.2, drive.now)
+    drive.climb(4)
+    levels = []
+    for _ in range(8):
+        drive.tokens(3, ALONE)
+        drive.now += 0.3
+        drive.pace.seen(Signal.FIRST, "chat", 0.3, drive.now)
+        levels.append(drive.pace.level)
+    assert min(levels) == 2
+    assert max(levels) <= 5
+
+
 def test_work_that_was_held_for_long_enough_runs_for_a_while() -> None:
     drive = Drive()
     drive.join()

@@ -19,6 +19,8 @@ _DOUBT = 1.5  # how much of the noise is taken for chance
 _DOUBT_EARLY = 4.0
 _EVIDENCE_BAD = 2  # samples for one that cannot wait
 _RATIO_MAX = 4.0  # one odd sample is no verdict
+_FIRSTS_MIN = 2  # first tokens that say whether the bound may grow
+_FIRSTS_MAX = 32  # of those that count: the older ones fade
 _LEVEL_MAX = 1024
 
 
@@ -76,6 +78,10 @@ class _Evidence:
         self.ratios += ratio
         self.noise += noise
 
+    def fade(self) -> None:
+        """Count half."""
+        self.count, self.ratios, self.noise = self.count // 2, self.ratios / 2, self.noise / 2
+
     @property
     def mean(self) -> float:
         """How many times as long as without batch work it took."""
@@ -112,6 +118,10 @@ class Pace:
         self._held_since: float | None = None
         self._floor_until = -math.inf
         self._evidence = _Evidence()
+        self._firsts = (
+            _Evidence()
+        )  # of first tokens alone, since something was bad: tokens are many more, and may not mind
+        self._firsts_new = 0
         self._baselines: dict[tuple[str, Signal, int], _Baseline] = {}
         self._rested = 0
 
@@ -193,8 +203,10 @@ class Pace:
             scale += first.mean if first is not None and first.count else 0.0
         if scale <= 0:
             return False
-        ratio = 1 + (seconds - baseline.mean) / scale
-        self._evidence.add(min(_RATIO_MAX, ratio), min(1.0, baseline.deviation / scale))
+        sample = min(_RATIO_MAX, 1 + (seconds - baseline.mean) / scale), min(1.0, baseline.deviation / scale)
+        self._evidence.add(*sample)
+        if signal is Signal.FIRST:
+            self._note_first(*sample)
         return self._judge(now)
 
     def _alone(self, seconds: float, now: float) -> bool:
@@ -208,15 +220,17 @@ class Pace:
         """(1) Bad, as soon as it shows; (2) good, once there is enough of it and the bound has been used; (3) neither."""
         evidence, settings = self._evidence, self._settings
         enough = evidence.count >= _EVIDENCE and now >= evidence.since + _EVIDENCE_SECONDS
-        if (
+        bad = (
             evidence.count >= _EVIDENCE_BAD
             and evidence.least(_DOUBT if enough else _DOUBT_EARLY) > settings.tolerance_bad
-        ):
+        )
+        firsts = self._firsts
+        if bad or (self._firsts_new and firsts.count >= _EVIDENCE and firsts.least(_DOUBT) > settings.tolerance_bad):
             self._cut(now)
             return True
         if not enough:
             return False
-        good = evidence.mean <= settings.tolerance_good and self._peak >= self._allowed
+        good = evidence.mean <= settings.tolerance_good and self._peak >= self._allowed and self._good_firsts()
         self._evidence = _Evidence(now)
         if not good:
             return False
@@ -224,6 +238,16 @@ class Pace:
         if self._ceiling is not None and self._allowed >= self._ceiling:
             self._ceiling, self._backoff = None, settings.probe_seconds_min
         return self._raise(now)
+
+    def _note_first(self, ratio: float, noise: float) -> None:
+        if self._firsts.count >= _FIRSTS_MAX:
+            self._firsts.fade()
+        self._firsts.add(ratio, noise)
+        self._firsts_new += 1
+
+    def _good_firsts(self) -> bool:
+        """Whether first tokens come as fast as without, or what is more of their time may be chance."""
+        return self._firsts.count < _FIRSTS_MIN or self._firsts.least(_DOUBT) <= self._settings.tolerance_good
 
     def _raise(self, now: float) -> bool:
         if self._stair < self._level:
@@ -262,12 +286,13 @@ class Pace:
         bad = max(1, self._allowed)
         self._ceiling, self._probe_at = bad, now + self._backoff
         self._backoff = min(2 * self._backoff, self._settings.probe_seconds_max)
+        self._firsts = _Evidence()
         self._step(now, bad // 2, bad // 2)
 
     def _step(self, now: float, level: int, stair: int) -> None:
         self._level, self._stair, self._changed_at = level, stair, now
         self._proven = min(self._proven, stair)
-        self._evidence, self._rested, self._peak = _Evidence(now), 0, self._running
+        self._evidence, self._rested, self._peak, self._firsts_new = _Evidence(now), 0, self._running, 0
 
 
 @dataclass(frozen=True, slots=True)
