@@ -16,8 +16,8 @@ import pytest
 from forebay.clock import SystemClock, seeded
 from forebay.dialects.openai.call import Call, Context, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
-from forebay.errors import EngineTimeout, ForebayError, Preempted
-from forebay.inference import Priority, Request
+from forebay.errors import EngineTimeout, Preempted
+from forebay.inference import Priority
 from forebay.model_config import FakeModel
 from forebay.replicas.commands import traits_of
 from forebay.replicas.connection import open_session
@@ -28,6 +28,7 @@ from forebay.scheduler.hall import Limits
 from forebay.scheduler.scheduler import Scheduler
 from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
+from tests.support.engine_room import EngineRoom
 from tests.support.engines import KEY, Engine
 from tests.support.server import chat_body, eventually
 
@@ -43,28 +44,6 @@ SETTINGS = SchedulerSettings(headroom_seconds=0.4, batch_floor_seconds=4.8)
 # One turn of a busy event loop and one round trip to the engine, which is what taking a place back costs.
 NOISE_SECONDS = 0.002
 SEED = 20_260_609
-
-
-@dataclass(slots=True)
-class Room:
-    """A machine room with one engine that is always up."""
-
-    replica: Replica
-
-    def replicas(self, model: str) -> list[Replica]:
-        return [self.replica]
-
-    def summon(self, model: str) -> None:
-        pass
-
-    def trouble(self, model: str) -> ForebayError | None:
-        return None
-
-    def check(self, request: Request) -> None:
-        pass
-
-    def condemn(self, replica: Replica) -> None:
-        raise AssertionError("the engine did not stop when told to")
 
 
 @dataclass(slots=True)
@@ -92,7 +71,7 @@ async def hallway() -> AsyncIterator[tuple[Scheduler, Metrics, Engine]]:
         replica.headers = {"Authorization": f"Bearer {KEY}"}
         replica.state = ReplicaState.READY
         limits = {MODEL: Limits(SLOTS, 64, 30.0)}
-        yield Scheduler(Room(replica), limits, SETTINGS, 10.0, clock, metrics), metrics, engine
+        yield Scheduler(EngineRoom(replica), limits, SETTINGS, 10.0, clock, metrics), metrics, engine
     finally:
         await session.close()
         engine.end()

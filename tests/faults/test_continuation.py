@@ -20,8 +20,7 @@ from forebay.dialects.openai.call import Call, Context, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
 from forebay.dialects.openai.completions import CompletionBody, completion_call
 from forebay.engine_options import LlamaCppOptions
-from forebay.errors import ForebayError
-from forebay.inference import Priority, Request
+from forebay.inference import Priority
 from forebay.jobs.admission import Admission
 from forebay.jobs.continuation import Continuation
 from forebay.model_config import LlamaCppModel
@@ -35,6 +34,7 @@ from forebay.scheduler.hall import Limits
 from forebay.scheduler.scheduler import Scheduler
 from forebay.server_config import SchedulerSettings
 from forebay.telemetry import Metrics
+from tests.support.engine_room import EngineRoom
 from tests.support.engines import KEY, Engine
 from tests.support.models import smollm2_path
 from tests.support.server import eventually
@@ -60,28 +60,6 @@ PROMPTS = [
     "Make a markdown table of planets.",
     "Translate 'good morning' into five languages.",
 ]
-
-
-@dataclass(slots=True)
-class Room:
-    """A machine room with one engine that is always up."""
-
-    replica: Replica
-
-    def replicas(self, model: str) -> list[Replica]:
-        return [self.replica]
-
-    def summon(self, model: str) -> None:
-        pass
-
-    def trouble(self, model: str) -> ForebayError | None:
-        return None
-
-    def check(self, request: Request) -> None:
-        pass
-
-    def condemn(self, replica: Replica) -> None:
-        raise AssertionError("the engine did not stop when told to")
 
 
 @dataclass(slots=True)
@@ -166,7 +144,7 @@ async def standing(address: str) -> AsyncIterator[tuple[Continuation, Scheduler,
         replica.address = address
         replica.headers = {"Authorization": f"Bearer {KEY}"}
         replica.state = ReplicaState.READY
-        scheduler = Scheduler(Room(replica), {NAME: Limits(1, 64, 60.0)}, SCHEDULER, 10.0, clock, metrics)
+        scheduler = Scheduler(EngineRoom(replica), {NAME: Limits(1, 64, 60.0)}, SCHEDULER, 10.0, clock, metrics)
         settings = SETTINGS.model_copy(update={"models": {NAME: model}})
         admission = Admission(Catalog(settings), scheduler, settings, clock)
         yield Continuation(admission, settings, metrics), scheduler, metrics
