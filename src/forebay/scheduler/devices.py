@@ -176,7 +176,8 @@ class Devices:
             device.last_online[ticket.model] = now
             if ticket.replica_id:
                 device.online[ticket.replica_id] -= 1
-                device.online += Counter()  # forgets those at nought
+                if not device.online[ticket.replica_id]:
+                    del device.online[ticket.replica_id]
         self._settle(device, now)
 
     def _ended(self, device: _Device, ticket: Ticket, now: float) -> None:
@@ -274,12 +275,12 @@ class Devices:
         device.pace.tick(now)
         bound = device.pace.bound(now)
         places, replicas = self._places(device)
-        staying = sum(places[replica.id] for replica in replicas if not self._may_pause(device, replica))
+        pausable = [replica for replica in replicas if self._may_pause(device, replica)]
         claims = [
             Claim(replica.id, places[replica.id], not replica.paused, device.since.get(replica.id, now))
-            for replica in replicas
-            if self._may_pause(device, replica)
+            for replica in pausable
         ]
+        staying = sum(places.values()) - sum(claim.places for claim in claims)
         free, look = None, math.inf
         if bound.yielding is not None:
             floor, look = self._floor(device, claims, now) if staying and claims else (0, math.inf)
@@ -287,7 +288,7 @@ class Devices:
         running = to_run(claims, free, now, _TURN_SECONDS)
         paced = sum(places[claim.replica_id] for claim in claims if claim.replica_id in running)
         for replica in replicas:
-            if self._may_pause(device, replica) and replica.id not in running:
+            if replica in pausable and replica.id not in running:
                 self._pause(device, replica, now)
             else:
                 self._resume(device, replica, now)

@@ -121,7 +121,7 @@ class Pace:
         self._firsts = (
             _Evidence()
         )  # of first tokens alone, since something was bad: tokens are many more, and may not mind
-        self._firsts_new = 0
+        self._first_is_new = False
         self._baselines: dict[tuple[str, Signal, int], _Baseline] = {}
         self._rested = 0
 
@@ -187,7 +187,9 @@ class Pace:
     def seen(self, signal: Signal, model: str, seconds: float, now: float) -> bool:
         """An online answer took so long for `signal`, until now; whether the bound has changed."""
         began = now - seconds
-        baseline = self._baselines.setdefault((model, signal, self._online.bit_length()), _Baseline())
+        key = (model, signal, self._online.bit_length())
+        if (baseline := self._baselines.get(key)) is None:
+            baseline = self._baselines[key] = _Baseline()
         if not self._running and self._ran_until <= began:
             baseline.add(seconds, now, self._settings.baseline_seconds)
             self._rested += 1
@@ -225,7 +227,7 @@ class Pace:
             and evidence.least(_DOUBT if enough else _DOUBT_EARLY) > settings.tolerance_bad
         )
         firsts = self._firsts
-        if bad or (self._firsts_new and firsts.count >= _EVIDENCE and firsts.least(_DOUBT) > settings.tolerance_bad):
+        if bad or (self._first_is_new and firsts.count >= _EVIDENCE and firsts.least(_DOUBT) > settings.tolerance_bad):
             self._cut(now)
             return True
         if not enough:
@@ -243,7 +245,7 @@ class Pace:
         if self._firsts.count >= _FIRSTS_MAX:
             self._firsts.fade()
         self._firsts.add(ratio, noise)
-        self._firsts_new += 1
+        self._first_is_new = True
 
     def _good_firsts(self) -> bool:
         """Whether first tokens come as fast as without, or what is more of their time may be chance."""
@@ -292,7 +294,7 @@ class Pace:
     def _step(self, now: float, level: int, stair: int) -> None:
         self._level, self._stair, self._changed_at = level, stair, now
         self._proven = min(self._proven, stair)
-        self._evidence, self._rested, self._peak, self._firsts_new = _Evidence(now), 0, self._running, 0
+        self._evidence, self._rested, self._peak, self._first_is_new = _Evidence(now), 0, self._running, False
 
 
 @dataclass(frozen=True, slots=True)

@@ -326,9 +326,9 @@ class Scheduler:
         replicas = {replica.id: replica for replica in self._fleet.replicas(model) if not replica.doubtful}
         now, ageing = self._clock.monotonic(), self._settings.ageing_seconds
         self._step_aside(model, hall, now)
-        in_line = len(hall.line)
+        in_line, apart = len(hall.line), self._devices.apart(model)
         while len(hall.line) or len(hall.backlog):
-            seats = seats_of(hall, replicas.values(), self._devices.apart(model))
+            seats = seats_of(hall, replicas.values(), apart)
             online = waiting_in(hall, hall.line)
             grant = next_grant(online, self._background(hall, seats, now), seats, now, ageing, hall.line.shares)
             if grant is None:
