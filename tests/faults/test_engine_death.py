@@ -108,6 +108,30 @@ async def test_a_stopped_engine_is_replaced_within_the_stall_limit() -> None:
         assert await _deaths(server) == 1
 
 
+async def test_after_the_whole_machine_was_held_up_nobody_is_to_blame() -> None:
+    async with serving(CONFIG + f"[http]\nwrite_stall_seconds = {STALL_SECONDS}\n", environment=DEBUG) as server:
+        engine = server.engine_pid()
+        streams = [(await begin(server, "[[fake tokens=600 token_ms=10]]"))[0] for _ in range(3)]
+        unread = await server.send(chat_body("[[fake tokens=600 token_ms=10]]", stream=True))
+        await first_bytes(unread)
+        held = [server.pid, *(process.pid for process in server.family())]
+        for pid in held:
+            os.kill(pid, signal.SIGSTOP)
+        going_on_at = monotonic() + 2 * STALL_SECONDS
+
+        async def held_up() -> bool:
+            return monotonic() > going_on_at
+
+        await eventually(held_up, what="a machine that has stood still for longer than any engine may")
+        for pid in held:
+            os.kill(pid, signal.SIGCONT)
+        for answer in await asyncio.gather(*streams, read(unread)):
+            assert answer.whole, answer
+            assert answer.tokens == 600
+        assert server.engine_pid() == engine
+        assert await _deaths(server) == 0
+
+
 async def test_whoever_waits_on_a_stopped_engine_that_is_condemned_is_told_of_the_stall() -> None:
     """One leaves, which a stopped engine does not confirm: that neither puts off nor renames what the other is told."""
     async with serving(CONFIG, environment=DEBUG) as server:

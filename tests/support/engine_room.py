@@ -25,6 +25,9 @@ class EngineRoom:
     def trouble(self, model: str) -> ForebayError | None:
         return None
 
+    def waits(self, model: str) -> bool:
+        return False
+
     def check(self, request: Request) -> None:
         pass
 

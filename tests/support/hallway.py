@@ -60,6 +60,7 @@ class Room:
     all: list[Bench] = field(default_factory=list)
     problem: ForebayError | None = None
     refused: bool = False
+    short_of_memory: set[str] = field(default_factory=set)
 
     def replicas(self, model: str) -> list[Replica]:
         assert model == MODEL
@@ -71,6 +72,9 @@ class Room:
 
     def trouble(self, model: str) -> ForebayError | None:
         return self.problem
+
+    def waits(self, model: str) -> bool:
+        return model in self.short_of_memory
 
     def check(self, request: Request) -> None:
         if self.refused:
@@ -97,6 +101,7 @@ class Visitor:
         self.wanted = wanted
         self.batch = wanted.priority is Priority.BATCH
         self._leave = asyncio.Event()
+        self._failure: ForebayError | None = None
         self._door: Callable[[Request], AbstractAsyncContextManager[Permit]] = (
             scheduler.admit_when_room if self.batch else scheduler.admit
         )
@@ -111,6 +116,8 @@ class Visitor:
         try:
             async with self._door(self.wanted) as self.permit, self.permit.run() if self._runs else nullcontext():
                 await self._leave.wait()
+                if self._failure is not None:
+                    raise self._failure
         except Preempted:
             assert self.task.cancelling() == 0, "a later timeout would take this for its own"
             return True
@@ -129,6 +136,10 @@ class Visitor:
         return self.task.exception() if self.task.done() and not self.task.cancelled() else None
 
     def leave(self) -> None:
+        self._leave.set()
+
+    def fail(self, error: ForebayError) -> None:
+        self._failure = error
         self._leave.set()
 
 

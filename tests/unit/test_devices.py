@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 
 from forebay.clock import Clock
+from forebay.errors import EngineGarbled
 from forebay.inference import Priority, Request
 from forebay.replicas.commands import Traits
 from forebay.replicas.postmortem import Quarantine
@@ -169,6 +170,30 @@ async def test_one_who_only_waits_is_online_too(hall: Hall) -> None:
     waiting = await hall.visit("chat", 2)  # of which there is no replica yet
     assert waiting.waits
     assert stands(speech)
+
+
+async def test_one_who_waits_for_a_model_that_waits_for_memory_keeps_nothing_still(hall: Hall) -> None:
+    speech = hall.open("speech")
+    await hall.batch("speech", 1)
+    hall.house.short_of_memory.add("chat")
+    first = await hall.visit("chat", 2)
+    assert not stands(speech)
+    hall.house.short_of_memory.clear()  # it begins to load
+    hall.scheduler.changed("chat")
+    assert stands(speech)
+    hall.house.short_of_memory.add("chat")
+    hall.scheduler.changed("chat")
+    second = await hall.visit("chat", 3)
+    await hall.advance(PACE.resume_seconds)
+    assert not stands(speech)
+    for visitor in (first, second):
+        visitor.task.cancel()
+    await settle()
+    hall.house.short_of_memory.clear()
+    hall.open("chat")
+    await hall.visit("chat", 4)
+    assert stands(speech)
+    assert hall.scheduler.load("chat") == (1, 0)
 
 
 async def test_it_stands_still_before_anything_else_happens(hall: Hall) -> None:
@@ -466,6 +491,20 @@ async def test_lines_that_take_long_wait_for_quiet_once_that_is_known(hall: Hall
     assert later.waits
     await hall.advance(BRIEF.quiet_seconds)
     assert not later.waits
+
+
+@pytest.mark.parametrize("pace", [BRIEF])
+async def test_how_soon_a_line_failed_says_nothing(hall: Hall) -> None:
+    chat = hall.open("chat")
+    await some_online(hall, 1)
+    failing = [await hall.batch("chat", number) for number in range(2, 6)]
+    assert [line.waits for line in failing] == [False, True, True, True]
+    failing[0].fail(EngineGarbled())
+    await settle()
+    chat.stop_one()
+    await settle()
+    assert isinstance(failing[0].error, EngineGarbled)
+    assert [line.waits for line in failing[1:]] == [False, True, True], "one is tried again"
 
 
 async def test_a_replica_is_for_batch_work_and_stands_still_for_the_other(hall: Hall) -> None:

@@ -135,8 +135,10 @@ class Door:
             before = self.clock.monotonic()
             await self.clock.sleep(_SWEEP_SECONDS)
             now = self.clock.monotonic()
-            self._metrics.loop_lag.observe(max(0.0, now - before - _SWEEP_SECONDS))
+            lag = max(0.0, now - before - _SWEEP_SECONDS)
+            self._metrics.loop_lag.observe(lag)
             for visit in list(self._visits):
+                visit.since = min(now, visit.since + lag)  # it waited for this server meanwhile, and for nobody else
                 self._sweep(visit, now)
 
     async def require(self, caller: Principal, least: Amounts) -> None:

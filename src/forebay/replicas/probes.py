@@ -24,14 +24,19 @@ async def answers(session: aiohttp.ClientSession, replica: Replica, path: str, s
 
 
 async def stalled(session: aiohttp.ClientSession, replica: Replica, stall_seconds: float, clock: Clock) -> None:
-    """Return once the engine has answered no probe for `stall_seconds`; one that is paused is not asked."""
+    """Return once the engine has answered no probe for `stall_seconds`; one that is paused is not asked.
+
+    A probe counts for no longer than it may take: what this server was held up is no silence of the engine.
+    """
     pauses, period = replica.pauses, min(5.0, stall_seconds / 4)
-    answered, known = clock.monotonic(), pauses.count
-    while clock.monotonic() - answered < stall_seconds:
+    silent, known = 0.0, pauses.count
+    while silent < stall_seconds:
+        asked_at = clock.monotonic()
         await clock.sleep(period)
         still = pauses.paused or await answers(session, replica, replica.traits.probe_path, seconds=period)
+        silent += min(clock.monotonic() - asked_at, 2 * period)
         if still or pauses.count != known:  # one that paused meanwhile has all of the limit again
-            answered, known = clock.monotonic(), pauses.count
+            silent, known = 0.0, pauses.count
 
 
 async def supports_tools(session: aiohttp.ClientSession, replica: Replica) -> bool | None:

@@ -108,7 +108,7 @@ class Residency:
     def __init__(self, books: Books, settings: MemorySettings, clock: Clock, metrics: Metrics, log: Log) -> None:
         self.demand: Callable[[str], Wanted] = lambda _model: Wanted()
         self.on_leave: Callable[[str], None] = lambda _model: None  # it leaves for somebody online
-        self.on_refused: Callable[[str], None] = lambda _model: None
+        self.on_verdict: Callable[[str], None] = lambda _model: None  # it waits for memory, or no longer, or is refused
         self._books = books
         self._rules = Rules(settings.residency_seconds, settings.swap_wait_seconds, settings.online_seconds)
         self._batch_delay_seconds = max(0.0, settings.batch_wait_seconds - settings.swap_wait_seconds)
@@ -140,7 +140,7 @@ class Residency:
         for wish, verdict in self._agenda(wishes, holdings, now):
             record = lacking[wish.need.model]
             if isinstance(verdict, Fits):
-                record.waiting = record.ordered_at = None
+                self._start(record)
                 starts.append(record)
             elif isinstance(verdict, Never) and not wish.extra:
                 self._refuse(record, verdict.reason)
@@ -208,15 +208,21 @@ class Residency:
     def _wait(self, record: ModelRecord, reason: str) -> None:
         if record.awake or not self._books.need(record.name):
             return
-        if record.waiting is None:
+        begins, record.waiting = record.waiting is None, reason
+        if begins:
             self._log.info("model.waiting", model=record.name, reason=reason)
-        record.waiting = reason
+            self.on_verdict(record.name)
+
+    def _start(self, record: ModelRecord) -> None:
+        waited, record.waiting, record.ordered_at = record.waiting is not None, None, None
+        if waited:
+            self.on_verdict(record.name)
 
     def _refuse(self, record: ModelRecord, reason: str) -> None:
         if record.waiting != reason:  # told once, however often somebody asks
             self._log.warning("model.refused", model=record.name, reason=reason)
         record.refuse(reason)
-        self.on_refused(record.name)
+        self.on_verdict(record.name)
 
     def _forget(self, record: ModelRecord, wanted: Wanted, now: float) -> None:
         """Let go of a model that was announced, waits for memory, and is asked for by nobody."""

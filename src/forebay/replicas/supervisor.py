@@ -83,7 +83,7 @@ class Supervisor:
         )
         self._books = books
         self.residency = Residency(books, settings.memory, clock, metrics, self._log)
-        self.residency.on_refused = self._changed
+        self.residency.on_verdict = self._changed
         self._models = {name: ModelRecord(name, catalog.get(name)) for name in catalog.names()}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._wake = asyncio.Event()
@@ -186,6 +186,11 @@ class Supervisor:
         return EngineUnavailable(
             f"The model {model} could not be started; the server's log says why.", retry_after_seconds=wait
         )
+
+    def waits(self, model: str) -> bool:
+        """Whether `model` waits for memory: nothing of it runs or starts."""
+        record = self._models[model]
+        return record.waiting is not None and not record.awake
 
     def check(self, request: Request) -> None:
         """Raise Quarantined if engines died of this input."""

@@ -43,7 +43,8 @@ class _Run:
 class _Device:
     """What is known of one device. `batch` has what each batch ticket runs that was granted a place on it.
 
-    `online` counts online requests by replica, `last_online` is when a model last had one. `since` is when a replica was
+    `online` counts online requests by replica, `asked` by model; `online_of` counts those of them that the pace knows of,
+    `last_online` is when a model last had one. `since` is when a replica was
     last paused or resumed. `busy`: batch work runs or waits. `offered` is the bound at which those who wait were last told to look again.
     Until `floor_until` one engine runs that had stood still for long beside batch work that cannot.
     """
@@ -54,6 +55,7 @@ class _Device:
     brief: Brief
     online: Counter[str] = field(default_factory=Counter)
     last_online: dict[str, float] = field(default_factory=dict)
+    asked: Counter[str] = field(default_factory=Counter)
     online_of: Counter[str] = field(default_factory=Counter)
     batch: dict[int, _Run] = field(default_factory=dict)
     since: dict[str, float] = field(default_factory=dict)
@@ -98,8 +100,9 @@ class Ear:
 class Devices:
     """Owned by the scheduler, which alone calls it, but for what ears hear.
 
-    `online` has how many replicas of each model are for online work first. `waiting` says how many batch requests of a model
-    wait, and `in_line` how many others; `offer` has the scheduler look whether a batch request may go on.
+    `online` has how many replicas of each model are for online work first. `absent` says whether a model waits for memory,
+    `waiting` how many batch requests of it wait, and `in_line` how many others; `offer` has the scheduler look whether a
+    batch request may go on.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Devices:
         device_of: Mapping[str, str],
         online: Mapping[str, int],
         replicas: Callable[[str], list[Replica]],
+        absent: Callable[[str], bool],
         waiting: Callable[[str], int],
         in_line: Callable[[str], int],
         offer: Callable[[str], None],
@@ -116,6 +120,7 @@ class Devices:
     ) -> None:
         self._online = online
         self._replicas = replicas
+        self._absent = absent
         self._waiting = waiting
         self._in_line = in_line
         self._offer = offer
@@ -142,8 +147,8 @@ class Devices:
             return
         now = self._clock.monotonic()
         if not ticket.batch:
-            device.pace.joined(now)
-            device.online_of[ticket.model] += 1
+            device.asked[ticket.model] += 1
+            self._count(device, ticket.model, now)
         self._settle(device, now)
 
     def granted(self, ticket: Ticket, replica: Replica) -> None:
@@ -171,8 +176,8 @@ class Devices:
         if ticket.batch:
             self._ended(device, ticket, now)
         else:
-            device.pace.left(now)
-            device.online_of[ticket.model] -= 1
+            device.asked[ticket.model] -= 1
+            self._count(device, ticket.model, now)
             device.last_online[ticket.model] = now
             if ticket.replica_id:
                 device.online[ticket.replica_id] -= 1
@@ -185,7 +190,7 @@ class Devices:
         if run is None:
             return
         beside = sum(other.ticket.taken for other in device.batch.values() if other.replica is run.replica)
-        if not ticket.preempted:
+        if ticket.served:
             device.brief.learn(ticket.model, run.seconds(now) / (beside + ticket.taken))
         if not beside:
             self._resume(device, run.replica, now)
@@ -195,7 +200,18 @@ class Devices:
         """Replicas of `model` came or went, or are about to go."""
         device = self._of.get(model)
         if device is not None:
-            self._settle(device, self._clock.monotonic())
+            now = self._clock.monotonic()
+            self._count(device, model, now)
+            self._settle(device, now)
+
+    def _count(self, device: _Device, model: str, now: float) -> None:
+        """Tell the pace of online requests of `model`, but for those that need nothing of the device before there is memory."""
+        online = 0 if self._absent(model) else device.asked[model]
+        for _ in range(online - device.online_of[model]):
+            device.pace.joined(now)
+        for _ in range(device.online_of[model] - online):
+            device.pace.left(now)
+        device.online_of[model] = online
 
     def room(self, model: str, *, yields: bool) -> int | None:
         """Places that batch work of `model` may fill in all, given that it `yields` or not; None if as many as there are."""

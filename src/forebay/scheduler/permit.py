@@ -18,7 +18,7 @@ class Permit:
     """One admitted request and the replica that it runs on. `waited_seconds` is its time in line.
 
     `on_left` is called when its block has been left, and `on_stopped` when the engine has stopped: before that, if the
-    answer was read to its end. `ear`, if there is one, is told how fast the answer comes.
+    answer was read to its end. `served`: its block ended without an error. `ear`, if there is one, is told how fast the answer comes.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Permit:
         self.replica = replica
         self.position = position
         self.waited_seconds = waited_seconds
-        self.held = False
+        self.held = self.served = False
         self.ear: Ear | None = None
         self.on_left: Callable[[], None] = lambda: None
         self.on_stopped: Callable[[], None] = lambda: None
@@ -61,6 +61,7 @@ class Permit:
         try:
             async with self.replica.run(self.request, self._grace_seconds, self._condemn, self.on_stopped) as stream:
                 yield stream
+                self.served = True
         except asyncio.CancelledError:
             # As a timeout does with its own: the cancellation that `preempt` has sent ends here, any other goes on.
             if not self._preempted or runner.cancelling() - 1 > cancelled_before:

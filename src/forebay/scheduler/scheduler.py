@@ -59,6 +59,10 @@ class Fleet(Protocol):
         """Why nobody should wait for `model` any longer, if so."""
         ...
 
+    def waits(self, model: str) -> bool:
+        """Whether `model` waits for memory: nothing of it runs or starts."""
+        ...
+
     def check(self, request: Request) -> None:
         """Raise if this input is refused."""
         ...
@@ -94,6 +98,7 @@ class Scheduler:
             {name: limits.device for name, limits in models.items()},
             {name: limits.replicas for name, limits in models.items()},
             fleet.replicas,
+            fleet.waits,
             lambda model: len(self._halls[model].backlog),
             lambda model: len(self._halls[model].line),
             lambda model: self._grant(model, self._halls[model]),
@@ -146,6 +151,7 @@ class Scheduler:
         def give_back() -> None:
             if not ticket.batch:
                 self._learn(hall, self._clock.monotonic() - started)
+            ticket.served = permit.served
             self._give_back(hall, ticket, replica)
 
         permit.on_left = lambda: self._leave(hall, ticket)
