@@ -193,8 +193,9 @@ async def test_lines_are_cut_by_model_and_put_together_by_prefix() -> None:
     )
 
 
-def order(*groups: int) -> RunOrder:
-    return RunOrder(Place(number, 0, 0, group) for number, group in enumerate(groups, 1))
+def order(*groups: int, first_alone: bool = True) -> RunOrder:
+    places = (Place(number, 0, 0, group) for number, group in enumerate(groups, 1))
+    return RunOrder(places, first_alone=first_alone)
 
 
 def test_the_first_line_of_a_group_goes_alone_until_it_is_read() -> None:
@@ -204,6 +205,13 @@ def test_the_first_line_of_a_group_goes_alone_until_it_is_read() -> None:
     assert lines.take() is None
     lines.read(first)
     assert [lines.take(), lines.take()] == [Place(2, 0, 0, 1), Place(3, 0, 0, 1)]
+    assert lines.empty
+
+
+def test_none_waits_for_the_first_where_each_slot_has_to_read_the_prefix_anyway() -> None:
+    lines = order(1, 1, 1, 2, 2, first_alone=False)
+    taken = [lines.take() for _ in range(5)]
+    assert [place.group for place in taken if place] == [1, 2, 1, 2, 1], "a slot for each, then more of each"
     assert lines.empty
 
 
@@ -234,9 +242,9 @@ def test_lines_of_no_group_wait_for_nobody() -> None:
     assert lines.take() is None
 
 
-@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 8), st.randoms())
-def test_every_line_runs_once_in_any_order(groups: list[int], window: int, random: Any) -> None:
-    lines = order(*groups)
+@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 8), st.booleans(), st.randoms())
+def test_every_line_runs_once_in_any_order(groups: list[int], window: int, first_alone: bool, random: Any) -> None:
+    lines = order(*groups, first_alone=first_alone)
     running: list[Place] = []
     seen: list[int] = []
     while not lines.empty or running:

@@ -20,6 +20,7 @@ from forebay.jobs.lines import LineReader, Place, RunOrder, Turn, Window, unpack
 from forebay.jobs.outcome import Done, Failed, Interruption, Outcome, Snoozed
 from forebay.jobs.segments import SegmentStore, SegmentWriter, Unwritten
 from forebay.replicas.catalog import Catalog
+from forebay.replicas.commands import traits_of
 from forebay.scheduler.shares import Weights, equal
 from forebay.store.batches import Batch, BatchStore
 from forebay.store.files import blob_key
@@ -104,11 +105,12 @@ class ChunkWork:
         written = await self._batches.segments(batch.id, chunk.id)
         done = {number for segment in written for number in unpack_numbers(segment.lines)}
         number = max((segment.number for segment in written), default=-1) + 1
+        left, model = (place for place in unpack_places(chunk.lines) if place.number not in done), lease.job.model or ""
         return _Attempt(
             batch,
-            RunOrder(place for place in unpack_places(chunk.lines) if place.number not in done),
+            RunOrder(left, first_alone=traits_of(self._catalog.get(model)).shares_prefixes),
             asyncio.Event(),
-            self._window(lease.job.model or ""),
+            self._window(model),
             Turn(lease.job.priority, lease.job.deadline_at, next(self._turns), lease.job.project_id),
             LineReader(self._blobs, blob_key(batch.input_file_id)),
             SegmentWriter(self._segments, run, batch, number, self._settings, self._clock, self._unwritten),

@@ -1,7 +1,7 @@
 """The lines of an input file: where they are, read as a stream or one by one, and in which order they run.
 
-It refuses to hold more of a file than a few blocks, and to start lines that share a prompt prefix before the first of them
-has been read by the engine: all at once, each of them would read the prefix again.
+It refuses to hold more of a file than a few blocks, and to start lines that share a prompt prefix before the engine has read
+the first of them, where that spares the others the reading.
 """
 
 import asyncio
@@ -115,11 +115,13 @@ class LineReader:
 class RunOrder:
     """Which line goes next: pure, told when lines have been read by the engine and when they have ended.
 
-    The first line of a group goes alone until the engine has read its prompt. Then the group with the fewest running
-    lines goes first, so that each slot of the engine stays with one prefix as long as there are several.
+    The group with the fewest running lines goes first, so that each slot of the engine stays with one prefix as long as
+    there are several. Where its slots share what they have read (`first_alone`), the first line of a group goes alone
+    until its prompt is read; otherwise each slot has to read the prefix itself, and none gains by waiting for another.
     """
 
-    def __init__(self, places: Iterable[Place]) -> None:
+    def __init__(self, places: Iterable[Place], *, first_alone: bool = True) -> None:
+        self._first_alone = first_alone
         self._waiting: dict[int, deque[Place]] = {}
         self._running: dict[int, int] = {}
         self._warm = {NO_GROUP}
@@ -156,7 +158,7 @@ class RunOrder:
         self._running[place.group] -= 1
 
     def _may_go(self, group: int) -> bool:
-        return group in self._warm or not self._running.get(group)
+        return not self._first_alone or group in self._warm or not self._running.get(group)
 
     def _load(self, group: int) -> int:
         return 0 if group == NO_GROUP else self._running.get(group, 0)

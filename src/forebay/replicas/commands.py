@@ -53,7 +53,8 @@ class Traits:
     `input_types`: it reads queries in another way than documents. `metrics_path`: where it tells figures of its own.
     `sleep_level`: how it can give its device's memory back and keep its process; 0 if it cannot.
     `pausable`: it takes no harm from being stopped for minutes at any point. `continues`: it goes on with an answer that
-    was begun, and tells how much of that was in its cache.
+    was begun, and tells how much of that was in its cache. `shares_prefixes`: what it has read of one prompt it need not
+    read again for another that begins alike; llama.cpp has to in each of its slots.
     """
 
     probe_path: str
@@ -74,6 +75,7 @@ class Traits:
     pausable: bool = True
     sleep_level: int = 0
     continues: bool = False
+    shares_prefixes: bool = True
 
 
 def traits_of(model: Model) -> Traits:
@@ -89,6 +91,7 @@ def traits_of(model: Model) -> Traits:
                 sees_images=llama.mmproj_file is not None,
                 logits=True,
                 continues=llama.cache_ram_bytes > 0,
+                shares_prefixes=False,
             )
         case OnnxModel(options=onnx):
             return Traits(
