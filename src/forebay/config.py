@@ -8,7 +8,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_origin
 from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -571,18 +571,24 @@ def _read_file(path: Path | None) -> dict[str, Any]:
         raise SetupError(f"The configuration file {chosen} is not valid TOML: {error}.") from None
 
 
-def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[list[str], str]]:
-    known = {environment_name(setting): setting for setting, _ in setting_names()}
+def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[list[str], str | list[str]]]:
+    known = {environment_name(setting): (setting, field) for setting, field in setting_names()}
     for name, value in environment.items():
         if not name.startswith("FOREBAY_"):
             continue
         if name not in known:
             raise SetupError(f"The environment has {name}, which is no setting.{_nearest(name, known)}")
         if value:  # an empty variable is an unset one, as in a container's environment file
-            yield known[name].split("."), value
+            setting, field = known[name]
+            yield setting.split("."), _items(value) if get_origin(field.annotation) is tuple else value
 
 
-def _put(tree: dict[str, Any], keys: list[str], value: str) -> None:
+def _items(value: str) -> list[str]:
+    """A list in one variable: its items between commas."""
+    return [item.strip() for item in value.split(",") if item.strip()]
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: str | list[str]) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):

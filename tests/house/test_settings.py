@@ -156,6 +156,24 @@ def test_the_example_with_everything_switched_on_is_valid(tmp_path: Path, secret
     }
 
 
+def test_every_setting_of_the_example_can_be_a_variable(tmp_path: Path) -> None:
+    text = re.sub(rf"^(?:{'|'.join(SECRETS)})_file *=.*\n", "", _uncommented(), flags=re.MULTILINE)
+    text = re.sub(rf'^({"|".join(SECRETS)}) *= *".*"', rf'\1 = "{"s" * 40}"', text, flags=re.MULTILINE)
+    path = tmp_path / "forebay.toml"
+    path.write_text(text, encoding="utf-8")
+    flat, _ = _tables(tomllib.loads(text))
+    environment = {config.environment_name(name): _variable(value) for name, value in flat.items()}
+    given = config.load(None, environment)
+    assert given == config.load(path, {}).model_copy(update={"models": given.models})
+
+
+def _variable(value: Any) -> str:
+    """A value as it stands in an environment."""
+    if isinstance(value, list):
+        return ",".join(value) or ","
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def test_the_example_satisfies_the_schema() -> None:
     schema = config.Settings.model_json_schema()
     jsonschema.validate(tomllib.loads(EXAMPLE.read_text(encoding="utf-8")), schema)

@@ -33,6 +33,29 @@ def test_an_empty_variable_is_an_unset_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "items"),
+    [
+        ("quotas.defaults", ("requests=10000/day", "tokens=1/day")),
+        ("media.fetch_hosts", ("a.example", "*.b.example")),
+        ("audio.fetch_hosts", ("a.example", "b.example")),
+        ("outbound.allowed_networks", ("10.0.0.0/8", "fd00::/8")),
+        ("intake.projects", ("web", "shop")),
+    ],
+)
+def test_a_variable_can_hold_a_list(setting: str, items: tuple[str, ...], tmp_path: Path) -> None:
+    section, key = setting.split(".")
+    text = f'[{section}]\n{key} = ["{items[0]}"]'
+    for value, expected in ((",".join(items), items), (f" {items[1]} ,", items[1:]), (",", ()), ("", items[:1])):
+        settings = load(text, tmp_path, {config.environment_name(setting): value})
+        assert getattr(getattr(settings, section), key) == expected, value
+
+
+def test_what_is_wrong_in_the_list_of_a_variable_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"intake\.projects\.1"):
+        load("", tmp_path, {"FOREBAY_INTAKE_PROJECTS": "web,no project"})
+
+
+@pytest.mark.parametrize(
     ("text", "key", "nearest"),
     [
         ("prot = 1", "prot", "port"),
