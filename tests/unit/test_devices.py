@@ -327,6 +327,64 @@ async def test_those_who_wait_are_let_in_when_the_bound_grows(hall: Hall) -> Non
     assert [line.waits for line in lines].count(False) == 2
 
 
+async def test_models_take_turns_for_the_one_place_that_the_bound_has_however_long_their_lines_are(hall: Hall) -> None:
+    hall.open("chat")
+    models = ("speech", "pictures")
+    for model in models:
+        hall.open(model, pausable=False)
+    online = await hall.visit("chat", 1)
+    lines = {
+        model: [await hall.batch(model, 10 * one + number) for number in range(8)]
+        for one, model in enumerate(models, 1)
+    }
+    await hall.say(online, 12)
+    served = []
+    while len(served) < 8:
+        (running,) = [(model, line) for model in models for line in lines[model] if line.permit is not None]
+        served.append(running[0])
+        await hall.advance(1 if running[0] == "speech" else 13)
+        await hall.leave(running[1])
+    assert served == [served[0], models[1 - models.index(served[0])]] * 4
+
+
+async def test_a_place_is_kept_for_no_model_that_cannot_take_it(hall: Hall) -> None:
+    hall.open("chat")
+    hall.open("speech", pausable=False)
+    online = await hall.visit("chat", 1)
+    lines = [await hall.batch("speech", number) for number in (2, 3)]
+    others = await hall.batch("pictures", 4)  # of which there is no replica
+    await hall.say(online, 12)
+    assert [line.waits for line in lines] == [False, True]
+    await hall.leave(lines[0])
+    assert not lines[1].waits
+    assert others.waits
+
+
+async def test_the_time_that_a_model_takes_to_load_is_no_harm_that_batch_work_did(hall: Hall) -> None:
+    hall.open("chat")
+    hall.open("speech")
+    pictures = hall.open("pictures")
+    online = await hall.visit("chat", 1)
+    for number in range(2, 6):
+        visitor = await hall.visit("pictures", number)
+        await hall.say(visitor, 1)
+        await hall.leave(visitor)
+    for number in (6, 7, 8):
+        await hall.batch("speech", number)
+    for _ in range(3):
+        await hall.say(online, 12)
+    level = hall.sample("forebay_pace_level")
+    assert level > 1
+    hall.house.all.remove(pictures)
+    hall.scheduler.changed("pictures")
+    waiting = [await hall.visit("pictures", number) for number in (9, 10)]
+    await hall.advance(25)
+    hall.open("pictures")
+    await settle()
+    assert all(visitor.permit is not None for visitor in waiting)
+    assert hall.sample("forebay_pace_level") >= level - 1, "that there were more of them takes back a step, no more"
+
+
 async def test_what_was_held_for_long_runs_for_a_while(hall: Hall) -> None:
     hall.open("chat")
     speech = hall.open("speech")
@@ -505,6 +563,20 @@ async def test_how_soon_a_line_failed_says_nothing(hall: Hall) -> None:
     await settle()
     assert isinstance(failing[0].error, EngineGarbled)
     assert [line.waits for line in failing[1:]] == [False, True, True], "one is tried again"
+
+
+@pytest.mark.parametrize("pace", [BRIEF])
+async def test_a_line_that_failed_late_is_known_to_be_long(hall: Hall) -> None:
+    chat = hall.open("chat")
+    await some_online(hall, 1)
+    failing = await hall.batch("chat", 2)
+    hall.clock.advance(600)
+    failing.fail(EngineGarbled())
+    await settle()
+    chat.stop_one()
+    await some_online(hall, 3)
+    following = await hall.batch("chat", 4)
+    assert following.waits, "it may take as long beside whoever comes"
 
 
 async def test_a_replica_is_for_batch_work_and_stands_still_for_the_other(hall: Hall) -> None:

@@ -198,6 +198,34 @@ async def test_who_was_preempted_does_not_go_before_online_while_others_of_batch
     online[1].leave()
 
 
+async def test_a_starving_line_of_several_places_holds_up_the_others_for_a_while_only() -> None:
+    collecting = SETTINGS.batch_floor_seconds / 10
+    async with aiohttp.ClientSession() as session:
+        room = Room(FakeClock())
+        scheduler = Scheduler(room, {MODEL: Limits(4, 8, QUEUE_SECONDS)}, SETTINGS, 1.0, room.clock, Metrics())
+        room.open(4, session)
+        long, wide = Visitor(scheduler, request(1)), Visitor(scheduler, request(2, Priority.BATCH, places=4))
+        await settle()
+        assert wide.waits
+        for number in (10, 20):
+            room.clock.advance(SETTINGS.batch_floor_seconds - (number - 10) / 10 * collecting)
+            newcomers = [Visitor(scheduler, request(number + one)) for one in range(3)]
+            await settle()
+            assert all(visitor.waits for visitor in newcomers), "the line waits until it has its places"
+            room.clock.advance(collecting)
+            await settle()
+            assert all(visitor.permit is not None for visitor in newcomers), "but not for as long as that may take"
+            for visitor in newcomers:
+                visitor.leave()
+            await settle()
+        long.leave()
+        await settle()
+        assert wide.permit is not None
+        wide.leave()
+        await settle()
+        assert scheduler.load(MODEL) == (0, 0)
+
+
 async def test_batch_work_that_was_let_in_in_time_has_no_claim_to_stay() -> None:
     async with aiohttp.ClientSession() as session:
         room = Room(FakeClock())

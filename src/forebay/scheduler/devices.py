@@ -46,7 +46,7 @@ class _Device:
     `online` counts online requests by replica, `asked` by model; `online_of` counts those of them that the pace knows of,
     `last_online` is when a model last had one. `since` is when a replica was
     last paused or resumed. `busy`: batch work runs or waits. `offered` is the bound at which those who wait were last told to look again.
-    Until `floor_until` one engine runs that had stood still for long beside batch work that cannot.
+    `asked_by_turn` are those who have looked in the round that goes on. Until `floor_until` one engine runs that had stood still for long beside batch work that cannot.
     """
 
     name: str
@@ -63,6 +63,7 @@ class _Device:
     busy: bool = False
     offered: Bound = _FREE
     offering: asyncio.Handle | None = None
+    asked_by_turn: set[str] = field(default_factory=set)
     floor_until: float = -math.inf
     alarm: tuple[float, asyncio.Task[None]] | None = None
 
@@ -146,6 +147,7 @@ class Devices:
         if device is None:
             return
         now = self._clock.monotonic()
+        ticket.found_engine = bool(self._replicas(ticket.model))
         if not ticket.batch:
             device.asked[ticket.model] += 1
             self._count(device, ticket.model, now)
@@ -164,7 +166,8 @@ class Devices:
         else:
             device.online[replica.id] += 1
             self._resume(device, replica, now)
-            device.pace.seen(Signal.WAIT, ticket.model, now - ticket.joined_at, now)
+            if ticket.found_engine:  # to load a model takes its time without any batch work as well
+                device.pace.seen(Signal.WAIT, ticket.model, now - ticket.joined_at, now)
         self._settle(device, now)
 
     def gone(self, ticket: Ticket) -> None:
@@ -190,8 +193,10 @@ class Devices:
         if run is None:
             return
         beside = sum(other.ticket.taken for other in device.batch.values() if other.replica is run.replica)
-        if ticket.served:
-            device.brief.learn(ticket.model, run.seconds(now) / (beside + ticket.taken))
+        seconds = run.seconds(now) / (beside + ticket.taken)
+        # How soon a line fails says nothing of the others, how late does.
+        if ticket.served or (not ticket.preempted and seconds > self._settings.brief_seconds):
+            device.brief.learn(ticket.model, seconds)
         if not beside:
             self._resume(device, run.replica, now)
             device.since.pop(run.replica.id, None)
@@ -224,7 +229,7 @@ class Devices:
         limit = bound.staying if stays else bound.yielding
         if limit is None:
             return None
-        room = self._beside_others(device, model, limit)
+        room = self._beside_others(device, model, limit) - self._owed(device, model)
         return max(room, device.brief.places(model)) if bound.yielding is None else room
 
     def to_leave(self, model: str, running: Iterable[Ticket]) -> list[Ticket]:
@@ -280,6 +285,13 @@ class Devices:
         return max(
             0, limit - sum(run.ticket.taken for run in runs if run.ticket.model != model and not run.replica.paused)
         )
+
+    def _owed(self, device: _Device, model: str) -> int:
+        """A place for another model whose batch work waits longer, and has none: whoever ends a line would take it again."""
+        helped = {model, *device.asked_by_turn, *(run.ticket.model for run in device.batch.values())}
+        served = device.served_at.get(model, -math.inf)
+        waits = (one for one in device.models if one not in helped and self._waiting(one))
+        return int(any(device.served_at.get(one, -math.inf) < served for one in waits))
 
     def _settle(self, device: _Device, now: float) -> None:
         """Have those engines run that may, and look again when time alone changes that."""
@@ -362,11 +374,13 @@ class Devices:
             device.offering = asyncio.get_running_loop().call_soon(self._offer_all, device)
 
     def _offer_all(self, device: _Device) -> None:
-        """Whose batch work was served the longest time ago looks first."""
+        """Whose batch work was served the longest time ago looks first; nothing is kept for one that has had that turn."""
         device.offering = None
-        for model in sorted(device.models, key=lambda one: device.served_at.get(one, 0.0)):
+        for model in sorted(device.models, key=lambda one: device.served_at.get(one, -math.inf)):
             if self._waiting(model):
                 self._offer(model)
+            device.asked_by_turn.add(model)
+        device.asked_by_turn.clear()
 
     def _set_alarm(self, device: _Device, due: float | None) -> None:
         """Look again at `due`. One that goes off too early does no harm: it sets the next."""

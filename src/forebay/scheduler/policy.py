@@ -23,7 +23,8 @@ _NEW_SHARES = Shares()
 class Background:
     """The batch work of a model: the first that waits, the places that it fills, and those it has to leave free.
 
-    `starves`: none of it runs, and none has been served for as long as the floor allows. `room` bounds the places that it
+    `starves`: none of it runs, and none has been served for as long as the floor allows; whether the line is held up until
+    it has found its places is `holds_up`. `room` bounds the places that it
     may fill in all, for the sake of online work on the same device, and `only` the replicas; None is no bound.
     """
 
@@ -31,6 +32,7 @@ class Background:
     running: int = 0
     reserved: int = 0
     starves: bool = False
+    holds_up: bool = True
     room: int | None = None
     only: frozenset[str] | None = None
 
@@ -135,13 +137,16 @@ def next_grant(
 ) -> tuple[Ticket, Seats] | None:
     """The ticket that goes next and the replica it goes to, or None.
 
-    (1) Batch work that starves; (2) the first in order of those online; (3) batch work, if nobody waits online and
-    enough places stay free. Nobody but the one so chosen is looked at: one that needs several places holds up the line
-    behind it until they are free, or those who need one place would overtake it for ever.
+    (1) Batch work that starves, as long as it holds up the line or there is room for it; (2) the first in order of those
+    online; (3) batch work, if nobody waits online and enough places stay free. Nobody but the one so chosen is looked at:
+    one that needs several places holds up the line behind it until they are free, or those who need one place would
+    overtake it for ever.
     """
-    first = background.head if background.starves else None
-    if first is None:
-        first = next(in_order(online, now, ageing_seconds, shares), None)
+    if background.starves and background.head is not None:
+        replica = pick_replica(background.head.places, seats, batch=True)
+        if replica is not None or background.holds_up:
+            return (background.head, replica) if replica is not None else None
+    first = next(in_order(online, now, ageing_seconds, shares), None)
     if first is None and background.head is not None and _leaves_enough(background.head, background, seats):
         first = background.head
     if first is None:
@@ -237,7 +242,7 @@ def retry_after_seconds(waiting: int, slots: int, mean_run_seconds: float, longe
 
 
 def _open_to(first: Ticket, background: Background, seats: list[Seats]) -> list[Seats]:
-    if background.only is None or not first.batch or background.starves:
+    if background.only is None or not first.batch:
         return seats
     return [seat for seat in seats if seat.replica_id in background.only]
 

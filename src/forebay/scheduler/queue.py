@@ -17,7 +17,8 @@ class Ticket:
     One that is `further` belongs to something that was let in before, and keeps its place in a full line.
     `taken` is how many places it fills on `replica_id` once it has been granted. Of batch work only: `spared` has its
     place for good, `preempted` gives it back as soon as the engine has stopped; one that `yields` goes on from where it was
-    when it has a place again. `served` has had its answer to the end.
+    when it has a place again. `served` has had its answer to the end. One that `found_engine` came while a replica of its
+    model was up.
     """
 
     number: int
@@ -33,6 +34,7 @@ class Ticket:
     further: bool = False
     yields: bool = False
     served: bool = False
+    found_engine: bool = False
 
     @property
     def batch(self) -> bool:

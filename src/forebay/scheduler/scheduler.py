@@ -41,6 +41,9 @@ from forebay.server_config import PaceSettings, SchedulerSettings
 from forebay.telemetry import Metrics
 
 _SMOOTHING = 0.1
+_COLLECTING_SHARE = (
+    0.1  # of the floor's time: so long the line waits for batch work that starves to find several places
+)
 _NO_BATCH = Background()
 
 
@@ -378,6 +381,7 @@ class Scheduler:
             running=running,
             reserved=min(kept, reserved(hall.demand.peak(now), slots)),
             starves=starves,
+            holds_up=not starves or head.places == 1 or self._collects(hall, now),
             room=room,
             only=only,
         )
@@ -420,14 +424,27 @@ class Scheduler:
         since = [time for time in (hall.kept_out_since, hall.preempted_since) if time is not None]
         return min(since) + self._settings.batch_floor_seconds if since else math.inf
 
+    def _collects(self, hall: Hall, now: float) -> bool:
+        """Whether the line waits now for what needs several places: again each time that the floor's time has passed."""
+        floor = self._settings.batch_floor_seconds
+        return (now - self._floor_at(hall)) % floor < _COLLECTING_SHARE * floor
+
     def _next_look(self, hall: Hall, now: float) -> float | None:
         """When the mere passing of time may let batch work in that waits."""
         if not len(hall.backlog):
             return None
         if not hall.batch and hall.kept_out_since is None:
             hall.kept_out_since = now
-        times = [hall.demand.next_drop(), None if hall.batch else self._floor_at(hall)]
+        times = [hall.demand.next_drop(), *([] if hall.batch else self._floor_turns(hall, now))]
         return min((time for time in times if time is not None and time > now), default=None)
+
+    def _floor_turns(self, hall: Hall, now: float) -> list[float]:
+        """When batch work begins to starve; from then on when the line begins, and ceases, to wait for its places."""
+        floor, began = self._settings.batch_floor_seconds, self._floor_at(hall)
+        if now < began:
+            return [began]
+        turn = began + (now - began) // floor * floor
+        return [turn + _COLLECTING_SHARE * floor, turn + floor]
 
     def _set_alarm(self, model: str, hall: Hall, due: float | None) -> None:
         """Look again at `due`. One that goes off too early does no harm: it sets the next."""
