@@ -104,6 +104,15 @@ class Amounts:
             self.pixel_steps - other.pixel_steps,
         )
 
+    def at_least(self, other: "Amounts") -> "Amounts":
+        """Of each the larger amount."""
+        return Amounts(
+            max(self.requests, other.requests),
+            max(self.tokens, other.tokens),
+            max(self.audio_ms, other.audio_ms),
+            max(self.pixel_steps, other.pixel_steps),
+        )
+
     def of(self, resource: Resource) -> int:
         """What of it a quota is about, in the parts that are counted."""
         return _AMOUNT_OF[resource](self)

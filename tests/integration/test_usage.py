@@ -18,6 +18,7 @@ from tests.support.images import picture
 from tests.support.jobs import until_at, until_ended
 from tests.support.recordings import data_url, wav
 from tests.support.server import FAKE, Server, chat_body, eventually, serving
+from tests.support.upstream import Plan, providing
 from tests.support.wire import wire
 
 CONFIG = FAKE + "slots = 16\nqueue_places = 200\n[usage]\nfold_seconds = 0.1\n[batches]\nsegment_seconds = 0.2\n"
@@ -236,6 +237,62 @@ async def test_lines_of_a_batch_beyond_the_quota_are_error_lines(server: Server)
 
 def batch_tokens(output: list[dict[str, Any]]) -> int:
     return sum(each["response"]["body"]["usage"]["completion_tokens"] for each in output)
+
+
+AWAY = """
+default_models = false
+[models.far]
+engine = "upstream"
+max_tokens = 64
+fallback = ["near"]
+fallback_on = ["failed", "circuit_open"]
+options = {{ base_url = "{url}/v1", retries_max = 0 }}
+[models.near]
+engine = "fake"
+preload = true
+slots = 16
+max_tokens = 8192
+[usage]
+fold_seconds = 0.1
+[batches]
+segment_seconds = 0.2
+"""
+
+
+async def test_a_stand_in_that_may_write_more_takes_nobody_beyond_a_quota() -> None:
+    async with providing() as provider, serving(AWAY.format(url=provider.url)) as server:
+        provider.usual = Plan(500)
+        short = await limited(server, "short", "tokens=500/day")
+        body = {"model": "far", "messages": [{"role": "user", "content": "[[fake tokens=900]]"}]}
+        for stream in (True, False):
+            status, refusal, _ = await ask(server, short, "/v1/chat/completions", {**body, "stream": stream})
+            assert (status, refusal["error"]["code"]) == (429, "insufficient_quota")
+        background = {"model": "far", "input": "[[fake tokens=900]]", "background": True}
+        _, made, _ = await ask(server, short, "/v1/responses", background)
+        mine = type(server)(server.process, server.folder, server.folder / "server.log")
+        mine.url, mine.key = server.url, short
+        try:
+            ended = await until_ended(mine, made["id"])
+            assert (ended["status"], ended["error"]["code"]) == ("failed", "insufficient_quota")
+            batch = await submit(mine, [line("one", "[[fake tokens=900]]", model="far")])
+            output, errors = await results(mine, await finished(mine, batch["id"]))
+            assert (output, errors[0]["response"]["body"]["error"]["code"]) == ([], "insufficient_quota")
+            assert await used(server, short) == []
+            mine.key = await limited(server, "lines", "tokens=20000/day")
+            lines = [line(f"line-{number}", "[[fake tokens=900]]", model="far") for number in range(10)]
+            output, errors = await results(mine, await finished(mine, (await submit(mine, lines))["id"]))
+            assert (len(output), errors) == (10, []), "each waits until those before it have given back the rest"
+        finally:
+            await mine.disconnect()
+        long = await limited(server, "long", "tokens=20000/day")
+        answers = await asyncio.gather(*(ask(server, long, "/v1/chat/completions", body) for _ in range(40)))
+        passed = sum(status == 200 for status, _, _ in answers)
+        assert 0 < passed < 40
+        assert {status for status, _, _ in answers} == {200, 429}
+        found = await counted(server, long, passed)
+        assert found["output_tokens"] == passed * 900
+        assert found["input_tokens"] + found["output_tokens"] <= 20_000
+        assert [each["model"] for each in await used(server, long, "model")] == ["near"]
 
 
 async def test_stored_bytes_are_a_level_that_falls_again(server: Server) -> None:

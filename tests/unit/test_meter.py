@@ -112,6 +112,8 @@ async def test_what_is_not_used_is_given_back_and_only_once() -> None:
     with pytest.raises(QuotaExceeded):
         await three.raise_to(lambda: Amounts(1, 91))
     assert meter.headers("a")["x-quota-remaining-tokens"] == "0"
+    await three.raise_to(lambda: Amounts(1, 50))
+    assert meter.headers("a")["x-quota-remaining-tokens"] == "0", "it never becomes less"
     three.lower_to(Use(1, 20))
     assert meter.headers("a")["x-quota-remaining-tokens"] == "70"
 

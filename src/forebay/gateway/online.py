@@ -281,11 +281,16 @@ class OnlineAnswer(Response):
             await self._send_error(error, scope, receive, send)
 
     async def _reserve(self, visit: Visit) -> None:
-        """Take what the call may use at most. Raises QuotaExceeded."""
-        caller, request, meter = self._principal, self._call.request, self._door.meter
-        visit.reservation = await meter.reserve(
-            caller.project_id, caller.key_id, request.model, request.capability, lambda: at_most(self._call)
-        )
+        """Take what the call may use at most, beside what is taken already for another model. Raises QuotaExceeded."""
+        caller, call, meter = self._principal, visit.call, self._door.meter
+        request = call.request
+        if visit.reservation is None:
+            visit.reservation = await meter.reserve(
+                caller.project_id, caller.key_id, request.model, request.capability, lambda: at_most(call)
+            )
+        else:
+            await visit.reservation.raise_to(lambda: at_most(call))
+            visit.reservation.model = request.model
         self._quota_headers = meter.headers(caller.project_id)
 
     def _used(self, visit: Visit) -> Use:
@@ -317,9 +322,9 @@ class OnlineAnswer(Response):
                     raise
                 self._door.note_fallback(self._call, other)
                 self._call = visit.call = other
-                if visit.reservation is not None:
-                    visit.reservation.model = other.request.model
                 visit.progress, visit.first_content_at = Progress(), 0.0
+                visit.waiting = Waiting.LINE
+                await self._reserve(visit)  # without `max_tokens` it is the model that says how much may be written
             else:
                 return
 

@@ -35,6 +35,7 @@ from forebay.jobs.picture_lines import PictureLines
 from forebay.jobs.retry import doubling
 from forebay.jobs.segments import Result, Used
 from forebay.jobs.speech_lines import SpeechLines
+from forebay.metering.estimate import at_most
 from forebay.metering.jobs import JobMeter
 from forebay.metering.meter import Aside, Reservation
 from forebay.quotas import Amounts
@@ -138,8 +139,9 @@ class LineRunner:
         while True:
             try:
                 asked = asked or await self._prepare(line)
-                await self._reserve(line, asked)
-                gathered = await self._attempt(line, other or asked, on_read)
+                call = other or asked
+                await self._reserve(line, call)
+                gathered = await self._attempt(line, call, on_read)
             except QuotaExceeded:
                 if line.short is None:
                     raise
@@ -166,9 +168,14 @@ class LineRunner:
                 return self._answered(line, (other or asked).request.model, gathered)
 
     async def _reserve(self, line: _Line, call: Call) -> None:
-        """Take what the line may use, as soon as others of its project do not hold it. Raises QuotaExceeded."""
+        """Take what the line may use, as soon as others of its project do not hold it. Raises QuotaExceeded.
+
+        What a stand-in may use is more where it may write more.
+        """
         if line.reservation is None:
             line.reservation = await self._meter.reserve(line.batch.job, call, line.aside)
+        else:
+            await line.reservation.raise_in_turn(lambda: at_most(call), line.aside)
         if line.short is not None:
             short, line.short = line.short, None
             await line.reservation.raise_in_turn(lambda: short, line.aside)

@@ -35,6 +35,7 @@ from forebay.inference import Priority
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Cancelled, Done, Failed, Outcome, Snoozed
 from forebay.jobs.retry import Delay
+from forebay.metering.estimate import at_most
 from forebay.metering.jobs import JobMeter
 from forebay.metering.meter import Reservation
 from forebay.quotas import Use
@@ -141,7 +142,7 @@ class ResponseWork:
         log = EventLog(self._responses, lease, self._settings, self._clock) if call.stream else None
         try:
             reservation = await self._meter.reserve_until(run.at_end, job, call)
-            body = await self._by_any(lease, call, log)
+            body = await self._by_any(lease, call, log, reservation)
             return self._done(lease, run, reservation, body, [] if log is None else log.rest())
         except (CircuitOpen, Overloaded) as trouble:  # of a provider, which says when to come again
             return Snoozed(trouble.retry_after_seconds or _PULLING_SECONDS)
@@ -174,7 +175,9 @@ class ResponseWork:
         if self._clock.now() > job.created_at + self._settings.responses.background_seconds_max:
             raise RequestCancelled("The model had no room for this response in time.", code="response_expired")
 
-    async def _by_any(self, lease: Lease, call: Call, log: "EventLog | None") -> dict[str, Any]:
+    async def _by_any(
+        self, lease: Lease, call: Call, log: "EventLog | None", reservation: Reservation
+    ) -> dict[str, Any]:
         """Run by the model that was asked for or, before anything is written down, by those that stand in for it."""
         while True:
             try:
@@ -186,6 +189,7 @@ class ResponseWork:
                     raise
                 self._metrics.fallbacks.labels(call.request.model, other.request.model).inc()
                 call = other
+                await self._meter.raise_to(reservation, at_most(call))  # this one may write more
 
     async def _admitted(self, lease: Lease, call: Call, log: "EventLog | None") -> dict[str, Any]:
         """Wait for a place, within the time that a response has, and run."""

@@ -91,9 +91,12 @@ class Reservation:
         return replace(self._account, model=self.model)
 
     async def raise_to(self, estimate: Estimate) -> None:
-        """Reserve more, now that it is known how much it takes. Raises QuotaExceeded and keeps what it had."""
+        """Reserve more, now that it is known how much it takes. Raises QuotaExceeded and keeps what it had.
+
+        It never becomes less: what a stand-in takes is known in parts, as that of the first model was.
+        """
         if self.open and self._meter.counts(self.project):
-            amounts = estimate()
+            amounts = self._estimate.at_least(estimate())
             await self._meter.look(self.project, amounts - self._estimate)
             self._meter.take(self.project, amounts - self._estimate)
             self._estimate = amounts
@@ -106,7 +109,8 @@ class Reservation:
         try:
             await self.raise_to(estimate)
         except QuotaExceeded:
-            amounts, before, self._estimate = estimate(), self._estimate, NOTHING
+            before, self._estimate = self._estimate, NOTHING
+            amounts = before.at_least(estimate())
             self._meter.give_back(self.project, before)
             await self._meter.take_in_turn(self.project, amounts, aside)
             self._estimate = amounts
