@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -19,7 +20,7 @@ from forebay.clock import SystemClock
 from forebay.config import Settings
 from forebay.dialects.openai.call import Call, Context, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
-from forebay.errors import EngineCrashed, EngineTimeout
+from forebay.errors import EngineCrashed, EngineTimeout, ForebayError
 from forebay.inference import Priority
 from forebay.model_config import FakeModel, OpencvModel
 from forebay.replicas.connection import EngineStream
@@ -57,11 +58,17 @@ class Hall:
         (found,) = self.machine.supervisor.replicas("fake")
         return found
 
-    async def ask(self, text: str, priority: Priority, begun: asyncio.Event | None = None) -> bytes:
+    async def ask(
+        self,
+        text: str,
+        priority: Priority,
+        begun: asyncio.Event | None = None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> bytes:
         """The whole answer."""
         wanted, scheduler = _call(text, priority), self.machine.scheduler
         admit = scheduler.admit_when_room if priority is Priority.BATCH else scheduler.admit
-        limits = {"timeout_seconds": TIMEOUT_SECONDS, "stall_seconds": STALL_SECONDS}
+        limits = {"timeout_seconds": timeout_seconds, "stall_seconds": STALL_SECONDS}
         async with admit(wanted.request) as permit:
             on_first = (begun or asyncio.Event()).set
             return (await gather(permit, wanted, **limits, clock=SystemClock(), on_first=on_first)).body
@@ -194,6 +201,47 @@ async def test_silence_counts_on_both_sides_of_a_pause(hall: Hall) -> None:
     assert replica.doubtful
     await eventually(lambda: replica.idle.is_set(), within_seconds=6, what="the place")
     assert not replica.doubtful
+
+
+async def test_an_engine_that_hangs_is_found_however_often_it_stands_still(hall: Hall) -> None:
+    running = asyncio.create_task(hall.ask("[[fake block_at=0]]", Priority.BATCH, timeout_seconds=3600))
+    replica, began = hall.replica, time.monotonic()
+    await eventually(lambda: replica.in_flight, what="the line on its engine")
+
+    def told() -> bool:
+        """Whether it was found; until then it stands still and goes on all the time."""
+        if replica.paused:
+            replica.resume()
+        elif replica.pausable:
+            replica.pause()
+        return _deaths(hall) > 0
+
+    await eventually(told, within_seconds=20 * STALL_SECONDS, what="a death of the frozen engine")
+    with pytest.raises(ForebayError):
+        await running
+    stood = replica.paused_seconds
+    print(f"found after {time.monotonic() - began:.1f} s, {stood:.1f} s of which it stood still")
+
+
+async def test_a_sound_engine_that_stands_still_most_of_the_time_is_not_blamed(hall: Hall) -> None:
+    line = await hall.begin(ENDLESS)
+    replica, began = line.replica, time.monotonic()
+    turns = 0
+
+    def enough() -> bool:
+        nonlocal turns
+        turns += 1
+        if turns % 10 == 0:
+            replica.resume()
+        elif not replica.paused:
+            replica.pause()
+        return time.monotonic() - began > 4 * STALL_SECONDS
+
+    await eventually(enough, within_seconds=5 * STALL_SECONDS, what="several times the limit")
+    assert replica.paused_seconds > 2 * STALL_SECONDS
+    assert _deaths(hall) == 0
+    line.running.cancel()
+    await asyncio.wait([line.running])
 
 
 async def test_it_may_stand_still_again_as_soon_as_a_stop_is_over(hall: Hall) -> None:

@@ -215,6 +215,7 @@ async def meet_trouble(directive: Directive, index: int, out: "Writer", ready: l
         directive.oom_at,
         directive.hang_at,
         directive.freeze_at,
+        directive.block_at,
         directive.truncate_at,
     ):
         return
@@ -227,6 +228,8 @@ async def meet_trouble(directive: Directive, index: int, out: "Writer", ready: l
         await asyncio.get_running_loop().create_future()
     if index == directive.freeze_at:
         os.kill(os.getpid(), signal.SIGSTOP)
+    while index == directive.block_at:
+        signal.pause()
     if index == directive.oom_at:
         lose_memory()
     if index == directive.crash_at:

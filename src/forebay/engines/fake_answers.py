@@ -11,7 +11,7 @@ The last user message (or the prompt) may hold one directive, `[[fake k=v k=v]]`
     images=1                                  what: for each image its type, size and SHA-256
     status=NNN context_error=1                an error instead of an answer
     crash_at=N crash=segv|kill|exit oom_at=N  the process dies before token N
-    hang_at=N freeze_at=N                     the answer stops; the whole process stops
+    hang_at=N freeze_at=N block_at=N          the answer stops; the process is stopped; it runs and turns no longer
     garbage_at=N truncate_at=N refuse_stop=1  not SSE; a cut stream; computing goes on after a cancel
 """
 
@@ -55,6 +55,7 @@ class Directive:
     oom_at: int = -1
     hang_at: int = -1
     freeze_at: int = -1
+    block_at: int = -1
     garbage_at: int = -1
     truncate_at: int = -1
     refuse_stop: int = 0
@@ -67,8 +68,8 @@ class Directive:
     @property
     def troubled(self) -> bool:
         """Whether something goes wrong in the middle of the answer."""
-        points = (self.crash_at, self.oom_at, self.hang_at, self.freeze_at, self.garbage_at, self.truncate_at)
-        return max(points) >= 0
+        halts = (self.hang_at, self.freeze_at, self.block_at)
+        return max(self.crash_at, self.oom_at, *halts, self.garbage_at, self.truncate_at) >= 0
 
 
 _READERS: dict[str, Callable[[str], Any]] = {

@@ -295,6 +295,8 @@ class Keeper:
             replica.tools = await probes.supports_tools(self._session_of(replica), replica)
             if replica.tools is None:
                 self._shop.log.debug("engine.no_tools_probe", model=self._name)
+            if self._leaving.is_set():
+                return None
         self._came_up = True
         self._serve_from_now(replica)
         self._failed_starts = 0

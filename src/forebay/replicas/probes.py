@@ -14,7 +14,7 @@ from forebay.replicas.replica import Replica
 _TOOLS_SECONDS = 5.0
 
 
-async def answers(session: aiohttp.ClientSession, replica: Replica, path: str, seconds: float = 1.0) -> bool:
+async def answers(session: aiohttp.ClientSession, replica: Replica, path: str, seconds: float | None = 1.0) -> bool:
     """Whether the engine says 200 to a GET of `path` within `seconds`."""
     timeout = aiohttp.ClientTimeout(total=seconds)
     with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
@@ -24,19 +24,21 @@ async def answers(session: aiohttp.ClientSession, replica: Replica, path: str, s
 
 
 async def stalled(session: aiohttp.ClientSession, replica: Replica, stall_seconds: float, clock: Clock) -> None:
-    """Return once the engine has answered no probe for `stall_seconds`; one that is paused is not asked.
+    """Return once the engine has answered no probe for `stall_seconds`, those left out in which it stood still.
 
     A probe counts for no longer than it may take: what this server was held up is no silence of the engine.
     """
     pauses, period = replica.pauses, min(5.0, stall_seconds / 4)
-    silent, known = 0.0, pauses.count
+    silent = 0.0
     while silent < stall_seconds:
-        asked_at = clock.monotonic()
+        asked_at, stood = clock.monotonic(), pauses.seconds
         await clock.sleep(period)
-        still = pauses.paused or await answers(session, replica, replica.traits.probe_path, seconds=period)
-        silent += min(clock.monotonic() - asked_at, 2 * period)
-        if still or pauses.count != known:  # one that paused meanwhile has all of the limit again
-            silent, known = 0.0, pauses.count
+        answered = False
+        with contextlib.suppress(TimeoutError):
+            async with pauses.limit(clock.timeout(period)):
+                answered = await answers(session, replica, replica.traits.probe_path, seconds=None)
+        passed = clock.monotonic() - asked_at - (pauses.seconds - stood)
+        silent = 0.0 if answered else silent + min(max(0.0, passed), 2 * period)
 
 
 async def supports_tools(session: aiohttp.ClientSession, replica: Replica) -> bool | None:
