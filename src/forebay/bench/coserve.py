@@ -154,6 +154,7 @@ def _notes(plan: Plan, size: Size) -> list[str]:
         "A request that is sent late, because the machine is busy, has waited since the moment at which it was due.",
         f"A burst is {_BURST} requests at once while nothing but lines runs ({plan.stops}).",
         f"Their engine has stepped aside when it uses less than {_STILL_SHARE:.0%} of a core for {_STILL_SECONDS:g} s.",
+        f"Looks are {_LOOK_SECONDS:g} s apart, the first as the burst is sent: a time of next to nothing says that it stood still from there on.",
         "If it never does, the length of the burst is told.",
         "Client, server and engines share the machine's cores.",
     ]
