@@ -295,6 +295,40 @@ async def test_a_stand_in_that_may_write_more_takes_nobody_beyond_a_quota() -> N
         assert [each["model"] for each in await used(server, long, "model")] == ["near"]
 
 
+async def test_where_the_engine_counts_nothing_every_door_charges_the_same() -> None:
+    async with providing() as provider, serving(AWAY.format(url=provider.url)) as server:
+        provider.usual = Plan(counts=False)
+        asked = line("one", "Say where it is. " * 20, model="far")
+        key = await server.create_key("online")
+        status, answer, _ = await ask(server, key, "/v1/chat/completions", asked["body"])
+        online = await counted(server, key, 1)
+        charged = {"input_tokens": online["input_tokens"], "output_tokens": online["output_tokens"]}
+        said = answer["usage"]
+        assert (status, said["prompt_tokens"], said["completion_tokens"]) == (200, *charged.values())
+        assert charged["input_tokens"] > 80
+        assert charged["output_tokens"] == 3, "one for each event"
+        mine = type(server)(server.process, server.folder, server.folder / "server.log")
+        mine.url, mine.key = server.url, await server.create_key("lines")
+        try:
+            done = await finished(mine, (await submit(mine, [asked]))["id"])
+            ((output,), errors) = await results(mine, done)
+            assert (output["response"]["body"]["usage"], errors) == (said, [])
+            assert {name: done["usage"][name] for name in charged} == charged
+            assert (await counted(server, mine.key, 1)).items() >= charged.items()
+            mine.key = await server.create_key("responses")
+            body = {"model": "far", "input": "Say where it is. " * 20}
+            status, told, _ = await ask(server, mine.key, "/v1/responses", body)
+            _, made, _ = await ask(server, mine.key, "/v1/responses", {**body, "background": True})
+            await until_ended(mine, made["id"])
+            again = await mine.get(f"/v1/responses/{made['id']}")
+            assert told["usage"] == again["usage"]
+            assert told["usage"]["input_tokens"] > 80
+            both = await counted(server, mine.key, 2)
+            assert both["input_tokens"] == 2 * told["usage"]["input_tokens"]
+        finally:
+            await mine.disconnect()
+
+
 async def test_stored_bytes_are_a_level_that_falls_again(server: Server) -> None:
     key = await limited(server, "stored", "stored_bytes=1000")
     file = await upload(server, b"x" * 900, purpose="user_data", key=key)

@@ -15,7 +15,10 @@ CHUNK = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "m
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One answer. `cut`: the connection breaks after the first word, once the provider is told; `hang`: nothing comes, not even a status."""
+    """One answer. `cut`: the connection breaks after the first word, once the provider is told; `hang`: nothing comes, not even a status.
+
+    One that does not count says nothing of what it has used.
+    """
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -23,6 +26,7 @@ class Plan:
     code: str | None = None
     cut: bool = False
     hang: bool = False
+    counts: bool = True
     words: tuple[str, ...] = ("far ", "away")
 
 
@@ -90,7 +94,8 @@ async def _stream(provider: Provider, request: web.Request, plan: Plan) -> web.S
             return response
     await response.write(_event({**CHUNK, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
     usage = {"prompt_tokens": 5, "completion_tokens": len(plan.words), "total_tokens": 5 + len(plan.words)}
-    await response.write(_event({**CHUNK, "choices": [], "usage": usage}) + b"data: [DONE]\n\n")
+    ending = _event({**CHUNK, "choices": [], "usage": usage}) if plan.counts else b""
+    await response.write(ending + b"data: [DONE]\n\n")
     await response.write_eof()
     return response
 

@@ -157,6 +157,15 @@ def test_both_parts_are_one_answer() -> None:
     assert gatherer.progress.usage.completion_tokens == 22
 
 
+def test_where_the_engine_counts_nothing_both_parts_are_charged() -> None:
+    plain, shape = chat(), Continued(BEFORE)
+    gatherer = shape.gatherer(shape.of(plain))
+    gatherer.feed(wire(event({"content": " there"}, timings(1, 1, 29)), event({}, finish="stop"), done=True))
+    used = gatherer.progress.used
+    assert (used.prompt_tokens, used.completion_tokens) == (plain.tokens_estimate, BEFORE.tokens + 2)
+    assert json.loads(gatherer.body())["usage"]["total_tokens"] == used.total_tokens
+
+
 def test_an_end_without_a_word_is_an_answer() -> None:
     shape = Continued(BEFORE)
     gatherer = shape.gatherer(shape.of(completion()))

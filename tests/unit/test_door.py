@@ -7,6 +7,7 @@ import pytest
 from starlette.types import Message
 
 from forebay.config import MediaSettings, Settings
+from forebay.dialects.answer import Progress
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.events import GENERATION
 from forebay.errors import Overloaded
@@ -56,6 +57,22 @@ async def test_a_bug_of_ours_costs_the_caller_no_tokens_and_is_counted() -> None
     assert door.rates.headers(caller)["x-ratelimit-remaining-tokens"] == "100"
     labels = {"model": MODEL, "capability": "chat", "code": "internal_error"}
     assert metrics.registry.get_sample_value("forebay_requests_total", labels) == 1
+
+
+async def test_a_prompt_that_no_engine_has_counted_costs_the_rate_what_was_estimated() -> None:
+    clock, metrics = FakeClock(), Metrics()
+    scheduler = Scheduler(Room(clock), {MODEL: Limits(1, 2, 60.0)}, SchedulerSettings(), 1.0, clock, metrics)
+    door = Door(scheduler, Assembler(0, clock, metrics), Rates(clock), Meter((), clock), Settings(), clock, metrics)
+    caller = Principal("key_1", "default", Role.MEMBER, tokens_per_minute=100)
+    door.rates.check(caller, 60)
+    call = Call(request(1), "chat", stream=True, include_usage=False, tier="default", shape=GENERATION)
+    visit = Visit(call, caller, 60, 0.0)
+    visit.progress = Progress(events=3, prompt_estimate=60)
+    door.settle(visit, None)
+    assert door.rates.headers(caller)["x-ratelimit-remaining-tokens"] == "37"
+    assert visit.used.amounts.tokens == 63
+    for name, value in (("prompt", 60), ("completion", 3)):
+        assert metrics.registry.get_sample_value(f"forebay_{name}_tokens_total", {"model": MODEL}) == value
 
 
 async def test_images_that_are_held_have_a_bound_and_texts_pass() -> None:

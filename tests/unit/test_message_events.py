@@ -1,6 +1,7 @@
 """Messages out of the stream of a chat: however the bytes are cut, relayed and gathered they say the same."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,13 @@ def test_a_whole_message() -> None:
         },
     }
     assert gathered(stream([]), of=call(tier="priority"))["usage"]["service_tier"] == "priority"
+
+
+def test_where_the_engine_counts_nothing_the_prompt_is_estimated_and_each_event_a_token() -> None:
+    asked = call()
+    asked = replace(asked, request=replace(asked.request, body=b" " * 400))
+    message = gathered(wire([chunk({"content": "a"}), chunk({"content": "b"}), chunk({}, finish="stop")]), of=asked)
+    assert (message["usage"]["input_tokens"], message["usage"]["output_tokens"]) == (100, 3)
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Progress:
-    """What is known of an answer while it comes."""
+    """What is known of an answer while it comes. `prompt_estimate` is for an engine that does not say what it has read."""
 
     usage: Usage | None = None
     events: int = 0
     content_seen: bool = False
+    prompt_estimate: int = 0
 
     @property
-    def completion_tokens(self) -> int:
-        """Tokens written; counted by events where the engine did not get to say."""
-        return self.usage.completion_tokens if self.usage else self.events
+    def used(self) -> Usage:
+        """The tokens so far, as every door charges them.
+
+        Where the engine has counted none, the prompt is estimated and each event is one; before its first there are none.
+        """
+        return self.usage or Usage(self.prompt_estimate if self.events else 0, self.events)
 
     def note_usage(self, event: dict[str, Any]) -> None:
         """Take the usage out of `event`, if it has one."""

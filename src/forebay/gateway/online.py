@@ -47,7 +47,6 @@ from forebay.telemetry import Log, Metrics
 
 _SWEEP_SECONDS = 1.0
 _SLOW_READER_SECONDS = 0.005  # what comes after a reader who took longer says nothing of the engine
-_BYTES_PER_TOKEN = 4
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 ResultT = TypeVar("ResultT")
@@ -91,10 +90,7 @@ class Visit:
     @property
     def used(self) -> Use:
         """The tokens so far; where no engine has counted its prompt an estimate of that. To count tokens costs none."""
-        progress = self.progress
-        if progress.usage is None:
-            return Use(1, self.tokens_estimate if progress.events else 0, progress.events)
-        usage = progress.usage
+        usage = self.progress.used
         return Use(1, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
 
     async def watch(self, receive: Receive) -> None:
@@ -191,23 +187,21 @@ class Door:
 
     def settle(self, visit: Visit, error: ForebayError | None) -> None:
         """Write down how `visit` ended and what it used."""
-        request, progress, now = visit.call.request, visit.progress, self.clock.monotonic()
+        request, used, now = visit.call.request, visit.progress.used, self.clock.monotonic()
         code = error.code if error is not None else "ok"
         self._metrics.requests.labels(request.model, request.capability.value, code).inc()
         self._metrics.duration.labels(request.model).observe(now - visit.arrived_at)
         if visit.interrupted_by:
             self._metrics.cancellations.labels(request.model, visit.interrupted_by).inc()
-        tokens = progress.completion_tokens
-        if progress.usage is not None:
-            self._metrics.prompt_tokens.labels(request.model).inc(progress.usage.prompt_tokens)
+        tokens = used.completion_tokens
+        self._metrics.prompt_tokens.labels(request.model).inc(used.prompt_tokens)
         self._metrics.completion_tokens.labels(request.model).inc(tokens)
         if visit.first_content_at:
             self._metrics.first_token.labels(request.model).observe(visit.first_content_at - visit.admitted_at)
             if tokens > 1:
                 gap = (now - visit.first_content_at) / (tokens - 1)
                 self._metrics.token_time.labels(request.model).observe(gap)
-        used = tokens + (progress.usage.prompt_tokens if progress.usage else 0)
-        self.rates.settle(visit.principal, used, visit.tokens_estimate)
+        self.rates.settle(visit.principal, used.total_tokens, visit.tokens_estimate)
         if isinstance(error, ServerError):
             self.log.warning("request.failed", code=code, model=request.model, reason=str(error))
 
@@ -490,15 +484,10 @@ def trace_of(request: Request) -> str | None:
     return trace if _TRACEPARENT.fullmatch(trace) else None
 
 
-def tokens_estimate(call: Call) -> int:
-    """About how many tokens a call will read."""
-    return (len(call.request.body) - call.image_chars) // _BYTES_PER_TOKEN
-
-
 def visit(request: Request, caller: Principal, call: Call, keep: Keep | None = None) -> Response:
     """The answer to `call`, or its refusal by the rates of its key; `keep` writes it down before its end is sent."""
     door: Door = request.app.state.door
-    estimate = tokens_estimate(call)
+    estimate = call.tokens_estimate
     try:
         headers = door.rates.check(caller, estimate)
     except RateLimited as error:

@@ -25,7 +25,7 @@ from forebay.gateway.answers import error_answer, json_answer, read_body
 from forebay.gateway.auth import Principal, may_create, principal, role_at_least, upstream_key
 from forebay.gateway.idempotency import create
 from forebay.gateway.jobs import Watchers, page_of
-from forebay.gateway.online import Door, look, tokens_estimate, trace_of, visit
+from forebay.gateway.online import Door, look, trace_of, visit
 from forebay.gateway.streams import send_while_there
 from forebay.inference import Capability, Priority
 from forebay.jobs.desk import Desk
@@ -129,7 +129,7 @@ async def _in_background(
     queued = _shape(call).queued()
 
     async def check() -> None:
-        door.rates.check(caller, tokens_estimate(call))
+        door.rates.check(caller, call.tokens_estimate)
         await desk.check_room()
 
     async def perform(transaction: Transaction) -> dict[str, Any]:

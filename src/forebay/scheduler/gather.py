@@ -19,10 +19,10 @@ from forebay.scheduler.permit import Permit
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """A whole answer as JSON, and what it used if the engine said so."""
+    """A whole answer as JSON, and what it used; an estimate where the engine does not say."""
 
     body: bytes
-    usage: Usage | None
+    usage: Usage | None  # none where tokens say nothing of it
     media: Use | None = None  # of a recording or of pictures, which count for other than tokens
 
     @property
@@ -62,7 +62,7 @@ async def gather(
                 data = await read_on(stream, pauses.limit(clock.timeout(stall_seconds)))
     except TimeoutError:
         raise EngineTimeout from None
-    return Gathered(gatherer.body(), gatherer.progress.usage)
+    return Gathered(gatherer.body(), gatherer.progress.used)
 
 
 async def read_on(stream: EngineStream, stall: Limit) -> bytes:

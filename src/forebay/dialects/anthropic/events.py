@@ -52,7 +52,7 @@ class MessageWriter:
     """Turns the events of a chat into those of a message: one block after the other, each closed before the next."""
 
     def __init__(self, call: Call, *, shows_thinking: bool) -> None:
-        self.progress = Progress()
+        self.progress = Progress(prompt_estimate=call.tokens_estimate)
         self._call = call
         self._shows_thinking = shows_thinking
         self._started = False
@@ -89,7 +89,7 @@ class MessageWriter:
             yield from self._forced_call()
         yield from self._close()
         delta = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence}
-        yield {"type": "message_delta", "delta": delta, "usage": self._usage()}
+        yield {"type": "message_delta", "delta": delta, "usage": self._usage(self.progress.used)}
         yield {"type": "message_stop"}
 
     def _head(self) -> Event:
@@ -101,12 +101,11 @@ class MessageWriter:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": self._usage(),
+            "usage": self._usage(self.progress.usage or Usage()),
         }
 
-    def _usage(self) -> Event:
-        """As counted so far; what was read from a cache is counted apart."""
-        usage = self.progress.usage or Usage()
+    def _usage(self, usage: Usage) -> Event:
+        """What was read from a cache is counted apart."""
         return {
             "input_tokens": max(0, usage.prompt_tokens - usage.cached_tokens),
             "cache_creation_input_tokens": 0,

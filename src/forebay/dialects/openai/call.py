@@ -28,6 +28,7 @@ FIELDS_MAX = 50_000  # each costs microseconds on the event loop, and every stre
 _LARGE_BODY_BYTES = 262_144
 _FIELD = re.compile(rb'(?<!\\)(?:\\\\)*"[ \t\r\n]*:')  # a quote that ends a name; not one inside a text
 _REASON_CHARS_MAX = 300
+_BYTES_PER_TOKEN = 4  # of a text in English
 _PARAM_CHARS_MAX = 64  # of a part of the name of a field, which its caller has made up
 
 Tier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
@@ -116,6 +117,11 @@ class Call:
     speech: "SpeechTask | None" = None
     picture: ImageTask | None = None
     otherwise: "Otherwise | None" = None
+
+    @property
+    def tokens_estimate(self) -> int:
+        """About how many tokens it reads."""
+        return (len(self.request.body) - self.image_chars) // _BYTES_PER_TOKEN
 
 
 # The call for another model, where `error` is one for which another model stands in.

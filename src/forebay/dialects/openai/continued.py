@@ -50,9 +50,11 @@ class Continued(Generation):
     def __init__(self, before: Written | None) -> None:
         self.before = before
         self._gatherer: ContinuedGatherer | None = None
+        self._prompt_estimate = 0  # of the call from its beginning
 
     def of(self, call: Call) -> Call:
         """`call` in this shape, for what is left of it. It is one for which `can_continue` is true."""
+        self._prompt_estimate = call.tokens_estimate
         body = from_json(call.request.body)
         body["timings_per_token"] = True
         if self.before is not None:
@@ -66,6 +68,7 @@ class Continued(Generation):
     def gatherer(self, call: Call) -> GenerationGatherer:
         """For a whole body."""
         self._gatherer = ContinuedGatherer(call, self.before)
+        self._gatherer.progress.prompt_estimate = self._prompt_estimate
         return self._gatherer
 
     @property
@@ -94,6 +97,7 @@ class ContinuedGatherer(GenerationGatherer):
         self._before = before
         self._before_text = "" if before is None else before.text
         self._before_tokens = 0 if before is None else before.tokens
+        self.progress.events = self._before_tokens
         self._tokens_max = from_json(call.request.body)["max_tokens"]
         self._read: Written | None = before
         self._pieces: list[tuple[str, int]] = []

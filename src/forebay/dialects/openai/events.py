@@ -13,7 +13,6 @@ from forebay.dialects.answer import Progress, count
 from forebay.dialects.openai.call import Call
 from forebay.dialects.openai.errors import body_of, from_engine
 from forebay.errors import EngineGarbled, ForebayError
-from forebay.inference import Usage
 
 EVENT_BYTES_MAX = 4 * 2**20
 ANSWER_BYTES_MAX = 64 * 2**20  # of events, where they are put together into one body
@@ -79,7 +78,7 @@ class GenerationRelay:
     """Turns an engine's stream into that of a chat or a completion."""
 
     def __init__(self, call: Call, *, rename: bool) -> None:
-        self.progress = Progress()
+        self.progress = Progress(prompt_estimate=call.tokens_estimate)
         self._call = call
         self._reader = EventReader()
         self._first = True
@@ -174,7 +173,7 @@ class GenerationGatherer:
     """Puts an engine's stream together into the body of a chat or a completion."""
 
     def __init__(self, call: Call) -> None:
-        self.progress = Progress()
+        self.progress = Progress(prompt_estimate=call.tokens_estimate)
         self._call = call
         self._reader = EventReader()
         self._bytes = 0
@@ -203,7 +202,7 @@ class GenerationGatherer:
         """The whole answer as JSON. Raises EngineGarbled if there is none."""
         if not self._choices or not self._reader.done:
             raise EngineGarbled
-        usage = self.progress.usage or Usage(0, self.progress.events)
+        usage = self.progress.used
         return to_json(
             {
                 "id": self._head.get("id"),

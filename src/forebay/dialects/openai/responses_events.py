@@ -60,7 +60,7 @@ class _Reading:
     """What relay and gatherer share: the engine's stream goes through a writer."""
 
     def __init__(self, call: Call, writer: ResponseWriter) -> None:
-        self.progress = Progress()
+        self.progress = Progress(prompt_estimate=call.tokens_estimate)
         self._call = call
         self._writer = writer
         self._reader = EventReader()

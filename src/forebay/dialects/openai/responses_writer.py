@@ -94,11 +94,10 @@ class ResponseWriter:
         if not self._items:
             events += self._open("message")[1]
         events += self._close_all("incomplete" if why else "completed")
-        usage = progress.usage or Usage(0, progress.events)
         self.result = self.shown(
             "incomplete" if why else "completed",
             incomplete_details={"reason": why} if why else None,
-            usage=_usage(usage, self._reasoning_tokens),
+            usage=_usage(progress.used, self._reasoning_tokens),
             completed_at=None if why or self._thread is None else int(self._thread.now()),
         )
         return [*events, {"type": f"response.{self.result['status']}", "response": self.result}]
