@@ -537,6 +537,18 @@ async def test_lines_that_are_soon_over_run_in_any_gap_as_many_as_are_over_in_ti
 
 
 @pytest.mark.parametrize("pace", [BRIEF])
+async def test_how_long_a_line_takes_is_its_part_of_what_many_took_together(hall: Hall) -> None:
+    hall.open("chat", slots=16)
+    lines = [await hall.batch("chat", number) for number in range(8)]
+    hall.clock.advance(0.09)
+    for line in lines:
+        await hall.leave(line)
+    await some_online(hall, 10)
+    lines = [await hall.batch("chat", number) for number in range(11, 19)]
+    assert [line.waits for line in lines].count(False) == 4, "of an eighth of 90 ms each"
+
+
+@pytest.mark.parametrize("pace", [BRIEF])
 async def test_lines_that_take_long_wait_for_quiet_once_that_is_known(hall: Hall) -> None:
     hall.open("chat")
     await some_online(hall, 1)

@@ -6,6 +6,24 @@ It refuses to guess: one place is tried, and how long it keeps an engine says ho
 _WEIGHT = 1 / 8  # of what ended last
 
 
+class Sharing:
+    """What one place of batch work has had of an engine: its time, in equal parts for the places that are filled meanwhile."""
+
+    __slots__ = ("_at", "_each", "_places")
+
+    def __init__(self) -> None:
+        self._at = 0.0
+        self._each = 0.0
+        self._places = 0
+
+    def change(self, places: int, now: float) -> float:
+        """So many more are filled from `now` on; what each place has had by then that was filled from the beginning."""
+        if self._places:
+            self._each += (now - self._at) / self._places
+        self._at, self._places = now, self._places + places
+        return self._each
+
+
 class Brief:
     """How long one place of batch work keeps an engine of each model, in seconds, and how many end within `seconds_max`."""
 
@@ -14,7 +32,7 @@ class Brief:
         self._seconds: dict[str, float] = {}
 
     def learn(self, model: str, seconds: float) -> None:
-        """Work of `model` has kept an engine for so long: its time there, by how many were there at once."""
+        """A place of work of `model` has kept an engine for so long: its part of the time that it was there."""
         before = self._seconds.get(model, seconds)
         self._seconds[model] = before + _WEIGHT * (seconds - before)
 

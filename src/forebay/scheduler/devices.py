@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from forebay.clock import Clock
 from forebay.replicas.replica import Replica
-from forebay.scheduler.brief import Brief
+from forebay.scheduler.brief import Brief, Sharing
 from forebay.scheduler.pace import Bound, Claim, Pace, Signal, to_run
 from forebay.scheduler.policy import to_step_aside
 from forebay.scheduler.queue import Ticket
@@ -27,16 +27,11 @@ _FREE = Bound(None, None)
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Batch work that was granted a place on `replica`, which had stood still for so many seconds in all by then."""
+    """Batch work that was granted a place on `replica`, when each place that was filled had `had` so much of it."""
 
     ticket: Ticket
     replica: Replica
-    began_at: float
-    still_before: float
-
-    def seconds(self, now: float) -> float:
-        """How long it has run."""
-        return now - self.began_at - (self.replica.paused_seconds - self.still_before)
+    had: float
 
 
 @dataclass(slots=True)
@@ -60,6 +55,7 @@ class _Device:
     batch: dict[int, _Run] = field(default_factory=dict)
     since: dict[str, float] = field(default_factory=dict)
     served_at: dict[str, float] = field(default_factory=dict)
+    sharing: dict[str, Sharing] = field(default_factory=dict)
     busy: bool = False
     offered: Bound = _FREE
     offering: asyncio.Handle | None = None
@@ -160,7 +156,7 @@ class Devices:
             return
         now = self._clock.monotonic()
         if ticket.batch:
-            device.batch[ticket.number] = _Run(ticket, replica, now, replica.paused_seconds)
+            device.batch[ticket.number] = _Run(ticket, replica, self._shared_out(device, replica, ticket.taken, now))
             device.since.setdefault(replica.id, now)
             device.served_at[ticket.model] = now
         else:
@@ -193,13 +189,19 @@ class Devices:
         if run is None:
             return
         beside = sum(other.ticket.taken for other in device.batch.values() if other.replica is run.replica)
-        seconds = run.seconds(now) / (beside + ticket.taken)
+        seconds = self._shared_out(device, run.replica, -ticket.taken, now) - run.had
         # How soon a line fails says nothing of the others, how late does.
         if ticket.served or (not ticket.preempted and seconds > self._settings.brief_seconds):
             device.brief.learn(ticket.model, seconds)
         if not beside:
             self._resume(device, run.replica, now)
             device.since.pop(run.replica.id, None)
+            del device.sharing[run.replica.id]
+
+    def _shared_out(self, device: _Device, replica: Replica, places: int, now: float) -> float:
+        """So many more are filled on `replica`; what each has had of it, in seconds in which it did not stand still."""
+        sharing = device.sharing.setdefault(replica.id, Sharing())
+        return sharing.change(places, now - replica.paused_seconds)
 
     def changed(self, model: str) -> None:
         """Replicas of `model` came or went, or are about to go."""
