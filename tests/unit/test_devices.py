@@ -564,6 +564,25 @@ async def test_lines_that_take_long_wait_for_quiet_once_that_is_known(hall: Hall
 
 
 @pytest.mark.parametrize("pace", [BRIEF])
+async def test_lines_that_took_long_are_tried_again_after_a_hundred_times_as_long(hall: Hall) -> None:
+    hall.open("chat")
+    await some_online(hall, 1)
+    first = await hall.batch("chat", 2)
+    hall.clock.advance(0.3)
+    await hall.leave(first)
+    lines = [await hall.batch("chat", number) for number in (3, 4)]
+    seen = []
+    for number in range(5, 30):
+        await some_online(hall, number)
+        await hall.advance(1.5)
+        if not lines[0].waits:
+            break
+        seen.append(hall.clock.monotonic())
+    assert 28 < len(seen) * (1.5 + BRIEF.resume_seconds) < 33
+    assert lines[1].waits, "one"
+
+
+@pytest.mark.parametrize("pace", [BRIEF])
 async def test_how_soon_a_line_failed_says_nothing(hall: Hall) -> None:
     chat = hall.open("chat")
     await some_online(hall, 1)

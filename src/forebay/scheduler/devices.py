@@ -192,7 +192,7 @@ class Devices:
         seconds = self._shared_out(device, run.replica, -ticket.taken, now) - run.had
         # How soon a line fails says nothing of the others, how late does.
         if ticket.served or (not ticket.preempted and seconds > self._settings.brief_seconds):
-            device.brief.learn(ticket.model, seconds)
+            device.brief.learn(ticket.model, seconds, now)
         if not beside:
             self._resume(device, run.replica, now)
             device.since.pop(run.replica.id, None)
@@ -232,7 +232,7 @@ class Devices:
         if limit is None:
             return None
         room = self._beside_others(device, model, limit) - self._owed(device, model)
-        return max(room, device.brief.places(model)) if bound.yielding is None else room
+        return max(room, device.brief.places(model, now)) if bound.yielding is None else room
 
     def to_leave(self, model: str, running: Iterable[Ticket]) -> list[Ticket]:
         """Those of `running` that leave for online work in one process with them: what can be paused where it is need not."""
