@@ -7,7 +7,7 @@ file. It refuses to let one side see a prompt twice, or both sides work at once.
 import asyncio
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,12 @@ class Size:
 
     @property
     def lines(self) -> int:
-        """Of each mix."""
+        """Of one mix."""
         return self.prefixes * self.lines_each
+
+    def of(self, mix: str) -> "Size":
+        """Half as many lines where most of them are long prompts that no slot has, which take an engine minutes."""
+        return replace(self, lines_each=self.lines_each // 2) if mix in _LONG else self
 
 
 FULL = Size(prefixes=20, lines_each=8, prefix_words=390, tokens=16)
@@ -124,6 +128,9 @@ MIXES: Mapping[str, Mix] = {
 }
 
 
+_LONG = {"in blocks", "shuffled, of two levels", "half of them shared, shuffled", "none shared"}
+
+
 def measures() -> dict[str, Measure]:
     """What a run fills in."""
     found = [
@@ -161,11 +168,12 @@ async def run(settings: Settings, name: str, seeds: int, size: Size, say: Callab
             bench = _Bench(stage, caller, name, sized, Path(folder), size, report)
             for seed in range(1, seeds + 1):
                 for mix in MIXES:
-                    say(f"seed {seed}: {size.lines} lines, prompts: {mix}")
+                    say(f"seed {seed}: {size.of(mix).lines} lines, prompts: {mix}")
                     say(f"    {await bench.measure(seed, mix):.2f} times as many lines per second as in file order")
     report.notes += [
-        f"{name}, {sized.slots} slots, {size.lines} lines of each mix, answers of {size.tokens} tokens.",
+        f"{name}, {sized.slots} slots, {size.lines} lines of a mix, answers of {size.tokens} tokens.",
         f"Shared are {size.prefixes} beginnings of {size.prefix_words} words, each by {size.lines_each} lines.",
+        f"Half as many lines each: {', '.join(sorted(_LONG))}.",
         f"In file order: {sized.slots} connections straight to an engine of its own, each taking the next line of the file.",
         "The clock of a batch runs from its creation to its end: with the check of its file and the joining of its results.",
         "Both sides get the same lines; which goes first changes from seed to seed. One is idle while the other works.",
@@ -187,7 +195,7 @@ class _Bench:
 
     async def measure(self, seed: int, mix: str) -> float:
         """One mix on both sides; how many times as fast the batch is."""
-        lines = [self._body(messages) for messages in MIXES[mix](Lines(self.size, seed, mix))]
+        lines = [self._body(messages) for messages in MIXES[mix](Lines(self.size.of(mix), seed, mix))]
         sides = {"in a batch": self._in_a_batch, "in file order": self._in_file_order}
         rates: dict[str, float] = {}
         for side in list(sides) if seed % 2 else reversed(sides):
