@@ -46,6 +46,7 @@ EVENTS = {
     "model.idle": "A model is unloaded because nobody has asked for it.",
     "memory.gate_closed": "The machine has little memory left, or a hot GPU: it loads nothing, and batch work waits.",
     "memory.gate_opened": "The machine loads models again.",
+    "memory.crowded": "Models that are loaded at the start came to more together than there is; they take turns.",
     "memory.unmeasured": "The memory of this machine cannot be measured; the last figures count on.",
     "memory.peaks_away": "What models came to hold cannot be read from the database or written to it; it is tried again.",
     "model.pulling": "A model's file is being fetched.",

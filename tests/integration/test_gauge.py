@@ -148,6 +148,19 @@ def test_what_others_hold_of_a_gpu_is_taken_off() -> None:
     assert gauge(gpu_share=0.75).totals(reading, {"gpu0": 5 * GIB})["gpu0"] == 40 * GIB
 
 
+def test_engines_get_no_more_of_a_gpu_than_is_free_or_theirs() -> None:
+    silent = Gpu("gpu0", 80 * GIB, 75 * GIB, {}, None, None)
+    reading = Reading(100 * GIB, 50 * GIB, 0.5, None, (silent,), {}, {})
+    measuring = gauge(gpu_share=0.75)
+    assert measuring.totals(reading, {})["gpu0"] == 5 * GIB, "the driver does not tell whose the rest is"
+    assert measuring.totals(reading, {"gpu0": 20 * GIB})["gpu0"] == 25 * GIB, "engines were charged with that"
+    held = {1: {HOST: 0, "gpu0": 30 * GIB}}
+    told = replace(reading, gpus=(replace(silent, processes={1: 30 * GIB}),), held=held, peaks=held)
+    assert measuring.totals(told, {})["gpu0"] == 35 * GIB
+    empty = replace(reading, gpus=(replace(silent, used_bytes=GIB),))
+    assert measuring.totals(empty, {})["gpu0"] == 60 * GIB
+
+
 class Driver:
     """What says that this process holds a GiB of a GPU."""
 

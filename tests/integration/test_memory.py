@@ -2,10 +2,18 @@
 
 from functools import partial
 from pathlib import Path
+from time import time
 
 import psutil
 import pytest
 
+from forebay.config import Settings
+from forebay.model_config import FakeModel
+from forebay.peaks import Peak
+from forebay.replicas.memory import HOST
+from forebay.replicas.needs import fingerprint
+from forebay.store.database import Database
+from forebay.store.model_memory import ModelMemoryStore
 from tests.support.answers import ask
 from tests.support.server import Server, eventually, serving
 
@@ -88,3 +96,48 @@ async def test_a_machine_that_is_not_well_loads_nothing_and_says_why() -> None:
         assert await server.metric("forebay_memory_gate_open") == 0
         assert server.named("memory.gate_closed")
         assert not server.named("engine.starting")
+
+
+CROWD = """
+default_models = false
+[memory]
+host_bytes = 220_000_000
+residency_seconds = 0.1
+[models.one]
+engine = "fake"
+preload = true
+pinned = {pinned}
+[models.two]
+engine = "fake"
+preload = true
+"""
+
+
+async def remember(data_dir: Path, counts: dict[str, int]) -> None:
+    """What an earlier life of a server has learned of such models at work."""
+    database = await Database.open(Settings(data_dir=data_dir))
+    prints = fingerprint(FakeModel(engine="fake"))
+    peaks = [Peak(name, prints, HOST, 11, count, 1.0, time()) for name, count in counts.items()]
+    await ModelMemoryStore(database).save(peaks, 0.0)
+    await database.close()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_a_server_whose_models_came_to_more_than_there_is_starts_again(tmp_path: Path, pinned: bool) -> None:
+    await remember(tmp_path / "data", {"one": 150 * MIB, "two": 120 * MIB})
+    config = CROWD.format(pinned=str(pinned).lower())
+    async with serving(config, folder=tmp_path, environment=JSON_LOG) as server:
+        (told,) = server.named("memory.crowded")
+        assert told["model"] == "two"
+        assert "two needs" in told["reason"]
+        states = [(await server.model(name))["state"] for name in ("one", "two")]
+        answer = await ask(server, "Hello.", model="two")
+        if pinned:
+            assert states == ["ready", "failed"]
+            assert (answer.status, answer.code) == (503, "model_too_large")
+            assert len(server.named("model.refused")) == 1
+            assert await server.ready(), "the others are served"
+        else:
+            assert states == ["stopped", "ready"]
+            assert answer.whole
+        assert (await ask(server, "Hello.", model="one")).whole

@@ -35,6 +35,7 @@ class Kind:
     pinned: bool = False
     asleep_bytes: int = 0
     idle_unload_seconds: float | None = None
+    least_bytes: int | None = None  # where `bytes` was learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,10 @@ class House:
     def need(self, model: str) -> Bytes:
         count = self.kinds[model].bytes
         return {HOST: count} if count else {}
+
+    def least(self, model: str) -> Bytes:
+        count = self.kinds[model].least_bytes
+        return self.need(model) if count is None else {HOST: count}
 
     def held(self, model: str, keeper: Keeper) -> Bytes:
         asleep = keeper.asleep_at is not None

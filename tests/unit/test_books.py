@@ -3,10 +3,10 @@
 import asyncio
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -56,12 +56,13 @@ class Dial(Gauge):
 class Desk:
     """Books over a catalogue of two fake models, and one keeper for the first of them."""
 
-    def __init__(self, *, pinned: bool = False, **more: Any) -> None:
-        models = {"plain": {"engine": "fake", **more}, "other": {"engine": "fake", "pinned": pinned}}
+    def __init__(self, *, other: Mapping[str, Any] = MappingProxyType({}), **more: Any) -> None:
+        models = {"plain": {"engine": "fake", **more}, "other": {"engine": "fake", **other}}
         settings = Settings.model_validate({"models": models, "default_models": False})
         self.clock = FakeClock()
         self.dial = Dial(settings)
-        self.books = MeasuredBooks(Catalog(settings), settings.memory, self.dial, self.clock, Metrics(), Log())
+        self.metrics = Metrics()
+        self.books = MeasuredBooks(Catalog(settings), settings.memory, self.dial, self.clock, self.metrics, Log())
         self.replica = SimpleNamespace(process=SimpleNamespace(pid=PID), largest_input=0, in_flight={})
         self.stand = SimpleNamespace(
             replica=self.replica, ready_at=None, asleep_at=None, sleeps=False, load_seconds=1.5
@@ -98,8 +99,23 @@ async def test_a_model_that_starts_is_charged_with_what_it_will_need_and_later_w
     assert desk.held == 80 * MIB
     desk.come_up()
     await desk.measure(30 * MIB)
+    assert desk.held == desk.need == 80 * MIB, "its start came to that, and it has not worked yet"
+    desk.work(1000)
+    await desk.measure(30 * MIB)
     assert desk.held == 30 * MIB
-    assert desk.need == 80 * MIB, "its start came to that"
+    assert desk.need == 80 * MIB
+
+
+async def test_a_model_that_has_come_up_keeps_what_it_was_estimated_to_need_until_it_has_worked() -> None:
+    desk = Desk(options={"ballast_bytes": GIB})
+    desk.come_up()
+    await desk.measure(30 * MIB)
+    await desk.measure(30 * MIB)
+    assert desk.held == desk.need == GIB + FIXED, "its first requests take the rest"
+    desk.work(1000)
+    await desk.measure(500 * MIB)
+    await desk.measure(400 * MIB)
+    assert desk.held == desk.need == 500 * MIB
 
 
 async def test_what_work_came_to_stays_reserved() -> None:
@@ -126,6 +142,47 @@ async def test_a_model_that_once_came_to_more_than_there_is_may_run_alone() -> N
     await desk.measure(9 * GIB, available=GIB)
     assert desk.held == 9 * GIB
     assert desk.need == desk.books.totals()[HOST] < 9 * GIB
+
+
+async def learn(desk: Desk, count: int, model: str = "plain") -> None:
+    """A replica of `model` works, and comes to so much."""
+    desk.books.keepers = lambda: [(model, desk.keeper)]
+    desk.come_up()
+    desk.work(1000)
+    await desk.measure(count)
+
+
+async def test_a_model_that_once_came_to_more_than_pinned_ones_leave_may_run_beside_them() -> None:
+    desk = Desk(other={"pinned": True, "batch_replicas": 2})
+    await learn(desk, 9 * GIB)
+    assert desk.need + 3 * FIXED == desk.books.totals()[HOST], "batch replicas hold what others do"
+    desk.books.out_of_memory("plain")
+    assert desk.need + 3 * FIXED == desk.books.totals()[HOST]
+
+
+async def test_pinned_models_that_came_to_more_than_there_is_leave_each_other_what_files_suggest() -> None:
+    desk = Desk(pinned=True, other={"pinned": True})
+    await learn(desk, 9 * GIB)
+    await learn(desk, 3 * GIB, "other")
+    assert (desk.books.need("plain"), desk.books.need("other")) == ({HOST: 5 * GIB}, {HOST: FIXED})
+
+
+async def test_what_a_pinned_model_is_said_to_take_goes_before_what_it_came_to() -> None:
+    desk = Desk(other={"pinned": True, "memory_bytes": 2 * GIB})
+    await learn(desk, 3 * GIB, "other")
+    await learn(desk, 9 * GIB)
+    assert desk.need == 6 * GIB
+
+
+async def test_a_model_is_sure_to_take_what_is_said_or_the_less_of_what_was_learned_and_estimated() -> None:
+    desk = Desk(options={"ballast_bytes": GIB}, other={"memory_bytes": 2 * GIB})
+    assert desk.books.least("plain") == {HOST: GIB + FIXED}
+    await learn(desk, 500 * MIB)
+    assert desk.books.least("plain") == desk.books.need("plain") == {HOST: 500 * MIB}
+    await learn(desk, 3 * GIB)
+    assert desk.books.least("plain") == {HOST: GIB + FIXED}
+    await learn(desk, 3 * GIB, "other")
+    assert desk.books.least("other") == {HOST: 2 * GIB}
 
 
 async def test_engines_that_the_driver_does_not_tell_of_are_not_taken_for_others() -> None:
@@ -156,6 +213,18 @@ async def test_a_gpu_that_the_driver_does_not_tell_of_for_once_is_as_it_was(left
     assert desk.books.totals() == {HOST: 8 * GIB, "gpu0": 9 * GIB, "gpu1": 9 * GIB}
 
 
+async def test_a_hot_gpu_that_the_driver_does_not_tell_of_for_once_keeps_the_gate_closed() -> None:
+    desk = Desk()
+    hot = Gpu("gpu0", 10 * GIB, 0, {}, None, 95.0)
+    for gpus, closed in (((hot,), True), ((), True), ((replace(hot, celsius=85.0),), True), ((), True)):
+        desk.dial.reading = replace(desk.dial.reading, gpus=gpus)
+        await desk.books.measure()
+        assert (desk.books.closed() is not None) is closed
+    desk.dial.reading = replace(desk.dial.reading, gpus=(replace(hot, celsius=80.0),))
+    await desk.books.measure()
+    assert desk.books.closed() is None
+
+
 async def test_the_peak_of_a_start_is_not_taken_for_work() -> None:
     desk = Desk()
     desk.clock.advance(1)
@@ -164,6 +233,23 @@ async def test_the_peak_of_a_start_is_not_taken_for_work() -> None:
     await desk.measure(30 * MIB, peak=200 * MIB)
     assert desk.held == 30 * MIB
     assert desk.need == 200 * MIB
+
+
+async def test_a_reading_that_began_before_it_was_up_says_nothing_of_work() -> None:
+    desk = Desk()
+    desk.dial.show(20 * MIB)
+    desk.dial.stuck, reads = threading.Event(), desk.dial.reads
+    measuring = asyncio.create_task(desk.books.measure())
+    await eventually(lambda: desk.dial.reads > reads, what="the measurement to begin")
+    desk.clock.advance(1)
+    desk.come_up()
+    desk.work(1000)
+    desk.dial.stuck.set()
+    await measuring
+    assert desk.held == desk.need == FIXED
+    desk.dial.stuck = None
+    await desk.measure(30 * MIB)
+    assert desk.held == desk.need == 30 * MIB, "the work counts in the next one"
 
 
 async def test_work_that_lasts_over_readings_counts_in_each() -> None:
@@ -221,6 +307,7 @@ async def test_what_cannot_be_measured_for_once_is_as_it_was(
 ) -> None:
     desk = Desk()
     desk.come_up()
+    desk.work(1000)
     await desk.measure(30 * MIB)
     desk.dial.trouble = trouble
     for _ in range(2):
@@ -284,15 +371,31 @@ def test_a_model_of_somebody_elses_server_takes_nothing() -> None:
     assert books.need("far") == {}
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-async def test_an_engine_that_found_no_memory_is_taken_to_need_more_but_never_more_than_there_is(pinned: bool) -> None:
-    desk = Desk(pinned=pinned)
-    desk.come_up()
-    desk.work(1000)
-    await desk.measure(200 * MIB)
+def peak_shown(desk: Desk) -> float:
+    return desk.metrics.memory_peak.labels("plain", HOST)._value.get()
+
+
+async def test_after_a_shortage_the_next_start_asks_for_more_within_bounds_and_for_a_while() -> None:
+    desk = Desk()
+    await learn(desk, 200 * MIB)
     desk.books.out_of_memory("plain")
     assert desk.need == int(200 * MIB * 1.05)
+    desk.clock.advance(400)
     for _ in range(200):
         desk.books.out_of_memory("plain")
-    beside = desk.books.need("other")[HOST] if pinned else 0
-    assert 200 * MIB < desk.need <= desk.books.totals()[HOST] - beside
+    desk.clock.advance(400)
+    assert desk.need == 300 * MIB, "others take the rest: half as much again is the most"
+    assert desk.held == 200 * MIB, "what runs is charged with what it came to"
+    await desk.measure(200 * MIB)
+    assert peak_shown(desk) == 200 * MIB, "that is no measurement, which would be kept"
+    desk.clock.advance(200)
+    assert desk.need == 200 * MIB
+
+
+async def test_a_shortage_before_anything_was_learned_counts_on_what_files_suggest() -> None:
+    desk = Desk(options={"ballast_bytes": GIB})
+    desk.books.out_of_memory("plain")
+    assert desk.need == int((GIB + FIXED) * 1.05)
+    said = Desk(memory_bytes=GIB)
+    said.books.out_of_memory("plain")
+    assert said.need == GIB, "what an operator said goes before it"

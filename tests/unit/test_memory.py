@@ -226,7 +226,7 @@ def test_sizes_are_in_words_of_people() -> None:
 
 
 @pytest.mark.parametrize(
-    ("needed", "measured", "learned", "starting", "charged"),
+    ("needed", "measured", "learned", "reserved", "charged"),
     [
         (100, None, None, True, 100),
         (100, 40, None, True, 100),
@@ -238,9 +238,9 @@ def test_sizes_are_in_words_of_people() -> None:
     ],
 )
 def test_what_a_replica_is_charged_with(
-    needed: int, measured: int | None, learned: int | None, starting: bool, charged: int
+    needed: int, measured: int | None, learned: int | None, reserved: bool, charged: int
 ) -> None:
-    assert charge(needed, measured, learned, starting=starting) == charged
+    assert charge(needed, measured, learned, reserved=reserved) == charged
 
 
 def test_what_one_is_promised_another_does_not_get() -> None:

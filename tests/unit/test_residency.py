@@ -130,6 +130,16 @@ def test_models_that_are_loaded_at_the_start_have_to_fit_together() -> None:
         home.residency.check_together(home.records)
 
 
+def test_what_was_learned_alone_keeps_no_server_from_starting(capsys: pytest.CaptureFixture[str]) -> None:
+    home = house(Kind("one", LARGE), Kind("two", LARGE, least_bytes=SMALL))
+    home.residency.check_together(home.records[:1])
+    assert "memory.crowded" not in capsys.readouterr().out
+    home.residency.check_together(home.records)
+    told = capsys.readouterr().out
+    assert told.count("memory.crowded") == 1
+    assert "two needs" in told
+
+
 def test_a_model_that_nobody_asks_for_is_unloaded_when_its_settings_say_so() -> None:
     home = house(Kind("one", LARGE, idle_unload_seconds=30), Kind("two", SMALL))
     home.run([Arrival(0, "one"), Arrival(20, "one"), Arrival(0, "two")], 45)

@@ -25,7 +25,8 @@ from forebay.server_config import MemorySettings
 from forebay.telemetry import Log, Metrics
 
 _MORE_AFTER_SHORTAGE = 1.05
-_OF_ANY_SIZE = 1  # the class of what nobody knows the size of
+_MORE_AT_MOST = 1.5  # times what is known: whoever is short beyond that is so because of others
+_SHORTAGE_SECONDS = 600.0  # two cool-downs: a model that finds its memory for as long has no shortage any longer
 
 Keepers = Callable[[], Iterable[tuple[str, Keeper]]]
 
@@ -47,6 +48,8 @@ class MeasuredBooks:
         self._log = log
         prints = {name: needs.fingerprint(catalog.get(name)) for name in catalog.names()}
         self._learned = Learned(prints, settings.peak_days, clock, log)
+        self._pinned = tuple(name for name in catalog.names() if catalog.get(name).pinned)
+        self._shortages: dict[str, tuple[float, float]] = {}  # how many times as much a model asks for, and until when
         self._estimates: dict[str, Bytes] = {}
         self._along: dict[str, int] = {}
         self._labels: set[tuple[str, str]] = set()
@@ -70,35 +73,56 @@ class MeasuredBooks:
         return self._allowed
 
     def need(self, model: str) -> Bytes:
-        """What one more replica of `model` will take."""
-        settings = self._catalog.get(model)
-        if isinstance(settings, UpstreamModel):
+        """What one more replica of `model` will take; for a while after one of it found no memory, somewhat more."""
+        return self._needed(model, self._more(model))
+
+    def least(self, model: str) -> Bytes:
+        """What a replica of `model` is sure to take: what was learned counts only where it is less than the estimate."""
+        guess, told = self._estimate(model), self._told(model)
+        return {
+            device: count if device in told else min(count, guess.get(device, 0))
+            for device, count in self._needed(model).items()
+        }
+
+    def _needed(self, model: str, more: float = 1.0) -> Bytes:
+        """What a replica of `model` takes, and `more` times that where it computes."""
+        if isinstance(self._catalog.get(model), UpstreamModel):
             return {}
-        told = {} if settings.memory_bytes is None else needs.declared(settings, settings.memory_bytes)
-        needed = {**self._expected(model), **told}
+        needed = {**self._expected(model, more), **self._told(model)}
         # Where no driver tells of any GPU there may be one all the same, of another maker: its engine will say.
         return needed if self._reading.gpus else {HOST: needed.get(HOST, 0)}
 
+    def _told(self, model: str) -> Bytes:
+        """What an operator has said of it."""
+        settings = self._catalog.get(model)
+        return {} if settings.memory_bytes is None else needs.declared(settings, settings.memory_bytes)
+
     def held(self, model: str, keeper: Keeper) -> Bytes:
-        """What a replica is charged with now. What an operator has said it takes, it is charged with at least."""
-        need, measured = self.need(model), self._measured(keeper)
+        """What a replica is charged with now. What an operator has said it takes, it is charged with at least.
+
+        What a shortage adds is no part of that: it is asked for before a start, and counts for no engine that runs.
+        """
+        need, measured = self._needed(model), self._measured(keeper)
         if keeper.asleep_at is not None:
             return self._asleep(model, measured, fresh=self._read_at > keeper.asleep_at)
         said = self._catalog.get(model).memory_bytes is not None
         reserved = said or keeper.ready_at is None or keeper.ready_at >= self._read_at
         return {
-            device: charge(
-                need.get(device, 0), measured.get(device), self._learned.at_work(model, device), starting=reserved
-            )
+            device: self._charged(model, device, need.get(device, 0), measured.get(device), reserved=reserved)
             for device in need.keys() | measured.keys()
         }
+
+    def _charged(self, model: str, device: str, needed: int, measured: int | None, *, reserved: bool) -> int:
+        worked = self._learned.at_work(model, device)
+        # What it holds before it has worked says nothing of what its first requests will take.
+        return charge(needed, measured, worked, reserved=reserved or worked is None)
 
     def _asleep(self, model: str, measured: Bytes, *, fresh: bool) -> Bytes:
         """What one that sleeps holds still: what is measured; until then all of the host, and nothing of its GPU."""
         host, along = measured.get(HOST, 0), self._taken_along(model)
         if fresh:
             return {**measured, HOST: max(host, along)}
-        return {HOST: max(self.need(model).get(HOST, 0), host) + along}
+        return {HOST: max(self._needed(model).get(HOST, 0), host) + along}
 
     def may_sleep(self, model: str, beside: Bytes) -> bool:
         """Whether the host has room for what a replica of `model` takes there when it sleeps, and for `beside`."""
@@ -120,16 +144,16 @@ class MeasuredBooks:
         return self.gate.reason or None
 
     def out_of_memory(self, model: str) -> None:
-        """An engine of `model` found no memory: it needs more where it computes than was thought, but never all there is.
+        """An engine of `model` found no memory: for a while its next start asks for more where it computes.
 
-        Nor more than what is pinned leaves, or a few shortages would keep it out for good.
+        It may have been another's fault, so nothing is learned from that.
         """
-        device = needs.named(device_of(self._catalog.get(model)))
-        known = self.need(model).get(device, 0)
-        others = [name for name in self._catalog.names() if name != model and self._catalog.get(name).pinned]
-        pinned = sum(self.need(name).get(device, 0) * self._catalog.get(name).replicas for name in others)
-        most = max(known, self._totals.get(device, 0) - pinned)
-        self._learned.observe(model, device, _OF_ANY_SIZE, min(int(known * _MORE_AFTER_SHORTAGE), most), 0.0)
+        more = min(self._more(model) * _MORE_AFTER_SHORTAGE, _MORE_AT_MOST)
+        self._shortages[model] = more, self._clock.monotonic() + _SHORTAGE_SECONDS
+
+    def _more(self, model: str) -> float:
+        more, until = self._shortages.get(model, (1.0, 0.0))
+        return more if self._clock.monotonic() < until else 1.0
 
     def measured_at(self) -> float:
         """When engines were last measured."""
@@ -175,18 +199,33 @@ class MeasuredBooks:
         charged = sum(self.held(model, keeper).get(HOST, 0) for model, keeper in self.keepers())
         return {**self._totals, HOST: max(0, min(self._totals[HOST], charged - lacking))}
 
-    def _expected(self, model: str) -> Bytes:
+    def _expected(self, model: str, more: float) -> Bytes:
         """What it was seen to come to; before it has worked at least what its files suggest."""
-        guess = self._estimate(model)
+        guess, computes = self._estimate(model), needs.named(device_of(self._catalog.get(model)))
         devices = guess.keys() | {device for device in self._totals if self._learned.most(model, device) is not None}
-        return {device: self._expected_on(model, device, guess.get(device, 0)) for device in devices}
+        return {
+            device: self._expected_on(model, device, guess.get(device, 0), more if device == computes else 1.0)
+            for device in devices
+        }
 
-    def _expected_on(self, model: str, device: str, guess: int) -> int:
+    def _expected_on(self, model: str, device: str, guess: int, more: float) -> int:
+        known = int(self._known(model, device, guess) * more)
+        # What has run here is not refused for what it came to once: it runs alone, or with the pinned ones.
+        return known if known <= guess else min(known, max(guess, self._whole(device) - self._beside(model, device)))
+
+    def _known(self, model: str, device: str, guess: int) -> int:
+        """What was learned of it, whether or not there is as much, or what its files suggest."""
         most = self._learned.most(model, device)
-        if most is None:
-            return max(guess, self._learned.at_rest(model, device))
-        # What has run here is not refused for what it came to once: it runs alone.
-        return min(most, max(guess, self._whole(device)))
+        return max(guess, self._learned.at_rest(model, device)) if most is None else most
+
+    def _beside(self, model: str, device: str) -> int:
+        """What the pinned ones but `model` come to. What each leaves for the others is not asked: that would go round."""
+        pinned = 0
+        for name in self._pinned:
+            if name != model:
+                known = self._known(name, device, self._estimate(name).get(device, 0))
+                pinned += self._told(name).get(device, known) * self._catalog.get(name).processes
+        return pinned
 
     def _whole(self, device: str) -> int:
         """What engines may take of `device` while nobody else holds any of it."""
@@ -216,7 +255,7 @@ class MeasuredBooks:
         self._held = dict(reading.held)
         as_it_was = {gpu.name: self._totals[gpu.name] for gpu in silent}
         self._totals = {**self._gauge.totals(reading, self._untold(reading)), **as_it_was}
-        if self.gate.update(reading):
+        if self.gate.update(self._reading):
             if self.gate.open:
                 self._log.info("memory.gate_opened")
             else:
@@ -237,12 +276,15 @@ class MeasuredBooks:
         replica = keeper.replica
         if replica is None:
             return
-        size, up = input_class(replica.largest_input), keeper.ready_at is not None
-        replica.largest_input = largest(request.body for request in replica.in_flight.values())
-        started = keeper.ready_at is None or keeper.ready_at > since
+        up_at = keeper.ready_at
+        started = up_at is None or up_at > since
         if started:
             self._observe(model, keeper, 0, peaks)
-        if up and size:
+        if up_at is not None and up_at >= self._read_at:
+            return  # this reading began before it was up: what it has worked on meanwhile counts in the next one
+        size = input_class(replica.largest_input)
+        replica.largest_input = largest(request.body for request in replica.in_flight.values())
+        if up_at is not None and size:
             self._observe(model, keeper, size, held if started else peaks)
 
     def _observe(self, model: str, keeper: Keeper, size_class: int, counts: Bytes) -> None:

@@ -91,15 +91,20 @@ class Gauge:
     def totals(self, reading: Reading, untold: Mapping[str, int]) -> dict[str, int]:
         """What engines may take in all, by device. What others hold of a GPU is taken off its part.
 
-        Of what is unseen so much is ours as engines are charged with that were not found there (`untold`).
+        Of what is unseen, and of what the driver counts and nobody is known to hold, so much is ours as engines are charged
+        with that were not found there (`untold`). It is never more than what is free now and what is ours: not every
+        driver tells of every process.
         """
         settings = self._settings
         totals = {HOST: settings.host_bytes or int(reading.total_bytes * settings.host_share)}
         for gpu in reading.gpus:
-            ours = sum(held.get(gpu.name, 0) for held in reading.held.values())
-            ours += min(reading.unseen.get(gpu.name, 0), untold.get(gpu.name, 0))
-            others = max(0, sum(gpu.processes.values()) - ours)
-            totals[gpu.name] = max(0, int(gpu.total_bytes * settings.gpu_share) - others)
+            listed, missed = sum(gpu.processes.values()), untold.get(gpu.name, 0)
+            unseen = min(reading.unseen.get(gpu.name, 0), missed)
+            ours = sum(held.get(gpu.name, 0) for held in reading.held.values()) + unseen
+            others = max(0, listed - ours)
+            nobodys = min(max(0, gpu.used_bytes - listed), missed - unseen)
+            free_or_ours = gpu.total_bytes - gpu.used_bytes + ours + nobodys
+            totals[gpu.name] = max(0, min(int(gpu.total_bytes * settings.gpu_share) - others, free_or_ours))
         return totals
 
     def _host(self) -> tuple[int, int]:

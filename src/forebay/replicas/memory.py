@@ -116,14 +116,14 @@ class Never:
 Plan = Fits | Evict | Yield | Wait | Never
 
 
-def charge(needed: int, measured: int | None, learned_peak: int | None, *, starting: bool) -> int:
-    """What a replica is charged with on one device: while it starts, what it was said to need, or more.
+def charge(needed: int, measured: int | None, learned_peak: int | None, *, reserved: bool) -> int:
+    """What a replica is charged with on one device: until it has worked, what it was said to need (`reserved`), or more.
 
     Later what is measured, at least what it is known to come to. Where nothing could be measured, what was needed.
     """
     if measured is None:
         return max(needed, learned_peak or 0)
-    return max(measured, needed) if starting else max(measured, learned_peak or 0)
+    return max(measured, needed) if reserved else max(measured, learned_peak or 0)
 
 
 def used(holdings: Iterable[Holding], device: str) -> int:

@@ -17,7 +17,8 @@ class ModelRecord:
     `wanted`: it is to be up, or as soon as there is memory for it. `ordered_at`: an operator or the configuration wanted
     it, and it has not been started since; `asked_at`: when somebody last asked for it. `waiting`: for whose memory it
     waits, as a sentence; where it is not wanted, why it can have none. `left_at`: when it last left for another;
-    `swapped`: it has left for another, or because nobody asked for it, and was not started since.
+    `swapped`: it has left for another, or because nobody asked for it, or gave way to others at the start of the server,
+    and was not started since.
     """
 
     name: str

@@ -8,7 +8,7 @@ next start it stays reserved, but its model is the first to leave for another.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Protocol
 
@@ -81,6 +81,10 @@ class Books(Protocol):
         """What one more replica of `model` will take."""
         ...
 
+    def least(self, model: str) -> Bytes:
+        """What a replica of `model` is sure to take, whatever was learned of it."""
+        ...
+
     def held(self, model: str, keeper: Keeper) -> Bytes:
         """What a replica is charged with now."""
         ...
@@ -149,33 +153,54 @@ class Residency:
                 self._act(wish, verdict, records, wanted, now)
         return starts
 
-    def refusal(self, record: ModelRecord, records: Sequence[ModelRecord]) -> str | None:
-        """The arithmetic, if there will be no memory for `record` whoever leaves."""
+    def refusal(self, record: ModelRecord, records: Sequence[ModelRecord], *, least: bool = False) -> str | None:
+        """The arithmetic, if there will be no memory for `record` whoever leaves; of all the `least` if so asked."""
         if record.keepers:
             return None
         now = self._clock.monotonic()
-        need = Need(record.name, self._books.need(record.name))
+        need = Need(record.name, (self._books.least if least else self._books.need)(record.name))
         if not need.bytes:
             return None
         holdings = self._holdings(records, {each.name: Wanted() for each in records}, now)
+        if least:
+            holdings = [replace(one, bytes=self._books.least(one.model)) for one in holdings]
         verdict = plan(need, holdings, self._books.totals(), now, self._rules, others=self._books.others())
         return verdict.reason if isinstance(verdict, Never) else None
 
-    def check_together(self, records: Iterable[ModelRecord]) -> None:
-        """Raise SetupError if `records`, which are loaded at the start, cannot all be in memory at once."""
+    def check_together(self, records: Sequence[ModelRecord]) -> None:
+        """Raise SetupError if `records`, which are loaded at the start, cannot all be in memory at once.
+
+        What was learned alone is no reason for that, or a server that has run would not start again: they take turns.
+        """
+        crowded = self._crowded(records, self._books.least)
+        if crowded is not None:
+            name, reason = crowded
+            raise SetupError(
+                f"The models that are loaded at the start do not fit into memory together: {reason} "
+                f"Take `preload` from {name} or another, lower `replicas`, or give engines more with "
+                "`memory.host_bytes`."
+            )
+        crowded = self._crowded(records, self._books.need)
+        if crowded is not None:
+            self._log.warning("memory.crowded", model=crowded[0], reason=crowded[1])
+
+    def give_way(self, record: ModelRecord, reason: str) -> None:
+        """Do without a model at the start for which what is pinned has left no room."""
+        self._refuse(record, reason)
+        record.swapped = True
+
+    def _crowded(self, records: Iterable[ModelRecord], takes: Callable[[str], Bytes]) -> tuple[str, str] | None:
+        """The first of `records` that has no room beside those before it if each `takes` that, and the arithmetic."""
         totals, others = self._books.totals(), self._books.others()
         held: list[Holding] = []
         for record in records:
             for number in range(record.settings.processes):
-                need = Need(record.name, self._books.need(record.name))
+                need = Need(record.name, takes(record.name))
                 verdict = plan(need, held, totals, 0.0, self._rules, others=others)
                 if isinstance(verdict, Never):
-                    raise SetupError(
-                        f"The models that are loaded at the start do not fit into memory together: {verdict.reason} "
-                        f"Take `preload` from {record.name} or another, lower `replicas`, or give engines more with "
-                        "`memory.host_bytes`."
-                    )
+                    return record.name, verdict.reason
                 held.append(_pinned(need, f"{record.name} {number}"))
+        return None
 
     # What waits.
 

@@ -130,7 +130,7 @@ class Supervisor:
         return ModelState.STOPPED if self._present(record) else ModelState.ABSENT
 
     def settled(self, model: str) -> bool:
-        """Whether `model` is up, or was and has left its memory to others: it comes back when somebody asks for it."""
+        """Whether `model` is up, or has left its memory to others: it comes back when somebody asks for it, if it can."""
         return self._models[model].swapped or self.state(model) is ModelState.READY
 
     def circuit(self, model: str) -> str | None:
@@ -247,18 +247,24 @@ class Supervisor:
 
     def check_together(self, models: Iterable[str]) -> None:
         """Raise SetupError if `models` cannot all be in memory at once."""
-        self.residency.check_together(self.record(name) for name in models)
+        self.residency.check_together([self.record(name) for name in models])
 
     async def wait_until_ready(self, model: str) -> None:
-        """Want `model` and wait for it. Raises SetupError with the reason if it cannot be loaded."""
+        """Want `model` and wait for it. Raises SetupError with the reason if it cannot be loaded.
+
+        Where only what was learned of others keeps it out, it is not waited for: those who ask for it are told.
+        """
         self.load(model)
         while not self.settled(model):
             record = self._models[model]
             if record.failure is not None:
                 raise record.failure
             refusal = self.residency.refusal(record, self.records())
-            if refusal is not None:
+            if refusal is not None and self.residency.refusal(record, self.records(), least=True) is not None:
                 raise SetupError(f"The model {model} cannot be loaded: {refusal}")
+            if refusal is not None:
+                self.residency.give_way(record, refusal)
+                return
             for keeper in record.keepers:
                 if keeper.failure is not None:
                     raise SetupError(f"The model {model} cannot be loaded: {keeper.failure}")
