@@ -1,148 +1,23 @@
 """Batch work stands still for the online work of other models on its device, and for nobody else's."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import AsyncIterator
+from dataclasses import replace
 
-import aiohttp
 import pytest
 
-from forebay.clock import Clock
-from forebay.errors import EngineGarbled
 from forebay.inference import Priority, Request
-from forebay.replicas.commands import Traits
-from forebay.replicas.postmortem import Quarantine
-from forebay.replicas.replica import Replica, ReplicaState
-from forebay.scheduler.hall import Limits
+from forebay.replicas.replica import ReplicaState
 from forebay.scheduler.scheduler import Scheduler
-from forebay.server_config import PaceSettings, SchedulerSettings
-from forebay.telemetry import Metrics
-from tests.support.clock import FakeClock
-from tests.support.hallway import Bench, Room, Visitor, request, settle
-
-PACE = PaceSettings(resume_seconds=0.1, quiet_seconds=2, brief_seconds=0, hold_seconds_max=60, floor_seconds=3)
-BRIEF = PACE.model_copy(update={"brief_seconds": 0.05})
-SETTINGS = SchedulerSettings(headroom_seconds=10, batch_floor_seconds=1000)
-TOKEN_SECONDS = 0.02
-
-
-class Process:
-    """Stands for an engine process: it only remembers whether it stands still."""
-
-    def __init__(self) -> None:
-        self.stands = False
-
-    def pause(self) -> None:
-        self.stands = True
-
-    def resume(self) -> None:
-        self.stands = False
-
-
-class Place(Bench):
-    """A replica that knows what is in flight on it."""
-
-    @asynccontextmanager
-    async def run(self, request: Request, *arguments: Any) -> AsyncIterator[Any]:
-        number = len(self.stops) + len(self.in_flight) + 1000 * self._sequence
-        self._sequence += 1
-        self.in_flight[number] = request
-        try:
-            async with super().run(request, *arguments[:-1], lambda: self._stopped(number, arguments[-1])):
-                yield None
-        except BaseException:
-            self.resume()
-            raise
-
-    def _stopped(self, number: int, on_stopped: Callable[[], None]) -> None:
-        del self.in_flight[number]
-        on_stopped()
-
-
-class House(Room):
-    """A machine room with several models."""
-
-    def replicas(self, model: str) -> list[Replica]:
-        return [replica for replica in self.all if replica.ready and replica.model == model]
-
-
-@dataclass
-class Hall:
-    house: House
-    scheduler: Scheduler
-    clock: FakeClock
-    metrics: Metrics
-    session: aiohttp.ClientSession
-
-    def open(self, model: str, slots: int = 4, *, pausable: bool = True) -> Place:
-        name = f"{model}_{len(self.house.all)}"
-        quarantine = Quarantine(1.0, 1, self.house.clock)
-        place = Place(name, model, slots, Traits("/", pausable=pausable), self.session, quarantine)
-        place.process = Process()  # type: ignore[assignment]
-        place.state = ReplicaState.READY
-        self.house.all.append(place)
-        self.scheduler.changed(model)
-        return place
-
-    async def visit(self, model: str, number: int, priority: Priority = Priority.DEFAULT) -> Visitor:
-        visitor = Visitor(self.scheduler, replace(request(number, priority), model=model))
-        await settle()
-        return visitor
-
-    async def batch(self, model: str, number: int) -> Visitor:
-        return await self.visit(model, number, Priority.BATCH)
-
-    async def leave(self, visitor: Visitor) -> None:
-        visitor.leave()
-        await settle()
-
-    async def advance(self, seconds: float) -> None:
-        self.clock.advance(seconds)
-        await settle()
-
-    async def say(self, visitor: Visitor, tokens: int, seconds: float = TOKEN_SECONDS) -> None:
-        """Let an online answer come, a token after the other."""
-        assert visitor.permit is not None
-        ear = visitor.permit.ear
-        assert ear is not None
-        for _ in range(tokens):
-            visitor.tokens = getattr(visitor, "tokens", 0) + 1  # type: ignore[attr-defined]
-            self.clock.advance(seconds)
-            ear.hear(visitor.tokens, self.clock.monotonic())  # type: ignore[attr-defined]
-        await settle()
-
-    def sample(self, name: str) -> float:
-        return self.metrics.registry.get_sample_value(name, {"device": "cpu"}) or 0.0
-
-
-DEVICES = {"chat": "cpu", "speech": "cpu", "pictures": "cpu", "elsewhere": "", "other": "gpu0"}
-ONLINE = {"pictures": 2}  # replicas for online work
+from forebay.server_config import PaceSettings
+from tests.support.devices_hall import PACE, SETTINGS, TOKEN_SECONDS, Hall, opened, stands
+from tests.support.hallway import Visitor, request, settle
 
 
 @pytest.fixture
-def pace() -> PaceSettings:
-    return PACE
-
-
-@pytest.fixture
-async def hall(pace: PaceSettings) -> AsyncIterator[Hall]:
-    async with aiohttp.ClientSession() as session:
-        clock, metrics = FakeClock(), Metrics()
-        house = House(clock)
-        limits = {
-            name: Limits(4, 8, 60.0, device=device, replicas=ONLINE.get(name, 1)) for name, device in DEVICES.items()
-        }
-        scheduler = Scheduler(house, limits, SETTINGS, 1.0, clock, metrics, pace=pace)
-        yield Hall(house, scheduler, clock, metrics, session)
-        scheduler.close()
-
-
-def stands(place: Place) -> bool:
-    process: Any = place.process
-    assert process.stands == place.paused
-    return bool(process.stands)
+async def hall() -> AsyncIterator[Hall]:
+    async with opened(PACE) as found:
+        yield found
 
 
 async def test_batch_work_of_another_model_stands_still_while_anybody_is_online(hall: Hall) -> None:
@@ -431,15 +306,7 @@ async def test_a_slow_reader_says_nothing_of_the_engine(hall: Hall) -> None:
 
 
 async def test_without_a_pace_nothing_stands_still() -> None:
-    clock: Clock = FakeClock()
-    async with aiohttp.ClientSession() as session:
-        house, metrics = House(clock), Metrics()  # type: ignore[arg-type]
-        limits = {
-            name: Limits(4, 8, 60.0, device=device, replicas=ONLINE.get(name, 1)) for name, device in DEVICES.items()
-        }
-        pace = PaceSettings(enabled=False)
-        scheduler = Scheduler(house, limits, SETTINGS, 1.0, clock, metrics, pace=pace)
-        hall = Hall(house, scheduler, clock, metrics, session)  # type: ignore[arg-type]
+    async with opened(PaceSettings(enabled=False)) as hall:
         hall.open("chat")
         speech = hall.open("speech")
         await hall.batch("speech", 1)
@@ -510,104 +377,6 @@ async def test_a_line_that_can_go_on_stands_still_where_it_is_for_another_model(
     await hall.leave(online)
     await hall.advance(PACE.resume_seconds)
     assert not stands(chat)
-
-
-async def some_online(hall: Hall, number: int) -> None:
-    """A visit that is over, and the gap after it."""
-    await hall.leave(await hall.visit("chat", number))
-    await hall.advance(BRIEF.resume_seconds)
-
-
-@pytest.mark.parametrize("pace", [BRIEF])
-async def test_lines_that_are_soon_over_run_in_any_gap_as_many_as_are_over_in_time(hall: Hall) -> None:
-    hall.open("chat", slots=8)
-    await some_online(hall, 1)
-    lines = [await hall.batch("chat", number) for number in range(2, 8)]
-    assert [line.waits for line in lines] == [False, *[True] * 5], "one is tried"
-    hall.clock.advance(0.015)
-    await hall.leave(lines[0])
-    assert [line.waits for line in lines[1:]] == [False, False, False, True, True], "three times 15 ms"
-    online = await hall.visit("chat", 9)
-    await hall.leave(lines[1])
-    assert lines[4].waits, "somebody is online"
-    await hall.leave(online)
-    assert lines[4].waits
-    await hall.advance(BRIEF.resume_seconds)
-    assert not lines[4].waits
-
-
-@pytest.mark.parametrize("pace", [BRIEF])
-async def test_how_long_a_line_takes_is_its_part_of_what_many_took_together(hall: Hall) -> None:
-    hall.open("chat", slots=16)
-    lines = [await hall.batch("chat", number) for number in range(8)]
-    hall.clock.advance(0.09)
-    for line in lines:
-        await hall.leave(line)
-    await some_online(hall, 10)
-    lines = [await hall.batch("chat", number) for number in range(11, 19)]
-    assert [line.waits for line in lines].count(False) == 4, "of an eighth of 90 ms each"
-
-
-@pytest.mark.parametrize("pace", [BRIEF])
-async def test_lines_that_take_long_wait_for_quiet_once_that_is_known(hall: Hall) -> None:
-    hall.open("chat")
-    await some_online(hall, 1)
-    first = await hall.batch("chat", 2)
-    assert not first.waits
-    hall.clock.advance(0.3)
-    await hall.leave(first)
-    await some_online(hall, 3)
-    later = await hall.batch("chat", 4)
-    assert later.waits
-    await hall.advance(BRIEF.quiet_seconds)
-    assert not later.waits
-
-
-@pytest.mark.parametrize("pace", [BRIEF])
-async def test_lines_that_took_long_are_tried_again_after_a_hundred_times_as_long(hall: Hall) -> None:
-    hall.open("chat")
-    await some_online(hall, 1)
-    first = await hall.batch("chat", 2)
-    hall.clock.advance(0.3)
-    await hall.leave(first)
-    lines = [await hall.batch("chat", number) for number in (3, 4)]
-    seen = []
-    for number in range(5, 30):
-        await some_online(hall, number)
-        await hall.advance(1.5)
-        if not lines[0].waits:
-            break
-        seen.append(hall.clock.monotonic())
-    assert 28 < len(seen) * (1.5 + BRIEF.resume_seconds) < 33
-    assert lines[1].waits, "one"
-
-
-@pytest.mark.parametrize("pace", [BRIEF])
-async def test_how_soon_a_line_failed_says_nothing(hall: Hall) -> None:
-    chat = hall.open("chat")
-    await some_online(hall, 1)
-    failing = [await hall.batch("chat", number) for number in range(2, 6)]
-    assert [line.waits for line in failing] == [False, True, True, True]
-    failing[0].fail(EngineGarbled())
-    await settle()
-    chat.stop_one()
-    await settle()
-    assert isinstance(failing[0].error, EngineGarbled)
-    assert [line.waits for line in failing[1:]] == [False, True, True], "one is tried again"
-
-
-@pytest.mark.parametrize("pace", [BRIEF])
-async def test_a_line_that_failed_late_is_known_to_be_long(hall: Hall) -> None:
-    chat = hall.open("chat")
-    await some_online(hall, 1)
-    failing = await hall.batch("chat", 2)
-    hall.clock.advance(600)
-    failing.fail(EngineGarbled())
-    await settle()
-    chat.stop_one()
-    await some_online(hall, 3)
-    following = await hall.batch("chat", 4)
-    assert following.waits, "it may take as long beside whoever comes"
 
 
 async def test_a_replica_is_for_batch_work_and_stands_still_for_the_other(hall: Hall) -> None:
