@@ -32,6 +32,7 @@ EVENTS = {
     "engine.woken": "An engine that slept serves again.",
     "engine.sleepless": "An engine that was to sleep does not; it ends instead.",
     "engine.condemned": "An engine is to be replaced because it did not stop a request or does not answer.",
+    "engine.held_back": "An engine that died is not started again before the machine is well; the reason says why it is not.",
     "engine.slots_halved": "An engine ran out of memory and starts again with fewer slots.",
     "engine.slots_restored": "The cool-down after running out of memory is over.",
     "engine.paused": "An engine with batch work alone stands still for online work on its device.",

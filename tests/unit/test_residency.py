@@ -49,6 +49,32 @@ def test_an_idle_model_leaves_for_the_next_after_its_shortest_stay() -> None:
     assert home.story.most_bytes == LARGE
 
 
+def test_callers_who_give_up_before_its_bound_and_come_again_get_their_model_all_the_same() -> None:
+    home = pair()
+    patience = 0.75 * RULES["swap_wait_seconds"]
+
+    def give_up() -> None:
+        home.lines["two"] = [one for one in home.lines["two"] if home.now - one.at < patience]
+
+    never_idle, began = [Arrival(at / 2, "one") for at in range(400)], home.now
+    home.run(never_idle + [Arrival(5 + 3 * turn, "two") for turn in range(60)], 200, give_up)
+    loads = [at for at, name in home.story.loads if name == "two"]
+    assert loads
+    assert loads[0] - began - 5 <= RULES["swap_wait_seconds"] + 10
+    assert any(one.model == "two" for _, one in home.story.served)
+
+
+def test_who_comes_long_after_another_has_given_up_has_waited_for_himself_alone() -> None:
+    home = pair()
+    never_idle = [Arrival(at / 2, "one") for at in range(200)]
+
+    def give_up() -> None:
+        home.lines["two"] = [one for one in home.lines["two"] if home.now - one.at < 15]
+
+    home.run([*never_idle, Arrival(5, "two"), Arrival(28, "two")], 44, give_up)
+    assert not [at for at, name in home.story.loads if name == "two"]
+
+
 def test_a_model_with_a_line_keeps_it_while_it_is_away_and_comes_back() -> None:
     home = house(Kind("one", LARGE, run_seconds=8, slots=1), Kind("two", LARGE))
     home.run([Arrival(0, "one")] * 6 + [Arrival(1, "two")], 32)

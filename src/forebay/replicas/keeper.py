@@ -28,6 +28,7 @@ from forebay.server_config import SupervisorSettings
 from forebay.telemetry import Log, Metrics
 
 _PROBE_SECONDS = 0.05
+_LOOK_SECONDS = 1.0  # between two looks whether the machine is well enough again
 _FAILED_STARTS_MAX = 3
 _SLEEP_SECONDS_MAX = 60.0  # weights go to the host's memory meanwhile
 _KEY_BYTES = 32
@@ -52,6 +53,7 @@ class Workshop:
     session: Callable[[str, Traits, Model], aiohttp.ClientSession]
     on_change: Callable[[str], None]
     circuits: Mapping[str, Circuit]
+    held_back: Callable[[str], str | None]  # why nothing of a model may be started now, if so
 
 
 class Keeper:
@@ -207,11 +209,27 @@ class Keeper:
         seconds = self._shop.clock.jitter(longest)
         self.retry_at = self._shop.clock.monotonic() + seconds
         self.retry_at_epoch = self._shop.clock.now() + seconds
-        # An operator's restart or unload cuts the wait short.
+        await self._left_alone(seconds)
+        await self._held_back()
+        self.retry_at = self.retry_at_epoch = None
+
+    async def _held_back(self) -> None:
+        """Wait while the machine is not well enough for another start: what died of it would only make it worse."""
+        shop, reason = self._shop, self._shop.held_back(self._name)
+        if reason is not None:
+            shop.log.warning("engine.held_back", model=self._name, reason=reason)
+        while shop.held_back(self._name) is not None and not self._leaving.is_set():
+            self.retry_at, self.retry_at_epoch = (
+                shop.clock.monotonic() + _LOOK_SECONDS,
+                shop.clock.now() + _LOOK_SECONDS,
+            )
+            await self._left_alone(_LOOK_SECONDS)
+
+    async def _left_alone(self, seconds: float) -> None:
+        """Wait so long; an operator's restart or unload cuts it short."""
         with contextlib.suppress(TimeoutError):
             async with self._shop.clock.timeout(seconds):
                 await self._leaving.wait()
-        self.retry_at = self.retry_at_epoch = None
 
     def _fail(self, reason: str) -> None:
         """Note a start that cannot work as configured: it is tried again only after the longest back-off."""

@@ -18,7 +18,8 @@ class ModelRecord:
     it, and it has not been started since; `asked_at`: when somebody last asked for it. `waiting`: for whose memory it
     waits, as a sentence; where it is not wanted, why it can have none. `left_at`: when it last left for another;
     `swapped`: it has left for another, or because nobody asked for it, or gave way to others at the start of the server,
-    and was not started since.
+    and was not started since. `awaited_since`: callers have waited for its memory since then, one after the other, the last
+    of whom was seen at `awaited_at`.
     """
 
     name: str
@@ -35,6 +36,8 @@ class ModelRecord:
     waiting: str | None = None
     left_at: float = 0.0
     swapped: bool = False
+    awaited_since: float | None = None
+    awaited_at: float = 0.0
 
     @property
     def slots(self) -> int:

@@ -36,6 +36,7 @@ from forebay.replicas.record import ModelRecord
 from forebay.server_config import MemorySettings
 from forebay.telemetry import Log, Metrics
 
+_LINE_GAP_SECONDS = 5.0  # between one who gives up waiting and the next who comes for the same
 _CLAIM_SECONDS = 30.0  # how long a model is kept in mind that somebody has announced and nobody has asked for since
 
 
@@ -129,6 +130,7 @@ class Residency:
                 record.ordered_at = None
             self._forget(record, wanted[record.name], now)
             self._rest(record, wanted[record.name], now)
+            self._note_line(record, wanted[record.name], now)
         self._relieve(records, wanted, now)
         lacking = {record.name: record for record in records if record.missing > 0 and present(record)}
         if not lacking:
@@ -213,7 +215,8 @@ class Residency:
         need, extra = needs[0], [Wish(each, for_batch=True, extra=True) for each in needs]
         if record.awake:
             return extra
-        asked = [time for time in (record.ordered_at, wanted.oldest_online_at) if time is not None]
+        times = (record.ordered_at, wanted.oldest_online_at, record.awaited_since)
+        asked = [time for time in times if time is not None]
         if asked:
             first = Wish(need, waited_seconds=now - max(min(asked), record.left_at))
         elif wanted.oldest_batch_at is not None:
@@ -222,6 +225,14 @@ class Residency:
         else:
             first = Wish(need, for_batch=True)
         return [first, *extra[1:]]
+
+    def _note_line(self, record: ModelRecord, wanted: Wanted, now: float) -> None:
+        """Since when it is waited for: the bound is on that, or callers who give up and come again would never be served."""
+        if record.waiting is not None and wanted.oldest_online_at is not None:
+            record.awaited_since = min(wanted.oldest_online_at, record.awaited_since or inf)
+            record.awaited_at = now
+        elif record.waiting is None or now - record.awaited_at > _LINE_GAP_SECONDS:
+            record.awaited_since = None
 
     def _to_come(self, record: ModelRecord) -> list[Bytes]:
         """What each replica that is missing will take beside what it has: one that sleeps is there in part."""

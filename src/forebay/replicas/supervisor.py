@@ -80,6 +80,7 @@ class Supervisor:
             self._session,
             self._changed,
             self._circuits,
+            lambda name: books.closed() if books.need(name) else None,
         )
         self._books = books
         self.residency = Residency(books, settings.memory, clock, metrics, self._log)
