@@ -28,7 +28,7 @@ async def test_an_engine_that_died_of_a_shortage_starts_again_when_it_is_over(tm
     settings = Settings(
         data_dir=tmp_path,
         default_models=False,
-        models={"fake": FakeModel(engine="fake")},
+        models={"fake": FakeModel(engine="fake", slots=4)},
         memory=MemorySettings(measure_seconds=3600),  # what it reads is said here
         supervisor=SupervisorSettings(backoff_seconds_min=0.01, backoff_seconds_max=0.05),
     )
@@ -47,6 +47,10 @@ async def test_an_engine_that_died_of_a_shortage_starts_again_when_it_is_over(tm
 
             await eventually(lambda: events("engine.held_back"), what="the start that is held back")
             (_, keeper) = machine.supervisor.keepers()[0]
+            first = keeper.retry_at
+            await eventually(lambda: keeper.retry_at != first, what="another look")
+            machine.supervisor.record("fake").halvings = 1  # as after such a death, and the cool-down is over
+            await eventually(lambda: events("engine.slots_restored"), what="the end of the cool-down")
             first = keeper.retry_at
             await eventually(lambda: keeper.retry_at != first, what="another look")
             assert events("engine.starting") == 1

@@ -156,6 +156,8 @@ async def test_a_model_that_once_came_to_more_than_pinned_ones_leave_may_run_bes
     desk = Desk(other={"pinned": True, "batch_replicas": 2})
     await learn(desk, 9 * GIB)
     assert desk.need + 3 * FIXED == desk.books.totals()[HOST], "batch replicas hold what others do"
+    await desk.measure(200 * MIB)
+    assert desk.held == desk.need, "or it would have to leave at once, or others for it"
     desk.books.out_of_memory("plain")
     assert desk.need + 3 * FIXED == desk.books.totals()[HOST]
 
@@ -223,6 +225,19 @@ async def test_a_hot_gpu_that_the_driver_does_not_tell_of_for_once_keeps_the_gat
     desk.dial.reading = replace(desk.dial.reading, gpus=(replace(hot, celsius=80.0),))
     await desk.books.measure()
     assert desk.books.closed() is None
+
+
+async def test_a_hot_gpu_that_is_gone_for_good_does_not_keep_the_gate_closed() -> None:
+    desk = Desk()
+    desk.dial.reading = replace(desk.dial.reading, gpus=(Gpu("gpu0", 10 * GIB, 0, {}, None, 95.0),))
+    await desk.books.measure()
+    desk.dial.reading = replace(desk.dial.reading, gpus=())
+    readings = 0
+    while desk.books.closed() is not None:
+        await desk.books.measure()
+        readings += 1
+        assert readings < 20
+    assert readings > 5, "not at the first that leaves it out"
 
 
 async def test_the_peak_of_a_start_is_not_taken_for_work() -> None:

@@ -64,6 +64,16 @@ def test_callers_who_give_up_before_its_bound_and_come_again_get_their_model_all
     assert any(one.model == "two" for _, one in home.story.served)
 
 
+def test_nobody_leaves_for_a_caller_who_has_gone() -> None:
+    home = pair()
+
+    def give_up() -> None:
+        home.lines["two"] = [one for one in home.lines["two"] if home.now - one.at < RULES["swap_wait_seconds"] - 2]
+
+    home.run([*(Arrival(at / 2, "one") for at in range(200)), Arrival(5, "two")], 60, give_up)
+    assert [name for _, name in home.story.loads] == ["one"]
+
+
 def test_who_comes_long_after_another_has_given_up_has_waited_for_himself_alone() -> None:
     home = pair()
     never_idle = [Arrival(at / 2, "one") for at in range(200)]

@@ -1,6 +1,8 @@
 """Batch work behind online traffic: it waits, leaves room, gives places back, and is never forgotten."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -198,8 +200,9 @@ async def test_who_was_preempted_does_not_go_before_online_while_others_of_batch
     online[1].leave()
 
 
-async def test_a_starving_line_of_several_places_holds_up_the_others_for_a_while_only() -> None:
-    collecting = SETTINGS.batch_floor_seconds / 10
+@asynccontextmanager
+async def wide_line() -> AsyncIterator[tuple[Scheduler, FakeClock, Visitor, Visitor]]:
+    """A line that needs all four places of a model, of which somebody online has one for long."""
     async with aiohttp.ClientSession() as session:
         room = Room(FakeClock())
         scheduler = Scheduler(room, {MODEL: Limits(4, 8, QUEUE_SECONDS)}, SETTINGS, 1.0, room.clock, Metrics())
@@ -207,23 +210,45 @@ async def test_a_starving_line_of_several_places_holds_up_the_others_for_a_while
         long, wide = Visitor(scheduler, request(1)), Visitor(scheduler, request(2, Priority.BATCH, places=4))
         await settle()
         assert wide.waits
-        for number in (10, 20):
-            room.clock.advance(SETTINGS.batch_floor_seconds - (number - 10) / 10 * collecting)
-            newcomers = [Visitor(scheduler, request(number + one)) for one in range(3)]
-            await settle()
-            assert all(visitor.waits for visitor in newcomers), "the line waits until it has its places"
-            room.clock.advance(collecting)
-            await settle()
-            assert all(visitor.permit is not None for visitor in newcomers), "but not for as long as that may take"
-            for visitor in newcomers:
-                visitor.leave()
-            await settle()
+        yield scheduler, room.clock, long, wide
         long.leave()
+        await settle()
+        room.clock.advance(SETTINGS.headroom_seconds)
         await settle()
         assert wide.permit is not None
         wide.leave()
         await settle()
         assert scheduler.load(MODEL) == (0, 0)
+
+
+async def test_a_starving_line_of_several_places_holds_up_the_others_for_longer_each_time() -> None:
+    async with wide_line() as (scheduler, clock, _, _):
+        held = 0.0
+        for turn in range(1, 5):
+            clock.advance(SETTINGS.batch_floor_seconds - held)
+            newcomers = [Visitor(scheduler, request(10 * turn + one)) for one in range(3)]
+            await settle()
+            assert all(visitor.waits for visitor in newcomers), "the line waits until it has its places"
+            held = turn * SETTINGS.batch_floor_seconds / 10
+            clock.advance(held)
+            await settle()
+            assert all(visitor.permit is not None for visitor in newcomers), "but not for as long as that may take"
+            for visitor in newcomers:
+                visitor.leave()
+            await settle()
+
+
+async def test_the_floor_is_for_lines_of_one_place_while_one_of_several_does_not_find_them() -> None:
+    async with wide_line() as (scheduler, clock, _, _):
+        small = Visitor(scheduler, request(3, Priority.BATCH))
+        clock.advance(SETTINGS.batch_floor_seconds)
+        await settle()
+        assert small.waits
+        clock.advance(SETTINGS.batch_floor_seconds / 10)
+        await settle()
+        assert small.permit is not None
+        small.leave()
+        await settle()
 
 
 async def test_batch_work_that_was_let_in_in_time_has_no_claim_to_stay() -> None:

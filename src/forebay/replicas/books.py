@@ -26,6 +26,7 @@ from forebay.telemetry import Log, Metrics
 
 _MORE_AFTER_SHORTAGE = 1.05
 _MORE_AT_MOST = 1.5  # times what is known: whoever is short beyond that is so because of others
+_SILENT_MAX = 10  # readings for which a GPU is as hot as it was that the driver does not tell of
 _SHORTAGE_SECONDS = 600.0  # two cool-downs: a model that finds its memory for as long has no shortage any longer
 
 Keepers = Callable[[], Iterable[tuple[str, Keeper]]]
@@ -52,6 +53,7 @@ class MeasuredBooks:
         self._shortages: dict[str, tuple[float, float]] = {}  # how many times as much a model asks for, and until when
         self._estimates: dict[str, Bytes] = {}
         self._along: dict[str, int] = {}
+        self._silent: dict[str, int] = {}  # readings in a row without a GPU
         self._labels: set[tuple[str, str]] = set()
         self._held: dict[int, Bytes] = {}
         self._unmeasured, self._read_at = False, 0.0
@@ -114,8 +116,10 @@ class MeasuredBooks:
 
     def _charged(self, model: str, device: str, needed: int, measured: int | None, *, reserved: bool) -> int:
         worked = self._learned.at_work(model, device)
-        # What it holds before it has worked says nothing of what its first requests will take.
-        return charge(needed, measured, worked, reserved=reserved or worked is None)
+        # What it holds before it has worked says nothing of what its first requests will take. And what it came to once, but
+        # is not to count on beside what is pinned, it is charged with when it has it.
+        known = None if worked is None else min(worked, needed)
+        return charge(needed, measured, known, reserved=reserved or worked is None)
 
     def _asleep(self, model: str, measured: Bytes, *, fresh: bool) -> Bytes:
         """What one that sleeps holds still: what is measured; until then all of the host, and nothing of its GPU."""
@@ -250,7 +254,10 @@ class MeasuredBooks:
     def _take(self, reading: Reading) -> None:
         told = {gpu.name for gpu in reading.gpus}
         silent = tuple(gpu for gpu in self._reading.gpus if gpu.name not in told)
-        # A GPU that the driver does not tell of for once is as it was: nobody is refused, or leaves, for that.
+        # A GPU that the driver does not tell of for once is as it was: nobody is refused, or leaves, for that. But one that
+        # is gone for good is not hot for ever.
+        self._silent = {gpu.name: self._silent.get(gpu.name, 0) + 1 for gpu in silent}
+        silent = tuple(gpu if self._silent[gpu.name] <= _SILENT_MAX else replace(gpu, celsius=None) for gpu in silent)
         self._reading = replace(reading, gpus=(*reading.gpus, *silent))
         self._held = dict(reading.held)
         as_it_was = {gpu.name: self._totals[gpu.name] for gpu in silent}

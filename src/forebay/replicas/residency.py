@@ -215,7 +215,9 @@ class Residency:
         need, extra = needs[0], [Wish(each, for_batch=True, extra=True) for each in needs]
         if record.awake:
             return extra
-        times = (record.ordered_at, wanted.oldest_online_at, record.awaited_since)
+        # Nobody leaves for callers who have gone, although those who come after them need not wait anew.
+        awaited_since = record.awaited_since if wanted.oldest_online_at is not None else None
+        times = (record.ordered_at, wanted.oldest_online_at, awaited_since)
         asked = [time for time in times if time is not None]
         if asked:
             first = Wish(need, waited_seconds=now - max(min(asked), record.left_at))

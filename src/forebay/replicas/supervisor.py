@@ -336,7 +336,8 @@ class Supervisor:
         record.halved_until = self._clock.monotonic() + self._limits.oom_cooldown_seconds
         self._log.info("engine.slots_restored", model=record.name, slots=record.slots)
         for keeper in record.awake:
-            keeper.ask_restart()
+            if keeper.retry_at is None:  # one whose start is yet to come has all of them then
+                keeper.ask_restart()
 
     def _present(self, record: ModelRecord) -> bool:
         return not self._catalog.needs_file(record.name) or self._catalog.present(record.name)

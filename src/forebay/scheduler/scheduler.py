@@ -41,8 +41,8 @@ from forebay.server_config import PaceSettings, SchedulerSettings
 from forebay.telemetry import Metrics
 
 _SMOOTHING = 0.1
-_COLLECTING_SHARE = (
-    0.1  # of the floor's time: so long the line waits for batch work that starves to find several places
+_COLLECTING_TURNS = (
+    10  # of the floor: the line waits for several places a tenth of the first one's time, all of the last's
 )
 _NO_BATCH = Background()
 
@@ -370,6 +370,10 @@ class Scheduler:
         if head is None or not self.well():
             return _NO_BATCH
         running, starves = places_of(hall.batch.values()), not hall.batch and self._floor_at(hall) <= now
+        holds_up = not starves or self._holds_up(hall, head, now)
+        if not holds_up:  # for those who need one place the floor is there meanwhile
+            head = next((ticket for ticket in order if ticket.places == 1), head)
+            holds_up = head.places == 1
         room, only = self._devices.room(head.model, yields=head.yields), self._devices.only(head.model)
         if room is not None and running >= room and not (head.yields or starves):
             head = next((ticket for ticket in order if ticket.yields), head)  # of whom more may run than of the first
@@ -381,7 +385,7 @@ class Scheduler:
             running=running,
             reserved=min(kept, reserved(hall.demand.peak(now), slots)),
             starves=starves,
-            holds_up=not starves or head.places == 1 or self._collects(hall, now),
+            holds_up=holds_up,
             room=room,
             only=only,
         )
@@ -424,10 +428,11 @@ class Scheduler:
         since = [time for time in (hall.kept_out_since, hall.preempted_since) if time is not None]
         return min(since) + self._settings.batch_floor_seconds if since else math.inf
 
-    def _collects(self, hall: Hall, now: float) -> bool:
-        """Whether the line waits now for what needs several places: again each time that the floor's time has passed."""
+    def _holds_up(self, hall: Hall, head: Ticket, now: float) -> bool:
+        """Whether the line waits now for one that starves; for several places longer each time, or it might never end."""
         floor = self._settings.batch_floor_seconds
-        return (now - self._floor_at(hall)) % floor < _COLLECTING_SHARE * floor
+        share = (now - head.joined_at) // floor / _COLLECTING_TURNS
+        return head.places == 1 or (now - self._floor_at(hall)) % floor < share * floor
 
     def _next_look(self, hall: Hall, now: float) -> float | None:
         """When the mere passing of time may let batch work in that waits."""
@@ -439,12 +444,12 @@ class Scheduler:
         return min((time for time in times if time is not None and time > now), default=None)
 
     def _floor_turns(self, hall: Hall, now: float) -> list[float]:
-        """When batch work begins to starve; from then on when the line begins, and ceases, to wait for its places."""
-        floor, began = self._settings.batch_floor_seconds, self._floor_at(hall)
+        """When batch work begins to starve; from then on whenever the line may begin, or cease, to wait for its places."""
+        step, began = self._settings.batch_floor_seconds / _COLLECTING_TURNS, self._floor_at(hall)
         if now < began:
             return [began]
-        turn = began + (now - began) // floor * floor
-        return [turn + _COLLECTING_SHARE * floor, turn + floor]
+        steps = (now - began) // step
+        return [began + (steps + 1) * step, began + (steps + 2) * step]  # the first may be now, by a rounding
 
     def _set_alarm(self, model: str, hall: Hall, due: float | None) -> None:
         """Look again at `due`. One that goes off too early does no harm: it sets the next."""
