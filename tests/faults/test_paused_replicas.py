@@ -143,7 +143,7 @@ async def test_a_pause_longer_than_every_limit_ends_nobody(hall: Hall) -> None:
     assert _said(await line.running) == _said(wanted)
     assert hall.replica is line.replica
     assert not line.replica.paused
-    assert line.replica.pauses.limits == 0
+    await eventually(lambda: line.replica.pauses.limits == 0, what="the end of every limit; a probe has one, too")
     assert _deaths(hall) == 0
 
 
