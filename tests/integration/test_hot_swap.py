@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,14 @@ options.ballast_bytes = 200_000_000
 @pytest.mark.parametrize("level", [1, 2])
 async def test_an_engine_that_can_sleep_keeps_its_process_while_another_has_its_memory(level: int) -> None:
     async with serving(SLEEPER.format(level=level), environment=JSON_LOG) as server:
+
+        async def is_measured(name: str) -> bool:
+            """Before that nobody knows how much its ballast is."""
+            return await server.metric("forebay_memory_measured_bytes", model=name, device="host") > 200_000_000
+
         for name in ("one", "two", "one"):
             assert (await ask(server, f"Hello, {name}.", model=name)).whole
+            await eventually(partial(is_measured, name), what="its measure")
         assert names(server, "engine.starting") == ["one", "two"], "it was woken, not started"
         assert (names(server, "engine.asleep"), names(server, "engine.woken")) == (["one"], ["one"])
         assert list(engines(server)) == ["one"], "whoever cannot sleep is gone"
