@@ -18,7 +18,8 @@ class Permit:
     """One admitted request and the replica that it runs on. `waited_seconds` is its time in line.
 
     `on_left` is called when its block has been left, and `on_stopped` when the engine has stopped: before that, if the
-    answer was read to its end. `served`: its block ended without an error. `ear`, if there is one, is told how fast the answer comes.
+    answer was read to its end. `served`: its block ended without an error. `ear`, if there is one, is told how fast the
+    answer comes.
     """
 
     def __init__(

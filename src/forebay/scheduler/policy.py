@@ -24,8 +24,8 @@ class Background:
     """The batch work of a model: the first that waits, the places that it fills, and those it has to leave free.
 
     `starves`: none of it runs, and none has been served for as long as the floor allows; whether the line is held up until
-    it has found its places is `holds_up`. `room` bounds the places that it
-    may fill in all, for the sake of online work on the same device, and `only` the replicas; None is no bound.
+    it has found its places is `holds_up`. `room` bounds the places that it may fill in all, for the sake of online work on
+    the same device, and `only` the replicas; None is no bound.
     """
 
     head: Ticket | None = None
