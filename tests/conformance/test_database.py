@@ -255,6 +255,28 @@ async def test_a_group_is_bounded(tmp_path: Path) -> None:
     await database.close()
 
 
+async def test_a_database_behind_a_link_goes_on_writing(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data")
+    await (await Database.open(settings)).close()
+    file, elsewhere = tmp_path / "data" / "forebay.db", tmp_path / "larger-disk.db"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+    database = await Database.open(settings)
+    for name in ("one", "two"):
+        await add(database, name)
+    assert await ids(database) == {"one", "two"}
+    await database.close()
+
+
+async def test_a_log_that_somebody_removes_stops_no_writer(tmp_path: Path) -> None:
+    database = await Database.open(Settings(data_dir=tmp_path))
+    await add(database, "one")
+    (tmp_path / "forebay.db-wal").unlink()
+    for name in ("two", "three"):
+        await add(database, name)
+    await database.close()
+
+
 async def test_nothing_of_a_group_is_seen_before_its_commit(tmp_path: Path) -> None:
     database = await Database.open(Settings(data_dir=tmp_path))
     inside, go_on = asyncio.Event(), asyncio.Event()

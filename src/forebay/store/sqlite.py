@@ -133,7 +133,7 @@ class GroupConnection(ThreadConnection):
 
     def __init__(self, path: str, **options: Any) -> None:
         super().__init__(path, **options)
-        self._log = f"{path}-wal"
+        self._log = f"{os.path.realpath(path)}-wal"  # SQLite follows links as well
         self._log_bytes_max = _WAL_BYTES_MAX
         self._in_group = False
         self._in_member = False
@@ -226,7 +226,10 @@ class GroupConnection(ThreadConnection):
 
     def _bound_log(self) -> None:
         """Readers that never all pause keep the log growing; then the writer waits for them a little."""
-        size = os.path.getsize(self._log)
+        try:
+            size = os.path.getsize(self._log)
+        except OSError:  # somebody has removed it: what the group wrote is kept all the same
+            return
         if size <= _WAL_BYTES_MAX:
             self._log_bytes_max = _WAL_BYTES_MAX
         if size <= self._log_bytes_max:
