@@ -274,9 +274,6 @@ async def test_a_stand_in_that_may_write_more_takes_nobody_beyond_a_quota() -> N
         try:
             ended = await until_ended(mine, made["id"])
             assert (ended["status"], ended["error"]["code"]) == ("failed", "insufficient_quota")
-            batch = await submit(mine, [line("one", "[[fake tokens=900]]", model="far")])
-            output, errors = await results(mine, await finished(mine, batch["id"]))
-            assert (output, errors[0]["response"]["body"]["error"]["code"]) == ([], "insufficient_quota")
             assert await used(server, short) == []
             mine.key = await limited(server, "lines", "tokens=20000/day")
             lines = [line(f"line-{number}", "[[fake tokens=900]]", model="far") for number in range(10)]
@@ -293,6 +290,16 @@ async def test_a_stand_in_that_may_write_more_takes_nobody_beyond_a_quota() -> N
         assert found["output_tokens"] == passed * 900
         assert found["input_tokens"] + found["output_tokens"] <= 20_000
         assert [each["model"] for each in await used(server, long, "model")] == ["near"]
+
+
+async def test_a_line_tries_its_own_model_again_where_the_quota_forbids_the_one_that_stands_in() -> None:
+    async with providing() as provider, serving(AWAY.format(url=provider.url)) as server:
+        provider.plans.append(Plan(500))
+        server.key = await limited(server, "short", "tokens=500/day")
+        batch = await submit(server, [line("one", "[[fake tokens=900]]", model="far")])
+        output, errors = await results(server, await finished(server, batch["id"]))
+        assert (len(output), errors, len(provider.asked)) == (1, [], 2)
+        assert [each["model"] for each in await used(server, server.key, "model")] == ["far"]
 
 
 async def test_where_the_engine_counts_nothing_every_door_charges_the_same() -> None:

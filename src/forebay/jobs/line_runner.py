@@ -148,7 +148,7 @@ class LineRunner:
             except (CallerError, ShuttingDown):
                 raise
             except (ServerError, Overloaded) as error:
-                other = self._stand_in(other or asked, error)
+                other = await self._stand_in(line, other or asked, error)
                 if other is not None:
                     continue
                 if isinstance(error, CircuitOpen) and asked is not None:  # all lines wait for it, and none is to blame
@@ -180,14 +180,25 @@ class LineRunner:
             short, line.short = line.short, None
             await line.reservation.raise_in_turn(lambda: short, line.aside)
 
-    def _stand_in(self, call: Call | None, error: ForebayError) -> Call | None:
-        """The call for another model; none for a full line, which batch work waits for."""
-        if call is None or call.otherwise is None or isinstance(error, Overloaded):
+    async def _stand_in(self, line: _Line, call: Call | None, error: ForebayError) -> Call | None:
+        """The call for another model that the quota allows; none for a full line, which batch work waits for."""
+        if call is None or isinstance(error, Overloaded):
             return None
-        other = call.otherwise(error)
-        if other is not None:
-            self._metrics.fallbacks.labels(call.request.model, other.request.model).inc()
-        return other
+        other: Call | None = call
+        while other is not None and other.otherwise is not None:
+            other = other.otherwise(error)
+            if other is not None and await self._allowed(line, other):
+                self._metrics.fallbacks.labels(call.request.model, other.request.model).inc()
+                return other
+        return None
+
+    async def _allowed(self, line: _Line, call: Call) -> bool:
+        """Whether a stand-in may take what it needs; it is held for it then."""
+        try:
+            await self._reserve(line, call)
+        except QuotaExceeded:
+            return False
+        return True
 
     async def _prepare(self, line: _Line) -> Call:
         return await self._calls.prepare(
