@@ -53,7 +53,7 @@ class MeasuredBooks:
         self._shortages: dict[str, tuple[float, float]] = {}  # how many times as much a model asks for, and until when
         self._estimates: dict[str, Bytes] = {}
         self._along: dict[str, int] = {}
-        self._silent: dict[str, int] = {}  # readings in a row without a GPU
+        self._silent: dict[str, int] = {}  # readings in a row without a GPU, or without its temperature
         self._labels: set[tuple[str, str]] = set()
         self._held: dict[int, Bytes] = {}
         self._unmeasured, self._read_at = False, 0.0
@@ -252,13 +252,16 @@ class MeasuredBooks:
         return self._held.get(pid, {}) if pid is not None else {}
 
     def _take(self, reading: Reading) -> None:
-        told = {gpu.name for gpu in reading.gpus}
+        # A GPU that the driver does not tell of for once, or not of its temperature, is as it was: nobody is refused, or
+        # leaves, for that, and a hot one is not cool. But one that is gone for good is not hot for ever.
+        told = {gpu.name: gpu.celsius for gpu in reading.gpus}
         silent = tuple(gpu for gpu in self._reading.gpus if gpu.name not in told)
-        # A GPU that the driver does not tell of for once is as it was: nobody is refused, or leaves, for that. But one that
-        # is gone for good is not hot for ever.
-        self._silent = {gpu.name: self._silent.get(gpu.name, 0) + 1 for gpu in silent}
-        silent = tuple(gpu if self._silent[gpu.name] <= _SILENT_MAX else replace(gpu, celsius=None) for gpu in silent)
-        self._reading = replace(reading, gpus=(*reading.gpus, *silent))
+        before = {gpu.name: gpu.celsius for gpu in self._reading.gpus if told.get(gpu.name) is None}
+        self._silent = {name: self._silent.get(name, 0) + 1 for name, known in before.items() if known is not None}
+        kept = {name: before[name] for name, times in self._silent.items() if times <= _SILENT_MAX}
+        celsius = {**kept, **{name: known for name, known in told.items() if known is not None}}
+        gpus = tuple(replace(gpu, celsius=celsius.get(gpu.name)) for gpu in (*reading.gpus, *silent))
+        self._reading = replace(reading, gpus=gpus)
         self._held = dict(reading.held)
         as_it_was = {gpu.name: self._totals[gpu.name] for gpu in silent}
         self._totals = {**self._gauge.totals(reading, self._untold(reading)), **as_it_was}
