@@ -1,4 +1,5 @@
 """What a process and all that it has started take: memory, the most of it together, and CPU time; and how one ends.
+How much of that time the machine did not have, because whatever is below it gave it to others.
 
 It refuses to know what they do. It needs /proc.
 """
@@ -9,6 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 _LOOK_SECONDS = 0.1
 
@@ -55,6 +58,11 @@ def spent_seconds(pid: int) -> float:
         return 0.0
     own = sum(int(field) for field in fields[11:15])
     return own / os.sysconf("SC_CLK_TCK") + sum(map(spent_seconds, _children(pid)))
+
+
+def stolen_seconds() -> float:
+    """CPU time that a virtual machine was kept waiting for since it began, of all cores together; 0 where nobody tells."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 def below(pid: int, word: str) -> int | None:
