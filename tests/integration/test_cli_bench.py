@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from forebay.bench.report import Measure, Report
+from forebay.cli.bench import _show
+from forebay.errors import SetupError
 from tests.support.models import MINILM, MODELS_FOLDER, minilm_path, smollm2_path, whisper_tiny
 
 
@@ -161,3 +164,20 @@ def test_what_a_grid_refuses_is_counted_and_its_other_pictures_are_there(tmp_pat
     ):
         refused = bench(tmp_path, "image", *arguments)
         assert (refused.returncode, words in refused.stderr) == (1, True), refused.stderr
+
+
+def test_a_folder_that_takes_no_results_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "results").touch()
+    ran = bench(tmp_path, "jobs")
+    said = "forebay: The folder results cannot be written: File exists. Choose another with --out.\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", said)
+
+
+def test_what_cannot_be_written_is_printed_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "jobs.json").mkdir()
+    report = Report("jobs", 1, {"speed": Measure("P0", "jobs per second", "", [12.5])}, requests=3)
+    with pytest.raises(SetupError, match=r"cannot be written: Is a directory\."):
+        _show(report, tmp_path)
+    printed = capsys.readouterr().out
+    assert "jobs per second" in printed
+    assert "3 requests, 0 errors." in printed

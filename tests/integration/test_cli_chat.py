@@ -41,7 +41,7 @@ async def terminal(server: Server, tmp_path: Path) -> AsyncIterator[Terminal]:
 
 
 async def piped(
-    question: str, *arguments: str, folder: Path, key: dict[str, str] | None = None
+    question: str | bytes, *arguments: str, folder: Path, key: dict[str, str] | None = None
 ) -> tuple[int, str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FOREBAY_", "OPENAI_"))}
     pipe = asyncio.subprocess.PIPE
@@ -50,7 +50,7 @@ async def piped(
         stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env={**kept, **(KEY if key is None else key)},
     )  # fmt: skip
     async with asyncio.timeout(30):
-        out, err = await process.communicate(question.encode())
+        out, err = await process.communicate(question if isinstance(question, bytes) else question.encode())
     return process.returncode or 0, out.decode(), err.decode()
 
 
@@ -158,3 +158,27 @@ async def test_what_is_wrong_is_said_in_a_sentence(server: Server, tmp_path: Pat
         assert (status, out) == (1, "")
         assert sentence in err
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+async def test_what_is_no_text_does_not_end_the_talk(server: Server, tmp_path: Path, errors: str) -> None:
+    decoding = {**KEY, "PYTHONIOENCODING": f"utf-8:{errors}"}
+    async with on_terminal("chat", "--url", server.url, environment=decoding, folder=tmp_path) as terminal:
+        await terminal.wait_for("fake at http")
+        await terminal.wait_for("> ")
+        await terminal.say("[[fake tokens=1]]")
+        await terminal.wait_for(r"tok0 \r\n")
+        await terminal.wait_for("> ")
+        terminal.press(b"caf\xff\r")
+        await terminal.wait_for("That line is not UTF-8 and is left out")
+        await terminal.say("/save ~no-such-user/talk.json")
+        await terminal.wait_for("~no-such-user/talk.json cannot be written: ")
+        await terminal.say("/save talk.json")
+        await terminal.wait_for("is in talk.json")
+        await terminal.say("/exit")
+        assert await terminal.ended() == 0
+    said = json.loads((tmp_path / "talk.json").read_text("utf-8"))
+    assert [message["content"] for message in said["messages"]] == ["[[fake tokens=1]]", "tok0 "]
+    status, out, err = await piped(b"caf\xff", "--url", server.url, folder=tmp_path, key=decoding)
+    assert (status, out) == (1, "")
+    assert err == "forebay: Standard input is not UTF-8. Convert it first, for instance with `iconv`.\n"

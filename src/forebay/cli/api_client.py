@@ -46,21 +46,28 @@ class Busy(NotNow):
 
 
 def api_key(key_file: Path | None) -> str:
-    """The key to use. Raises SetupError if there is none and nobody to ask."""
-    if key_file is not None:
-        return config.read_secret(key_file)
+    """The key to use. Raises SetupError if there is none and nobody to ask, or none that could be sent."""
     given = config.environment().get("OPENAI_API_KEY", "").strip()
-    if given:
-        return given
-    if not sys.stdin.isatty():
+    if key_file is not None:
+        key, where = config.read_secret(key_file), f"The file {key_file}"
+    elif given:
+        key, where = given, "The environment variable OPENAI_API_KEY"
+    elif sys.stdin.isatty():
+        key, where = _typed_key(), "What was typed"
+    else:
         raise SetupError("An API key is needed. Give it with --key-file, or set OPENAI_API_KEY.")
-    return _typed_key()
+    if not (key.isascii() and key.isprintable()):
+        raise SetupError(
+            f"{where} holds no key that could travel in a header. It has to be one line of ASCII: the key alone, as "
+            "`forebay keys create` shows it."
+        )
+    return key
 
 
 @functools.cache
 def _typed_key() -> str:
     """What the person types, who is asked once."""
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, UnicodeDecodeError):
         return getpass.getpass("API key (not shown): ").strip()
     raise SetupError("An API key is needed. `forebay keys create` makes one.")
 

@@ -4,7 +4,9 @@ It refuses to call a run good that had errors: they are counted, printed, and ma
 """
 
 import asyncio
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +47,7 @@ _RESULTS = Path("benchmarks/results")
 def overhead(seeds: Seeds = 3, seconds: Seconds = 5.0, quick: Quick = False, out: Out = _RESULTS) -> None:
     """Latency, requests per second, CPU per token and time to first token that the server adds (P1-P4)."""
     size = overhead_bench.Size(60, 0.5, 20) if quick else overhead_bench.Size(2000, seconds)
-    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with _measuring(out) as runner:
         _show(runner.run(overhead_bench.run(1 if quick else seeds, size, _say)), out)
 
 
@@ -59,7 +61,7 @@ def chat(
     data_dir: DataFolder = None,
 ) -> None:
     """Tokens per second through the server and straight to the engine, at 1, 8 and 32 streams (P5)."""
-    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with _measuring(out) as runner:
         settings = load_settings(config_file, data_dir=data_dir)
         size = chat_bench.QUICK if quick else chat_bench.FULL
         _show(runner.run(chat_bench.run(settings, model, 1 if quick else seeds, size, _say)), out)
@@ -74,7 +76,7 @@ def jobs(
 ) -> None:
     """Durable jobs that do nothing: completed per second, and how soon they start (P8, P10)."""
     size = jobs_bench.Size(500, 5) if quick else jobs_bench.Size(20_000, 100)
-    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with _measuring(out) as runner:
         _show(runner.run(jobs_bench.run(database_url, 1 if quick else seeds, size, _say)), out)
 
 
@@ -87,7 +89,7 @@ def batch(
 ) -> None:
     """Batches: handing in the largest one, and lines per second beside the engine driven directly (P6, P9)."""
     size = batch_bench.Size(500, 300) if quick else batch_bench.Size(50_000, 10_000)
-    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with _measuring(out) as runner:
         _show(runner.run(batch_bench.run(database_url, 1 if quick else seeds, size, _say)), out)
 
 
@@ -104,7 +106,7 @@ def embed(
     data_dir: DataFolder = None,
 ) -> None:
     """Embeddings beside sentence-transformers, beside a large request, and as lines of a batch (P11)."""
-    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with _measuring(out) as runner:
         settings = load_settings(config_file, data_dir=data_dir)
         size = embed_bench.QUICK if quick else embed_bench.FULL
         measuring = embed_bench.run(settings, reference_python, database_url, 1 if quick else seeds, size, _say)
@@ -121,7 +123,7 @@ def speech(
     data_dir: DataFolder = None,
 ) -> None:
     """Recordings beside faster-whisper driven directly: one file, and eight at once (P12)."""
-    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with _measuring(out) as runner:
         settings = load_settings(config_file, data_dir=data_dir)
         size = speech_bench.QUICK if quick else speech_bench.FULL
         _show(runner.run(speech_bench.run(settings, model, 1 if quick else seeds, size, _say)), out)
@@ -140,7 +142,7 @@ def coserve(
     data_dir: DataFolder = None,
 ) -> None:
     """Chat, embeddings, recordings and pictures on one machine, with a batch and without (P7)."""
-    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with _measuring(out) as runner:
         settings = load_settings(config_file, data_dir=data_dir)
         plan = coserve_bench.SPEECH if speech else coserve_bench.MIXED
         size = coserve_bench.QUICK if quick else coserve_bench.Size(seconds, lines, load)
@@ -157,7 +159,7 @@ def prefix(
     data_dir: DataFolder = None,
 ) -> None:
     """Batches whose lines share the beginning of their prompts, beside the engine driven in file order (P6)."""
-    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with _measuring(out) as runner:
         settings = load_settings(config_file, data_dir=data_dir)
         size = prefix_bench.QUICK if quick else prefix_bench.FULL
         _show(runner.run(prefix_bench.run(settings, model, 1 if quick else seeds, size, _say)), out)
@@ -191,7 +193,7 @@ def image(
     data_dir: DataFolder = None,
 ) -> None:
     """Edits of images beside diffusers driven directly (P13), or pictures with every combination of some settings."""
-    with sentences(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with _measuring(out) as runner:
         settings, choice = load_settings(config_file, data_dir=data_dir), Choice(model, source, tiny)
         size = image_bench.QUICK if quick else image_bench.FULL
         size = size if edge is None else replace(size, edge=edge)
@@ -206,6 +208,24 @@ def image(
             _show(runner.run(image_bench.run(settings, choice, fixed, 1 if quick else seeds, size, _say)), out)
 
 
+@contextmanager
+def _measuring(out: Path) -> Iterator[asyncio.Runner]:
+    """A loop to measure in, once it is known that `out` can take the results."""
+    with sentences():
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out):
+                pass
+        except OSError as error:
+            raise _unwritable(out, error) from None
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            yield runner
+
+
+def _unwritable(out: Path, error: OSError) -> SetupError:
+    return SetupError(f"The folder {out} cannot be written: {error.strerror or error}. Choose another with --out.")
+
+
 def _show_grid(outcomes: Sequence[image_grid.Outcome], files: Sequence[Path]) -> None:
     troubles = [each.edited.trouble for each in outcomes if each.edited.trouble]
     typer.echo(f"{len(outcomes)} pictures, {len(troubles)} errors. Written to {', '.join(map(str, files))}.")
@@ -218,7 +238,7 @@ def _say(what: str) -> None:
 
 
 def _show(report: Report, out: Path) -> None:
-    files = report.write(out)
+    """Print it before it is written: what took an hour to measure is not lost with the disk."""
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(width=PIPED_WIDTH, highlight=False)
     table = Table("#", "measure", "median", "by seed", "floor", "goal", "keeps", box=None, pad_edge=False)
@@ -228,8 +248,13 @@ def _show(report: Report, out: Path) -> None:
         table.add_row(measure["id"], measure["name"], figure(measure), seeds, *bounds, measure["verdict"])
     console.print(table)
     errors = sum(report.errors.values())
-    console.print(f"{report.requests} requests, {errors} errors. Written to {files[0]} and {files[1]}.")
+    console.print(f"{report.requests} requests, {errors} errors.")
     for reason, count in report.errors.items():
         typer.echo(f"{count} x {reason}", err=True)
+    try:
+        files = report.write(out)
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    console.print(f"Written to {files[0]} and {files[1]}.")
     if errors:
         raise typer.Exit(EXIT_FAILED)

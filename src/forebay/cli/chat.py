@@ -68,7 +68,7 @@ class _Terminal:
         async with self._talk:
             await self._choose(self._talk.model)
             if not self._person:
-                await self._answer(sys.stdin.read(_PIPE_CHARS_MAX).strip(), fail=True)
+                await self._answer(_piped(), fail=True)
                 return
             _note(f"{self._talk.model} at {self._talk.url}. /help shows the commands.")
             signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would not reach a waiting prompt
@@ -155,10 +155,12 @@ class _Terminal:
             raise SetupError("Say where: /save FILE.")
         system = [{"role": "system", "content": self._talk.system}] if self._talk.system else []
         said = {"model": self._talk.model, "messages": [*system, *self._talk.messages]}
+        text = json.dumps(said, ensure_ascii=False, indent=2) + "\n"
         try:
-            Path(name).expanduser().write_text(json.dumps(said, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise SetupError(f"{name} cannot be written: {error.strerror}.") from None
+            Path(name).expanduser().write_bytes(text.encode())
+        except (OSError, RuntimeError, ValueError) as error:  # no such user; a name or a text that no file can have
+            why = getattr(error, "strerror", None) or str(error).rstrip(".")
+            raise SetupError(f"{name} cannot be written: {why}.") from None
         _note(f"The conversation is in {name}.")
 
 
@@ -204,7 +206,7 @@ def _read() -> str | None:
     quoted = False
     try:
         while len(lines) < _LINES_MAX:
-            line = input("... " if lines or quoted else "> ")
+            line = _line("... " if lines or quoted else "> ")
             if line.strip() == '"""':
                 quoted = not quoted
                 if quoted:
@@ -222,6 +224,27 @@ def _read() -> str | None:
         sys.stdout.write("\n")
         return "" if lines or quoted or _typed() else None
     return "\n".join(lines).strip()
+
+
+def _line(prompt: str) -> str:
+    """The next line that is text; the person is told of one that is none."""
+    while True:
+        try:
+            line = input(prompt)
+            line.encode()  # where Python decodes leniently, the bytes that are no text have passed until here
+            return line
+        except UnicodeError:
+            _note("That line is not UTF-8 and is left out. Type it again.")
+
+
+def _piped() -> str:
+    """All that a pipe brings. Raises SetupError if that is no text."""
+    try:
+        text = sys.stdin.read(_PIPE_CHARS_MAX).strip()
+        text.encode()  # as with a line
+    except UnicodeError:
+        raise SetupError("Standard input is not UTF-8. Convert it first, for instance with `iconv`.") from None
+    return text
 
 
 def _typed() -> str:

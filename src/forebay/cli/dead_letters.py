@@ -68,32 +68,38 @@ def requeue(
     key_file: KeyFile = None,
 ) -> None:
     """Try one of them again, or all; prints the ids of the jobs that do."""
+    chosen = {name: value for name, value in (("kind", kind), ("job", job), ("code", code)) if value is not None}
     with sentences():
         if (letter is None) != every:
             raise SetupError("Name one dead letter, or say --all.")
         if every and again:
             raise SetupError("--again goes with one dead letter: --all takes those that were not requeued.")
-    chosen = {name: value for name, value in (("kind", kind), ("job", job), ("code", code)) if value is not None}
+        if chosen and not every:
+            raise SetupError(f"--{next(iter(chosen))} goes with --all: an ID is one dead letter already.")
 
-    async def one(client: ApiClient) -> list[str]:
+    async def one(client: ApiClient) -> None:
         path = path_of("dead-letters", str(letter), "requeue")
-        return [str((await client.call("POST", path, json={"again": again}))["requeued_as"])]
+        typer.echo(str((await client.call("POST", path, json={"again": again}))["requeued_as"]))
 
-    async def all_of_them(client: ApiClient) -> list[str]:
-        made: list[str] = []
-        for _ in range(_ROUNDS_MAX):
-            found = await client.call("POST", path_of("dead-letters", "requeue"), json=chosen)
-            made += [str(each["id"]) for each in found["jobs"]]
-            if found["left"] == found["gone"] or not found["requeued"]:
-                break
-        if found["gone"]:
-            typer.echo(f"Passed over {found['gone']} whose input or job is gone.", err=True)
-        return made
+    ask(url, key_file, (lambda client: _requeue_all(client, chosen)) if every else one)
 
-    made = ask(url, key_file, all_of_them if every else one)
-    for job_id in made:
-        typer.echo(job_id)
-    if not made:
+
+async def _requeue_all(client: ApiClient, chosen: dict[str, str]) -> None:
+    """Take up all that can be, a round at a time. Raises SetupError if there are some that cannot."""
+    nothing = True
+    for _ in range(_ROUNDS_MAX):
+        found = await client.call("POST", path_of("dead-letters", "requeue"), json=chosen)
+        for made in found["jobs"]:  # these go on, whatever becomes of the next round
+            typer.echo(str(made["id"]))
+            nothing = False
+        if found["left"] == found["gone"] or not found["requeued"]:
+            break
+    if found["gone"]:
+        typer.echo(f"Passed over {found['gone']} whose input or job is gone.", err=True)
+    if (stuck := found["left"] - found["gone"]) > 0:
+        those = "is left that cannot be taken as it is" if stuck == 1 else "are left that cannot be taken as they are"
+        raise SetupError(f"{stuck} {those}; `forebay dead-letters requeue ID` says why.")
+    if nothing:
         typer.echo("There was nothing to requeue.", err=True)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import typer
 from rich.filesize import decimal
 
-from forebay.cli.options import EXIT_FAILED, ConfigFile, DataFolder, load_settings
+from forebay.cli.options import EXIT_FAILED, ConfigFile, DataFolder, load_settings, look_into
 from forebay.clock import SystemClock
 from forebay.config import Settings
 from forebay.errors import SetupError
@@ -100,10 +100,8 @@ def _system() -> Iterator[Finding]:
 
 def _folders(settings: Settings, _catalog: Catalog) -> Iterator[Finding]:
     for noun, folder in (("data", settings.data_dir), ("models", settings.models_folder)):
-        place = folder
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        place = _nearest(folder)
+        if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
             remedy = f"Give it to the user that runs the server, or set FOREBAY_{noun.upper()}_DIR."
             yield Finding(Mark.BAD, f"The {noun} folder {folder} cannot be written. {remedy}")
             continue
@@ -112,11 +110,20 @@ def _folders(settings: Settings, _catalog: Catalog) -> Iterator[Finding]:
         yield Finding(Mark.GOOD, f"The {noun} folder {folder} {state}; {decimal(free)} are free.")
 
 
+def _nearest(folder: Path) -> Path:
+    """The folder or, where none can be seen, the next one above it."""
+    while not os.path.exists(folder) and folder != folder.parent:  # unlike pathlib, it says no where it may not look
+        folder = folder.parent
+    return folder
+
+
 def _database(settings: Settings, _catalog: Catalog) -> Iterator[Finding]:
-    if settings.database_url is None and not (settings.data_dir / "forebay.db").exists():
-        yield Finding(Mark.GOOD, "There is no database yet; the first start makes one.")
-        return
     try:
+        if settings.database_url is None:
+            look_into(settings.data_dir)
+            if not os.path.exists(settings.data_dir / "forebay.db"):
+                yield Finding(Mark.GOOD, "There is no database yet; the first start makes one.")
+                return
         asyncio.run(_open(settings))
     except SetupError as error:
         yield Finding(Mark.BAD, str(error))
@@ -257,6 +264,11 @@ def _extra_of(model: Model) -> str | None:
 
 
 def _models(settings: Settings, catalog: Catalog) -> Iterator[Finding]:
+    try:
+        look_into(settings.models_folder)
+    except SetupError as error:
+        yield Finding(Mark.BAD, str(error))
+        return
     names = [name for name in catalog.names() if catalog.needs_file(name)]
     here = [name for name in names if catalog.present(name)]
     for name in here:
@@ -271,10 +283,7 @@ def _models(settings: Settings, catalog: Catalog) -> Iterator[Finding]:
         else:
             yield Finding(Mark.BAD, f"{name} is loaded at start and not here. Run `forebay models pull {name}`.")
     needed = sum(catalog.size_bytes(name) or 0 for name in missing) + settings.pull.free_bytes_min
-    place = settings.models_folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if missing and shutil.disk_usage(place).free < needed:
+    if missing and shutil.disk_usage(_nearest(settings.models_folder)).free < needed:
         sentence = f"The models folder needs {decimal(needed)} of free space for {', '.join(missing)}. Make room there."
         yield Finding(Mark.BAD, sentence)
     if not here and not missing and names:
@@ -286,7 +295,7 @@ def _file(catalog: Catalog, name: str) -> Iterator[Finding]:
     model, path = catalog.get(name), catalog.path(name)
     mark = Mark.BAD if model.preload else Mark.NOTE
     remedy = f"Run `forebay models remove {name}` and pull it again."
-    size = path.stat().st_size if path.is_file() else None
+    size = path.stat().st_size if os.path.isfile(path) else None
     if size is not None and model.size_bytes is not None and size != model.size_bytes:
         yield Finding(mark, f"{name} has {size} bytes instead of {model.size_bytes}. {remedy}")
         return

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from forebay.cli.api_client import LOCAL_SERVER, ApiClient, KeyFile, ServerUrl, ask, path_of
-from forebay.cli.options import sentences
+from forebay.cli.options import looking, sentences
 from forebay.cli.progress import View, view_of
 from forebay.cli.results import write_whole
 from forebay.cli.uploads import form_of
@@ -64,7 +64,7 @@ def edit(
 ) -> None:
     """Change what a mask marks in an image, as a prompt says."""
     files = {"image": image} if mask is None else {"image": image, "mask": mask}
-    with sentences():
+    with sentences(), looking():
         outs = (
             []
             if background and output is None

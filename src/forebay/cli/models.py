@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from forebay.cli.options import PIPED_WIDTH, ConfigFile, DataFolder, load_settings, run, sentences
+from forebay.cli.options import PIPED_WIDTH, ConfigFile, DataFolder, load_settings, look_into, run, sentences
 from forebay.clock import SystemClock
 from forebay.config import Settings
 from forebay.errors import SetupError
@@ -47,7 +47,7 @@ SomeNames = Annotated[
 def list_models(config_file: ConfigFile = None, data_dir: DataFolder = None) -> None:
     """List the catalogue: what each model is, how large, and whether it is here."""
     with sentences():
-        catalog = Catalog(load_settings(config_file, data_dir=data_dir))
+        catalog = _catalog(load_settings(config_file, data_dir=data_dir))
         console = Console()
         if not console.is_terminal:
             console = Console(width=PIPED_WIDTH)
@@ -76,7 +76,7 @@ def pull_models(
     """Pull models; without a name, those that the server loads at its start."""
     with sentences("Stopped. What was pulled so far is kept; the same command goes on from there."):
         settings = load_settings(config_file, data_dir=data_dir)
-        catalog = Catalog(settings)
+        catalog = _catalog(settings)
         wanted = _wanted(catalog, names or [], every=every)
         missing = [name for name in wanted if not catalog.present(name)]
         for name in wanted:
@@ -99,9 +99,9 @@ def verify(
 ) -> None:
     """Read model files again, whole, and check them; without a name, all that are here."""
     with sentences():
-        catalog = Catalog(load_settings(config_file, data_dir=data_dir))
+        catalog = _catalog(load_settings(config_file, data_dir=data_dir))
         for name in names or []:
-            catalog.path(name)
+            look_into(catalog.path(name).parent)
         here = [name for name in catalog.names() if catalog.needs_file(name) and catalog.present(name)]
         for name in here if every or not names else names:
             run(pull.verify(name, catalog))
@@ -113,12 +113,18 @@ def verify(
 def remove(names: Names, config_file: ConfigFile = None, data_dir: DataFolder = None) -> None:
     """Delete pulled files. A running engine keeps the one it has open until it stops."""
     with sentences():
-        catalog = Catalog(load_settings(config_file, data_dir=data_dir))
+        catalog = _catalog(load_settings(config_file, data_dir=data_dir))
         for name in names:
-            catalog.path(name)
+            look_into(catalog.path(name).parent)
         for name in names:
             removed = pull.remove(name, catalog)
             typer.echo(f"{name} is removed." if removed else f"{name} was not here.")
+
+
+def _catalog(settings: Settings) -> Catalog:
+    """The catalogue. Raises SetupError where this user cannot see which models are here."""
+    look_into(settings.models_folder)
+    return Catalog(settings)
 
 
 def _wanted(catalog: Catalog, names: list[str], *, every: bool) -> list[str]:
@@ -130,7 +136,7 @@ def _wanted(catalog: Catalog, names: list[str], *, every: bool) -> list[str]:
     if every:
         return [name for name in catalog.names() if catalog.needs_file(name)]
     for name in names:
-        catalog.path(name)
+        look_into(catalog.path(name).parent)
     return list(dict.fromkeys(names))
 
 

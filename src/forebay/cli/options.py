@@ -4,6 +4,7 @@ It refuses to let a trace reach a person for anything that went wrong in a way w
 """
 
 import asyncio
+import os
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ import typer
 
 from forebay import config
 from forebay.config import Settings
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, SetupError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -30,6 +31,27 @@ DataFolder = Annotated[Path | None, typer.Option("--data-dir", help="Folder of t
 def load_settings(config_file: Path | None, **overrides: Any) -> Settings:
     """The settings of this command. Raises SetupError."""
     return config.load(config_file, config.environment(), overrides)
+
+
+def look_into(folder: Path) -> None:
+    """Raises SetupError where this user may not see what is in `folder`, which need not be there."""
+    try:
+        os.stat(f"{folder}/.")  # it takes the same right as a look at anything else in there
+    except PermissionError:
+        raise SetupError(
+            f"{folder} cannot be looked at: permission denied. Run this as the user that runs the server."
+        ) from None
+    except (OSError, ValueError):
+        return
+
+
+@contextmanager
+def looking() -> Iterator[None]:
+    """What keeps files from being looked at inside becomes a SetupError."""
+    try:
+        yield
+    except OSError as error:
+        raise SetupError(f"{error.filename} cannot be looked at: {error.strerror}.") from None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from forebay.cli.api_client import ApiClient, NotNow, path_of
-from forebay.clock import SystemClock
+from forebay.clock import Clock, SystemClock
 from forebay.errors import SetupError
 
 _AGAIN_SECONDS = 1.0
@@ -51,9 +51,8 @@ async def follow(client: ApiClient, job_id: str) -> dict[str, Any]:
         return await show_until_done(client, job_id, view)
 
 
-async def show_until_done(client: ApiClient, job_id: str, view: View) -> dict[str, Any]:
+async def show_until_done(client: ApiClient, job_id: str, view: View, clock: Clock = SystemClock()) -> dict[str, Any]:
     """The same in a view that is open."""
-    clock = SystemClock()
     tries = 0
     while True:
         try:
@@ -65,6 +64,8 @@ async def show_until_done(client: ApiClient, job_id: str, view: View) -> dict[st
                     view.show(event["data"])
                     if event["event"] == "done":
                         return dict(event["data"])
+            # A server that stops ends its streams in good order, and so does a proxy that has nobody behind it.
+            raise NotNow(f"The connection to {client.url} broke off. Ask again.")
         except NotNow:
             if tries >= _TRIES_MAX:
                 raise

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from forebay.cli.api_client import LOCAL_SERVER, ApiClient, KeyFile, NotNow, ServerUrl, ask, path_of
-from forebay.cli.options import EXIT_FAILED, sentences
+from forebay.cli.options import EXIT_FAILED, looking, sentences
 from forebay.cli.progress import View, show_until_done, view_of
 from forebay.cli.results import write_whole
 from forebay.cli.uploads import form_of
@@ -65,7 +65,7 @@ def transcribe(
     key_file: KeyFile = None,
 ) -> None:
     """Write down what is said in recordings, as text, subtitles or JSON."""
-    with sentences():
+    with sentences(), looking():
         if speakers is not None and not diarize:
             raise SetupError("`--speakers` needs `--diarize`.")
         if translate and form is Form.DIARIZED_JSON:

@@ -5,6 +5,7 @@ It refuses every name that is not in the register, and builds no path from what 
 
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -289,15 +290,18 @@ class Catalog:
         return self._models[name].engine == "llama.cpp" or suffix == ".gguf"
 
     def present(self, name: str) -> bool:
-        """Whether an engine may have its file. What was pulled was checked before it got its name."""
+        """Whether an engine may have its file; not one that this user cannot see.
+
+        What was pulled was checked before it got its name.
+        """
         if not self.needs_file(name):
             return True
         path = self.path(name)
         if self.repository(name) is not None:
-            return (path / MANIFEST).is_file()
+            return os.path.isfile(path / MANIFEST)
         if not isinstance(self._sources[name], FileSource):
-            return all(each.path.is_file() for each in self.files(name))
-        return path.is_file() and self._is_sound(path) if self.is_gguf(name) else path.exists()
+            return all(os.path.isfile(each.path) for each in self.files(name))
+        return os.path.isfile(path) and self._is_sound(path) if self.is_gguf(name) else os.path.exists(path)
 
     def fingerprint(self, name: str) -> str:
         """Changes with its settings and with its files: what was computed under another one is out of date."""

@@ -4,6 +4,7 @@ It refuses to change it: neither makes a database, nor brings its schema up to d
 """
 
 import os
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,15 +84,15 @@ def backup(settings: Settings, file: Path, *, overwrite: bool = False) -> int:
     if not is_sqlite(url):
         raise SetupError("This is a PostgreSQL database. Back it up with `pg_dump`.")
     source = _existing(url)
-    if file.exists() and (not overwrite or not file.is_file() or file.samefile(source)):
-        raise SetupError(f"{file} is there already. Name another file, or use --force to replace an older backup.")
     try:
+        if file.exists() and (not overwrite or not file.is_file() or file.samefile(source)):
+            raise SetupError(f"{file} is there already. Name another file, or use --force to replace an older backup.")
         return _copy(source, file, overwrite)
     except FileExistsError:
         raise SetupError(f"{file} has appeared meanwhile. Name another file.") from None
     except (*sqlite.DRIVER_ERRORS, OSError) as error:
         text = getattr(error, "strerror", None) or str(error)
-        raise SetupError(f"The backup {file} cannot be written: {text}. Choose a place with room for it.") from None
+        raise SetupError(f"The backup {file} cannot be written: {text}. Choose another place.") from None
 
 
 def _copy(source: Path, file: Path, overwrite: bool) -> int:
@@ -121,7 +122,16 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _existing(url: URL) -> Path:
+    """The file of the database. Raises SetupError if there is none, or none that this user may look at."""
     file = Path(str(url.database))
-    if not file.is_file():
+    try:
+        there = stat.S_ISREG(os.stat(file).st_mode)
+    except PermissionError:
+        raise SetupError(
+            f"{file} cannot be looked at: permission denied. Run this as the user that runs the server."
+        ) from None
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        there = False
+    if not there:
         raise SetupError(f"There is no database {file}. `forebay serve` makes one, and so does `forebay db upgrade`.")
     return file
