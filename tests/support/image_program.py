@@ -81,7 +81,7 @@ def running(**settings: Any) -> Iterator[Program]:
     }
     ours, its = socket.socketpair()
     with ours:
-        command = [sys.executable, "-P", "-m", PROGRAM, json.dumps(limits)]
+        command = [sys.executable, "-P", "-m", PROGRAM, json.dumps(limits), str(os.getpid())]
         with subprocess.Popen(command, stdin=its.fileno(), stdout=subprocess.DEVNULL) as process:
             its.close()
             try:

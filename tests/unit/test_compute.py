@@ -122,6 +122,23 @@ async def test_whatever_happens_everybody_gets_his_own_or_an_end(seed: int) -> N
     assert library.late == [], "what nobody waits for any more is not computed"
 
 
+async def test_who_is_cancelled_twice_is_kept_no_longer_than_the_step() -> None:
+    library = Library()
+    compute = Compute(library.step, 1000, 1, 0, 60)
+    library.gate.clear()
+    task = asyncio.create_task(compute.run(items(1), nothing))
+    await until(lambda: bool(library.begun))
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0)
+        assert not task.done(), "the running step has not ended"
+    library.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (compute.running, compute.waiting, compute.figures.cancelled) == (0, 0, 1)
+    assert await compute.run(items(2), nothing) == [4]
+
+
 async def test_a_shortage_beside_a_large_batch_halves_that_one_and_nobody_is_blamed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -217,6 +217,22 @@ async def test_nothing_but_the_running_step_is_computed_for_who_has_gone() -> No
     assert at.work.figures.cancelled == 1
 
 
+async def test_who_is_cancelled_twice_is_kept_no_longer_than_the_step() -> None:
+    async with bench(Library()) as at:
+        task, _ = at.ask(order(1, steps=9))
+        await eventually(lambda: at.work.painting)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+            assert not task.done(), "the running step has not ended"
+        at.library.let()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert at.work._requests == []
+        assert (at.work.waiting, at.work.painting) == (0, 0)
+        assert at.work.figures.cancelled == 1
+
+
 async def test_who_waits_and_goes_is_never_begun() -> None:
     async with bench(Library()) as at:
         first, _ = await at.busy()

@@ -129,8 +129,10 @@ class Compute:
             self._batcher.drop(number)
             if request.left and request.error is None:
                 self.figures.cancelled += 1
-            await self._out_of_steps(request)
-            del self._requests[number]
+            try:
+                await self._out_of_steps(request)
+            finally:  # it raises when whoever waits is cancelled again
+                del self._requests[number]
         if request.error is not None:
             raise request.error
         return request.results

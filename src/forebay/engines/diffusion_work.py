@@ -165,8 +165,10 @@ class Work:
             request.gone = True
             self._line = deque(each for each in self._line if each.request is not request)
             self.figures.cancelled += bool(request.left and request.error is None)
-            await self._until(request, lambda: not request.busy, whatever=True)
-            self._requests.remove(request)
+            try:
+                await self._until(request, lambda: not request.busy, whatever=True)
+            finally:  # it raises when whoever waits is cancelled again
+                self._requests.remove(request)
         if request.error is not None:
             raise request.error
 

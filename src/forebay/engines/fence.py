@@ -37,20 +37,30 @@ class Refused(Exception):
         self.verdict = verdict
 
 
-def begin() -> Any:
-    """Make this a program that leaves nothing behind and that its server alone ends; what `close` needs, loaded early."""
+def begin(server: int | None = None) -> Any:
+    """Make this a program that leaves nothing behind and that its server alone ends; what `close` needs, loaded early.
+
+    Given the id of its server, it also ends with that one by itself: while it waits in `told` it hears of nothing else.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server, which then ends this program
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if server is not None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != server:  # it died before the line above
+            sys.exit()
+    return libc
 
 
 def fork(look: Callable[[int], None], cost: Cost, libc: Any) -> tuple[int, int]:
     """Let a child `look`; its id, and a descriptor to read what it writes into the one that `look` is given."""
     reader, writer = os.pipe()
+    program = os.getpid()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _live(look, writer, cost, libc)
+        _live(look, writer, cost, libc, program)
     os.close(writer)
     return child, reader
 
@@ -86,7 +96,7 @@ def verdict(child: int, highest: int) -> int:
     return code if OK <= code <= highest else BROKEN
 
 
-def _live(look: Callable[[int], None], writer: int, cost: Cost, libc: Any) -> NoReturn:
+def _live(look: Callable[[int], None], writer: int, cost: Cost, libc: Any, program: int) -> NoReturn:
     """The child's whole life. It ends with the verdict as exit code; what surprises it is broken."""
     found = BROKEN
     try:
@@ -94,8 +104,9 @@ def _live(look: Callable[[int], None], writer: int, cost: Cost, libc: Any) -> No
         for standard in (0, 1, 2):
             os.dup2(null, standard)  # no way to speak for this program, and no traceback with what was in memory
         close(cost, libc)
-        look(writer)
-        found = OK
+        if os.getppid() == program:  # else it died before the line above
+            look(writer)
+            found = OK
     except Refused as refused:
         found = refused.verdict
     except (MemoryError, RecursionError):

@@ -4,7 +4,8 @@ It answers with a picture that our own encoder has written, or with the reason w
 no file, and no image is decoded in the process that talks to the server.
 
 On standard input, again and again: `>II` lengths, a JSON head `{"declared", "base64", "edge"}` and the image. On standard
-output, for each: `>BI` verdict and length, and for verdict 0 a `data:` URL. Limits come as JSON in the first argument.
+output, for each: `>BI` verdict and length, and for verdict 0 a `data:` URL. Limits come as JSON in the first argument, the
+id of the server's process in the second.
 """
 
 import base64
@@ -57,9 +58,9 @@ class Task:
 
 
 def main() -> None:
-    """Serve until the server closes standard input."""
+    """Serve until the server closes standard input or ends."""
     limits = Limits(**json.loads(sys.argv[1]))
-    libc = fence.begin()
+    libc = fence.begin(int(sys.argv[2]))
     warnings.simplefilter("error")
     Image.preinit()  # a child can import nothing
     while _serve(limits, libc):

@@ -4,7 +4,8 @@ It answers with bare pixels and with files that our own encoder has written, or 
 no address and no file, and no image is decoded in the process that talks to the server.
 
 Standard input is a socket. An order on it is `>I`, the length of its head, sent with its descriptors, and then the head as
-JSON. Each answer is `>BI`, verdict and length, and facts as JSON. Limits come as JSON in the first argument (`Settings`).
+JSON. Each answer is `>BI`, verdict and length, and facts as JSON. Limits come as JSON in the first argument (`Settings`),
+the id of the server's process in the second.
 
 `{"order": "prepare", "images": count, "mask": bool, "needs_mask": bool, "edge_max", "edge_factor", "mask_plan": {"mode",
 "specks", "dilation", "feather"}, "output": {"format", "compression", "backdrop", "size": [width, height] or null}}` comes
@@ -60,12 +61,12 @@ _FACTS_BYTES_MAX = 65_536
 
 
 def main() -> None:
-    """Serve until the server closes the socket."""
+    """Serve until the server closes the socket or ends."""
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy takes address space for each when it is imported, which is below
     from forebay.engines.image_orders import Settings, warm_up
 
     settings = Settings(**json.loads(sys.argv[1]))
-    libc = fence.begin()
+    libc = fence.begin(int(sys.argv[2]))
     warnings.simplefilter("ignore")  # of damaged words beside an image, which are not needed
     warm_up()
     server = socket.socket(fileno=0)

@@ -145,8 +145,10 @@ class Work:
             self._drop(job)
             if not job.ended:
                 self.figures.cancelled += 1
-            await self._out_of_step(job)
-            del self._jobs[job.number]
+            try:
+                await self._out_of_step(job)
+            finally:  # it raises when whoever waits is cancelled again
+                del self._jobs[job.number]
         if job.error is not None:
             raise job.error
 

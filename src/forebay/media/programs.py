@@ -182,9 +182,12 @@ async def connect(module: str, limits: Mapping[str, Any]) -> SocketProgram:
 
 
 async def launch(module: str, limits: Mapping[str, Any], *, stdin: int, stdout: int) -> asyncio.subprocess.Process:
-    """Start `module`, in a session of its own and with little of our environment. Raises OSError."""
+    """Start `module`, in a session of its own and with little of our environment. Raises OSError.
+
+    It may end with the thread that calls this, as the kernel takes that for its parent: it has to be the main one.
+    """
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", module, json.dumps(limits)),
+        *(sys.executable, "-P", "-m", module, json.dumps(limits), str(os.getpid())),
         stdin=stdin,
         stdout=stdout,
         env=environment_for_others(),
