@@ -10,7 +10,7 @@ from alembic.config import Config
 
 from forebay.blobs.blobs import Blobs, open_blobs
 from forebay.config import Settings
-from forebay.errors import LeaseLost, NotFound
+from forebay.errors import Conflict, LeaseLost, NotFound
 from forebay.store.database import Database
 from forebay.store.files import LEFTOVER_SECONDS
 from forebay.store.job_state import JobState
@@ -224,6 +224,20 @@ async def test_what_was_too_late_has_its_time_again(store: MediaJobStore, jobs: 
         assert await jobs.revive(transaction, created)
     job = await jobs.get(DEFAULT_PROJECT, job_id)
     assert job.deadline_at - jobs.now() == pytest.approx(span + 60, abs=10)
+
+
+async def test_a_job_is_not_tried_again_without_what_came_with_it(
+    store: MediaJobStore, jobs: JobStore, cellar: Blobs
+) -> None:
+    await handed_in(store, jobs, cellar)
+    lease = await leased(jobs)
+    await settled(jobs, lease, JobState.FAILED)
+    await store.close(cellar, "t")
+    with pytest.raises(Conflict) as refused:
+        async with store.database.begin() as transaction:
+            await jobs.revive(transaction, lease.job)
+    assert (refused.value.code, refused.value.status) == ("input_gone", 409)
+    assert (await jobs.get(DEFAULT_PROJECT, "t")).state is JobState.FAILED
 
 
 async def test_drafts_become_files_when_the_job_ends_well(

@@ -240,16 +240,16 @@ class _Taken:
     async def requeue(self, transaction: Transaction) -> list[dict[str, Any]]:
         """Make the batches, revive the jobs, and mark the dead letters. Raises Conflict if one was taken up before."""
         made = [await self._make_batch(transaction, bundle) for bundle in self._bundles]
-        for job in self._jobs.values():
-            await self._desk.revive(transaction, job)
-            letters = self._letters[job.id]
-            await self._mark(transaction, letters, job.id)
-            made.append({"id": job.id, "kind": job.kind, "requeued": len(letters)})
-        for letter, handed in self._orders:
+        for letter, handed in self._orders:  # before the jobs: who makes something holds the project first, everywhere
             handed.key_id = self._caller.key_id
             await submit(self._desk, self._request.app.state.media_jobs, transaction, handed)
             await self._mark(transaction, [letter], handed.new.id)
             made.append({"id": handed.new.id, "kind": handed.new.kind, "requeued": 1})
+        for _, job in sorted(self._jobs.items()):  # whoever takes many jobs takes them in this order
+            await self._desk.revive(transaction, job)
+            letters = self._letters[job.id]
+            await self._mark(transaction, letters, job.id)
+            made.append({"id": job.id, "kind": job.kind, "requeued": len(letters)})
         return made
 
     async def _make_batch(self, transaction: Transaction, bundle: Bundle) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from forebay.errors import NotFound
 from forebay.inference import Usage
 from forebay.store.database import Database, Transaction
 from forebay.store.job_state import FINISHED, LIVE, JobState
-from forebay.store.jobs import Job
-from forebay.store.tables import batches, chunks, jobs, line_rates, projects, segments
+from forebay.store.jobs import Job, in_order
+from forebay.store.projects import hold_project
+from forebay.store.tables import batches, chunks, jobs, line_rates, segments
 
 BATCH = "batch"  # the kinds of its jobs
 CHUNK = "chunk"
@@ -144,14 +145,8 @@ class BatchStore:
         return _batch(row)
 
     async def unfinished(self, transaction: Transaction, project_id: str) -> int:
-        """How many batches of a project have not ended, for who is about to make one more.
-
-        On PostgreSQL two who come at once are counted one after the other: the project's row is held until the
-        transaction ends. It is held so that rows which name the project can still be written.
-        """
-        if not self.database.is_sqlite:
-            held = sa.select(projects.c.id).where(projects.c.id == project_id).with_for_update(key_share=True)
-            await transaction.execute(held)
+        """How many batches of a project have not ended, for who is about to make one more; holds the project."""
+        await hold_project(transaction, project_id)
         query = (
             sa.select(sa.func.count())
             .select_from(jobs)
@@ -265,9 +260,8 @@ class BatchStore:
     async def sweep(self, batch_id: str) -> int:
         """Remove the chunks and segments of a batch that has ended; how many chunks there were."""
         ended = sa.exists().where(batches.c.id == batch_id)
-        query = sa.delete(jobs).where(
-            jobs.c.parent_id == batch_id, jobs.c.kind == CHUNK, jobs.c.state.in_(FINISHED), ended
-        )
+        theirs = (jobs.c.parent_id == batch_id, jobs.c.kind == CHUNK, jobs.c.state.in_(FINISHED), ended)
+        query = sa.delete(jobs).where(*in_order(self.database, *theirs))
         async with self.database.begin() as transaction:
             return int((await transaction.execute(query)).rowcount)
 

@@ -19,7 +19,8 @@ from forebay.errors import Conflict, InsufficientStorage, NotFound, StoreUnavail
 from forebay.quotas import Resource, check_level
 from forebay.store.database import Database, Transaction
 from forebay.store.job_state import LIVE
-from forebay.store.tables import batches, files, jobs, projects, upload_parts, uploads
+from forebay.store.projects import hold_project
+from forebay.store.tables import batches, files, jobs, upload_parts, uploads
 
 Quota = Callable[[str], int | None]  # the bytes that a project may keep, where it is given fewer than all may
 
@@ -242,9 +243,7 @@ async def check_quota(
 
     InsufficientStorage where that is more than any may, QuotaExceeded where it is more than its own quota.
     """
-    # On PostgreSQL two who ask at once wait for each other; SQLite has one writer anyway.
-    held = sa.select(projects.c.id).where(projects.c.id == project_id).with_for_update(key_share=True)
-    await transaction.execute(held)
+    await hold_project(transaction, project_id)
     kept = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(
         files.c.project_id == project_id
     )

@@ -83,10 +83,10 @@ class IdempotencyStore:
 
     async def prune(self, now: float, limit: int) -> int:
         """Remove keys that no longer count; how many."""
-        old = sa.tuple_(idempotency_keys.c.project_id, idempotency_keys.c.key).in_(
-            sa.select(idempotency_keys.c.project_id, idempotency_keys.c.key)
-            .where(idempotency_keys.c.created_at <= now - KEEP_SECONDS)
-            .limit(limit)
-        )
+        keys = idempotency_keys.c
+        old = keys.created_at <= now - KEEP_SECONDS
+        some = sa.select(keys.project_id, keys.key).where(old).limit(limit)
+        # `old` is asked of the row itself once more: on PostgreSQL it may be claimed anew while this waits for it.
+        query = sa.delete(idempotency_keys).where(sa.tuple_(keys.project_id, keys.key).in_(some), old)
         async with self.database.begin() as transaction:
-            return int((await transaction.execute(sa.delete(idempotency_keys).where(old))).rowcount)
+            return int((await transaction.execute(query)).rowcount)

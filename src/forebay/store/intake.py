@@ -76,10 +76,9 @@ class IntakeStore:
         """Forget messages that no longer count; how many."""
         messages = intake_messages.c
         key = sa.tuple_(messages.project_id, messages.source, messages.message_id)
-        old = (
-            sa.select(messages.project_id, messages.source, messages.message_id)
-            .where(messages.created_at <= now - self._keep_seconds)
-            .limit(limit)
-        )
+        old = messages.created_at <= now - self._keep_seconds
+        some = sa.select(messages.project_id, messages.source, messages.message_id).where(old).limit(limit)
+        # `old` is asked of the row itself once more: on PostgreSQL it may be claimed anew while this waits for it.
+        query = sa.delete(intake_messages).where(key.in_(some), old)
         async with self.database.begin() as transaction:
-            return int((await transaction.execute(sa.delete(intake_messages).where(key.in_(old)))).rowcount)
+            return int((await transaction.execute(query)).rowcount)

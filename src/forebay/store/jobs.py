@@ -12,17 +12,19 @@ from typing import Any
 import sqlalchemy as sa
 
 from forebay.clock import Clock, new_id
-from forebay.errors import LeaseLost, NotFound
+from forebay.errors import Conflict, LeaseLost, NotFound
 from forebay.store.database import Database, Transaction
 from forebay.store.job_state import FINISHED, LIVE, JobState, sources
 from forebay.store.spare import Others, of_kind
-from forebay.store.tables import NO_DEADLINE, job_log, jobs, line_rates
+from forebay.store.tables import NO_DEADLINE, job_log, jobs, line_rates, media_jobs
 
 NEWS = "jobs"  # the channel on which workers hear of work
 CANCELS = "cancels"  # the channel on which workers hear of cancelled jobs
 PAGE_SIZE_MAX = 100
 ERRORS_MAX = 10
 _DETAIL_CHARS_MAX = 1000
+REMOVING, REMOVED = "removing", "removed"  # the media that came with a job: nobody can work on it again
+HAS_LOST_MEDIA = media_jobs.c.media.in_((REMOVING, REMOVED))
 
 _NO_TURNS: Mapping[str, Mapping[str, float]] = {}
 _NO_SPARE: Mapping[str, int] = {}
@@ -304,7 +306,7 @@ class JobStore:
         mine = (jobs.c.id.in_(ids), jobs.c.state == JobState.RUNNING, jobs.c.node == node)
         query = (
             sa.update(jobs)
-            .where(*self._in_order(*mine))
+            .where(*in_order(self.database, *mine))
             .values(lease_expires_at=self.now() + lease_seconds)
             .returning(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested_at)
         )
@@ -361,7 +363,7 @@ class JobStore:
         held = (sa.tuple_(jobs.c.id, jobs.c.attempt).in_(pairs), jobs.c.state == JobState.RUNNING)
         query = (
             sa.update(jobs)
-            .where(*self._in_order(*held))
+            .where(*in_order(self.database, *held))
             .values(state=JobState.COMPLETED, finished_at=self.now(), lease_expires_at=None, node=None)
             .returning(jobs.c.id, jobs.c.attempt)
         )
@@ -416,7 +418,7 @@ class JobStore:
         live = (jobs.c.parent_id == parent_id, jobs.c.kind == kind, jobs.c.state.in_(LIVE))
         query = (
             sa.update(jobs)
-            .where(*self._in_order(*live), jobs.c.state == JobState.AVAILABLE)
+            .where(*in_order(self.database, *live), jobs.c.state == JobState.AVAILABLE)
             .values(state=state, finished_at=self.now())
         )
         return int((await transaction.execute(query)).rowcount)
@@ -428,7 +430,7 @@ class JobStore:
         if children_of is not None:
             chosen = sa.or_(chosen, sa.and_(jobs.c.parent_id == children_of, jobs.c.state == JobState.RUNNING))
         asked = (chosen, jobs.c.state.in_(LIVE), jobs.c.cancel_requested_at.is_(None))
-        query = sa.update(jobs).where(*self._in_order(*asked)).values(cancel_requested_at=now)
+        query = sa.update(jobs).where(*in_order(self.database, *asked)).values(cancel_requested_at=now)
         await transaction.execute(query)
         await self.database.notify(transaction, CANCELS)
 
@@ -442,7 +444,13 @@ class JobStore:
         return bool((await transaction.execute(query)).rowcount == 1)
 
     async def revive(self, transaction: Transaction, job: Job, stage: str | None = None) -> bool:
-        """Make a finished job available again, with all its attempts and its time before it; whether it was finished."""
+        """Make a finished job available again, with all its attempts and its time before it; whether it was finished.
+
+        Raises Conflict if what came with it is gone.
+        """
+        await self.lock(transaction, job.id)  # whoever removes media holds it too: the next statement sees what he did
+        if await transaction.scalar(sa.select(sa.exists().where(media_jobs.c.id == job.id, HAS_LOST_MEDIA))):
+            raise Conflict("What came with this job is gone. Send it again as a new request.", code="input_gone")
         now = self.now()
         again = now + jobs.c.deadline_at - jobs.c.created_at
         query = (
@@ -485,7 +493,7 @@ class JobStore:
         query = (
             sa.update(jobs)
             # Not those that somebody has locked: he may stand still with them, and the others need not wait for that.
-            .where(*self._in_order(*still_lost, skip_locked=True))
+            .where(*in_order(self.database, *still_lost, skip_locked=True))
             .values(
                 state=JobState.AVAILABLE,
                 rescues=jobs.c.rescues + 1,
@@ -516,7 +524,7 @@ class JobStore:
         old = sa.select(jobs.c.id).where(jobs.c.finished_at < finished_before, jobs.c.state.in_(FINISHED), ~needed)
         async with self.database.begin() as transaction:
             some = (await transaction.execute(old.limit(limit))).scalars().all()
-            query = sa.delete(jobs).where(*self._in_order(jobs.c.id.in_(some), jobs.c.state.in_(FINISHED)))
+            query = sa.delete(jobs).where(*in_order(self.database, jobs.c.id.in_(some), jobs.c.state.in_(FINISHED)))
             return int((await transaction.execute(query)).rowcount)
 
     async def delete(self, job: Job, children: str | None) -> bool:
@@ -526,7 +534,7 @@ class JobStore:
             deleted = (await transaction.execute(gone)).rowcount == 1
             if deleted and children is not None:
                 theirs = (jobs.c.parent_id == job.id, jobs.c.kind == children)
-                await transaction.execute(sa.delete(jobs).where(*self._in_order(*theirs)))
+                await transaction.execute(sa.delete(jobs).where(*in_order(self.database, *theirs)))
         return deleted
 
     # The log of one job.
@@ -550,20 +558,6 @@ class JobStore:
                 {"number": row.number, "at": row.at, "event": row.event, "detail": row.detail}
                 for row in await connection.execute(query)
             ]
-
-    def _in_order(
-        self, *conditions: sa.ColumnElement[bool], skip_locked: bool = False
-    ) -> tuple[sa.ColumnElement[bool], ...]:
-        """The conditions, for a statement that locks all rows that meet them in the order of their ids before it writes.
-
-        Two statements about the same rows then wait for each other, and never in a circle.
-        """
-        if self.database.is_sqlite:
-            return conditions  # one writes at a time
-        held = sa.select(jobs.c.id).where(*conditions).order_by(jobs.c.id).with_for_update(skip_locked=skip_locked)
-        # PostgreSQL may run a locking subquery again for each row; a CTE runs once. What was locked may have changed
-        # while somebody else held it, so the conditions are asked once more of every row that is written.
-        return (jobs.c.id.in_(sa.select(held.cte("held").c.id)), *conditions)
 
     # Looking.
 
@@ -642,23 +636,30 @@ class JobStore:
 
     async def live(self, project_id: str, kind: str) -> int:
         """How many jobs of a kind a project has that have not ended."""
-        query = (
-            sa.select(sa.func.count())
-            .select_from(jobs)
-            .where(jobs.c.project_id == project_id, jobs.c.kind == kind, jobs.c.state.in_(LIVE))
-        )
-        async with self.database.read() as connection:
-            return int(await connection.scalar(query) or 0)
+        return await self._count(jobs.c.project_id == project_id, jobs.c.kind == kind, jobs.c.state.in_(LIVE))
 
     async def stuck(self, seconds: float) -> int:
         """How many running jobs have made no progress for so long."""
-        query = (
-            sa.select(sa.func.count())
-            .select_from(jobs)
-            .where(jobs.c.state == JobState.RUNNING, jobs.c.progress_at < self.now() - seconds)
-        )
+        return await self._count(jobs.c.state == JobState.RUNNING, jobs.c.progress_at < self.now() - seconds)
+
+    async def _count(self, *conditions: sa.ColumnElement[bool]) -> int:
         async with self.database.read() as connection:
-            return int(await connection.scalar(query) or 0)
+            return int(await connection.scalar(sa.select(sa.func.count()).select_from(jobs).where(*conditions)) or 0)
+
+
+def in_order(
+    database: Database, *conditions: sa.ColumnElement[bool], skip_locked: bool = False
+) -> tuple[sa.ColumnElement[bool], ...]:
+    """The conditions, for a statement that locks all jobs that meet them in the order of their ids before it writes.
+
+    Two statements about the same rows then wait for each other, and never in a circle.
+    """
+    if database.is_sqlite:
+        return conditions  # one writes at a time
+    held = sa.select(jobs.c.id).where(*conditions).order_by(jobs.c.id).with_for_update(skip_locked=skip_locked)
+    # PostgreSQL may run a locking subquery again for each row; a CTE runs once. What was locked may have changed
+    # while somebody else held it, so the conditions are asked once more of every row that is written.
+    return (jobs.c.id.in_(sa.select(held.cte("held").c.id)), *conditions)
 
 
 def _goes_before(job: Job) -> sa.ColumnElement[bool]:

@@ -18,7 +18,8 @@ from forebay.errors import LeaseLost, NotFound
 from forebay.store.database import Database, Transaction
 from forebay.store.files import LEFTOVER_SECONDS, Remover, blob_key
 from forebay.store.job_state import FINISHED, LIVE, JobState
-from forebay.store.jobs import JobStore, Lease
+from forebay.store.jobs import HAS_LOST_MEDIA, REMOVED, REMOVING, JobStore, Lease
+from forebay.store.projects import hold_project
 from forebay.store.tables import drafted_files, jobs, media_jobs, media_parts
 
 TRANSCRIPTION = "transcription"  # the kinds of jobs
@@ -26,10 +27,9 @@ IMAGE = "image"
 FINISHED_STAGE = "finished"
 WHOLE = 1000  # the total of such a job: progress is told in thousandths of all the work
 
-_HAS_NONE, _KEPT, _REMOVING, _REMOVED = "none", "kept", "removing", "removed"
+_HAS_NONE, _KEPT = "none", "kept"
 _DRAFTED = "drafted"
 _FOLDERS = {TRANSCRIPTION: "recordings", IMAGE: "pictures"}
-_HAS_LOST_MEDIA = media_jobs.c.media.in_((_REMOVING, _REMOVED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,8 @@ class MediaJobStore:
         }
 
     async def unfinished(self, transaction: Transaction, project_id: str, kind: str) -> int:
-        """How many jobs of a kind a project has that have yet to end."""
+        """How many jobs of a kind a project has that have yet to end, for who adds one; holds the project."""
+        await hold_project(transaction, project_id)
         query = sa.select(sa.func.count()).select_from(jobs)
         mine = (jobs.c.project_id == project_id, jobs.c.kind == kind, jobs.c.state.in_(LIVE))
         return int(await transaction.scalar(query.where(*mine)) or 0)
@@ -141,7 +142,7 @@ class MediaJobStore:
             row = (await connection.execute(query)).one_or_none()
         if row is None:
             return None
-        request = None if row.media in {_REMOVING, _REMOVED} else row.request
+        request = None if row.media in {REMOVING, REMOVED} else row.request
         return MediaJob(row.id, row.project_id, row.path, request)
 
     async def parts(self, job_id: str) -> list[Part]:
@@ -227,7 +228,7 @@ class MediaJobStore:
 
     async def without_media(self, job_ids: Collection[str]) -> set[str]:
         """Those of `job_ids` that nobody can work on again: what came with them is removed, or will be."""
-        query = sa.select(media_jobs.c.id).where(media_jobs.c.id.in_(sorted(job_ids)), _HAS_LOST_MEDIA)
+        query = sa.select(media_jobs.c.id).where(media_jobs.c.id.in_(sorted(job_ids)), HAS_LOST_MEDIA)
         return set(await self._ids(query))
 
     # Removing.
@@ -247,13 +248,13 @@ class MediaJobStore:
         """
         for ended in (_has_ended(), self._is_left(now), _is_gone()):
             await self._mark(ended, limit=rows_max)
-        query = sa.select(media_jobs.c.id).where(media_jobs.c.media == _REMOVING).limit(rows_max)
+        query = sa.select(media_jobs.c.id).where(media_jobs.c.media == REMOVING).limit(rows_max)
         found = await self._ids(query)
         for each in found:
             await self._remove(blobs, each)
         drafts = await self._sweep_drafts(blobs, rows_max)
         useless = sa.select(media_jobs.c.id).where(
-            media_jobs.c.media.in_((_HAS_NONE, _REMOVED)), sa.or_(self._is_left(now), _is_gone())
+            media_jobs.c.media.in_((_HAS_NONE, REMOVED)), sa.or_(self._is_left(now), _is_gone())
         )
         old = await self._ids(useless.limit(rows_max))
         if old:
@@ -277,8 +278,10 @@ class MediaJobStore:
         query = sa.update(media_jobs).where(
             media_jobs.c.id.in_(sorted(found)), media_jobs.c.media == _KEPT, *conditions
         )
+        held = sa.select(jobs.c.id).where(jobs.c.id.in_(sorted(found))).order_by(jobs.c.id).with_for_update()
         async with self.database.begin() as transaction:
-            return bool((await transaction.execute(query.values(media=_REMOVING))).rowcount)
+            await transaction.execute(held)  # so that nobody tries a job again that `query` sees ended
+            return bool((await transaction.execute(query.values(media=REMOVING))).rowcount)
 
     async def _remove(self, blobs: Remover, job_id: str) -> None:
         async with self.database.read() as connection:
@@ -286,9 +289,9 @@ class MediaJobStore:
         if kind is None:
             return
         await blobs.delete(media_key(kind, job_id))
-        mine = (media_jobs.c.id == job_id, media_jobs.c.media == _REMOVING)
+        mine = (media_jobs.c.id == job_id, media_jobs.c.media == REMOVING)
         async with self.database.begin() as transaction:
-            await transaction.execute(sa.update(media_jobs).where(*mine).values(media=_REMOVED, request=None))
+            await transaction.execute(sa.update(media_jobs).where(*mine).values(media=REMOVED, request=None))
             # Without what came with it nobody goes on with it.
             await transaction.execute(sa.delete(media_parts).where(media_parts.c.job_id == job_id))
             begun = (media_jobs.c.id == job_id, ~media_jobs.c.submitted)
@@ -309,13 +312,13 @@ class MediaJobStore:
             state = await transaction.scalar(held)
             if state is None or JobState(state) in FINISHED:
                 mine = sa.update(drafted_files).where(drafted_files.c.job_id == job_id)
-                await transaction.execute(mine.values(state=_REMOVING))
+                await transaction.execute(mine.values(state=REMOVING))
                 await transaction.execute(sa.delete(media_parts).where(media_parts.c.job_id == job_id))
 
     async def _remove_drafts(
         self, blobs: Remover, *conditions: sa.ColumnElement[bool], limit: int | None = None
     ) -> int:
-        query = sa.select(drafted_files.c.id).where(drafted_files.c.state == _REMOVING, *conditions).limit(limit)
+        query = sa.select(drafted_files.c.id).where(drafted_files.c.state == REMOVING, *conditions).limit(limit)
         found = await self._ids(query)
         for each in found:
             await blobs.delete(blob_key(each))
@@ -344,4 +347,4 @@ def _is_gone() -> sa.ColumnElement[bool]:
 
 def media_are_lost(job_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
     """Whether nobody can work on the job of that id again, because what came with it is gone."""
-    return sa.exists().where(media_jobs.c.id == job_id, _HAS_LOST_MEDIA)
+    return sa.exists().where(media_jobs.c.id == job_id, HAS_LOST_MEDIA)

@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from forebay.clock import Clock
 from forebay.errors import InvalidRequest, NotFound
 from forebay.quotas import WEIGHT_MAX, WEIGHT_MIN, ProjectLimits, Quota, parse_quotas
-from forebay.store.database import Database
+from forebay.store.database import Database, Transaction
 from forebay.store.tables import project_limits, projects
 
 PAGE_SIZE_MAX = 100
@@ -69,8 +69,7 @@ class ProjectStore:
             raise InvalidRequest(f"A weight is between {WEIGHT_MIN} and {WEIGHT_MAX:g}.", param="weight")
         insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
         async with self._database.begin() as transaction:
-            held = sa.select(projects.c.id).where(projects.c.name == name).with_for_update(key_share=True)
-            if await transaction.scalar(held) is None:
+            if await transaction.scalar(_held(projects.c.name == name)) is None:
                 raise NotFound("There is no such project. It is made with its first API key.")
             project = _project((await transaction.execute(_joined().where(projects.c.name == name))).one())
             before = ProjectLimits() if reset else project.limits
@@ -83,6 +82,19 @@ class ProjectStore:
             query = insert(project_limits).values(project_id=project.id, **values)
             await transaction.execute(query.on_conflict_do_update(index_elements=["project_id"], set_=values))
         return await self.get(name)
+
+
+async def hold_project(transaction: Transaction, project_id: str) -> None:
+    """Hold a project until the transaction ends, for who counts what it has before adding to it.
+
+    On PostgreSQL two who come at once count one after the other. Rows that name the project can still be written.
+    """
+    if transaction.dialect.name != "sqlite":  # there one writes at a time
+        await transaction.execute(_held(projects.c.id == project_id))
+
+
+def _held(which: sa.ColumnElement[bool]) -> sa.Select[tuple[str]]:
+    return sa.select(projects.c.id).where(which).with_for_update(key_share=True)
 
 
 def _joined() -> sa.Select[tuple[str, str, float, float | None, list[str] | None]]:

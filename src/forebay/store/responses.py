@@ -16,6 +16,7 @@ from forebay.errors import InvalidRequest, LeaseLost, NotFound
 from forebay.store.database import Database, Transaction
 from forebay.store.job_state import LIVE, JobState
 from forebay.store.jobs import Lease
+from forebay.store.projects import hold_project
 from forebay.store.tables import jobs, response_events, responses
 
 RESPONSE = "response"  # the kind of its jobs
@@ -136,7 +137,8 @@ class ResponseStore:
             await transaction.execute(longer.values(expires_at=expires_at))
 
     async def unfinished(self, transaction: Transaction, project_id: str) -> int:
-        """How many responses of a project have yet to end."""
+        """How many responses of a project have yet to end, for who is about to make one more; holds the project."""
+        await hold_project(transaction, project_id)
         query = sa.select(sa.func.count()).where(responses.c.status.in_(UNFINISHED), _of(project_id))
         return int(await transaction.scalar(query) or 0)
 
@@ -299,9 +301,12 @@ class ResponseStore:
 
     async def prune(self, now: float, limit: int) -> int:
         """Remove what has expired, and the oldest of projects that keep too much; how many."""
-        old = sa.select(responses.c.id).where(responses.c.expires_at <= now, _has_ended()).limit(limit)
+        old = (responses.c.expires_at <= now, _has_ended())
+        some = sa.select(responses.c.id).where(*old).limit(limit)
+        # `old` is asked of the row itself once more: on PostgreSQL it may be continued while this waits for it.
+        expired = sa.delete(responses).where(responses.c.id.in_(some), *old)
         async with self.database.begin() as transaction:
-            removed = int((await transaction.execute(sa.delete(responses).where(responses.c.id.in_(old)))).rowcount)
+            removed = int((await transaction.execute(expired)).rowcount)
         count, size = sa.func.count(), sa.func.sum(responses.c.bytes)
         too_much = sa.or_(count > self._settings.per_project_max, size > self._settings.project_bytes_max)
         query = sa.select(responses.c.project_id).group_by(responses.c.project_id).having(too_much)

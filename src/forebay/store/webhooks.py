@@ -17,7 +17,8 @@ from forebay.errors import Conflict, InvalidRequest, NotFound
 from forebay.store.database import Database, Transaction
 from forebay.store.job_state import JobState
 from forebay.store.jobs import JobStore, NewJob
-from forebay.store.tables import jobs, projects, webhook_attempts, webhook_deliveries, webhook_endpoints
+from forebay.store.projects import hold_project
+from forebay.store.tables import jobs, webhook_attempts, webhook_deliveries, webhook_endpoints
 
 KIND = "webhook"
 TEST_EVENT = "webhook.test"
@@ -155,8 +156,7 @@ class WebhookStore:
         )
         row = {column.name: getattr(endpoint, column.name) for column in webhook_endpoints.columns}
         count = sa.select(sa.func.count()).where(webhook_endpoints.c.project_id == project_id)
-        # The project's row is held, so that two who come at once are counted one after the other.
-        await transaction.execute(sa.select(projects.c.id).where(projects.c.id == project_id).with_for_update())
+        await hold_project(transaction, project_id)
         if (await transaction.scalar(count) or 0) >= self._settings.endpoints_max:
             raise InvalidRequest(
                 f"A project has at most {self._settings.endpoints_max} webhook endpoints. Delete one first.",
