@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.support.server import ADMIN_KEY, FAKE, Server, eventually, serving
-from tests.support.wire import post
+from tests.support.wire import get, post
 
 CLOSED_WITHIN_SECONDS = 30.0
 RATIO_MAX = 1.5
@@ -245,3 +245,28 @@ async def test_a_reader_who_is_slow_but_reads_gets_everything(stream: bool) -> N
                 await asyncio.sleep(0.02)
             assert loop.time() - began > STALL_SECONDS
         assert (b"data: [DONE]" if stream else b'"finish_reason":"stop"') in received
+
+
+async def test_a_slow_reader_of_a_kept_response_gets_every_event() -> None:
+    """What he takes counts also while nothing new is put before him, and nobody but he waits for it."""
+    loop = asyncio.get_running_loop()
+    async with serving(QUICK) as server:
+        asked = {"model": "fake", "input": "[[fake tokens=20000]]", "max_output_tokens": 40_000}
+        body = {**asked, "background": True, "stream": True}
+        async with server.session.post(f"{server.url}/v1/responses", json=body, headers=server.headers) as response:
+            last = json.loads((await response.text()).split("\n\n")[-2].partition("data: ")[2])
+        assert last["type"] == "response.completed"
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.socket() as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.setblocking(False)
+            await loop.sock_connect(line, (host, int(port)))
+            path = f"/v1/responses/{last['response']['id']}?stream=true"
+            await loop.sock_sendall(line, get(path, KEY.strip(), "Connection: close"))
+            received, began = bytearray(), loop.time()
+            while part := await loop.sock_recv(line, 4096):
+                received += part
+                await asyncio.sleep(0.05)
+            assert loop.time() - began > 2 * STALL_SECONDS
+        assert b"response.completed" in received
+        assert received.endswith(b"0\r\n\r\n")

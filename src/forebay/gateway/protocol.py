@@ -7,6 +7,7 @@ whole never reaches it, and an answer that was written is over for it.
 
 import asyncio
 import functools
+import math
 import socket
 from asyncio.events import TimerHandle
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import Any
 from pydantic_core import to_json
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from forebay.dialects.openai.errors import body_of
@@ -27,6 +28,7 @@ from forebay.telemetry import Metrics
 
 _READER_CHECKS = 10  # for each write_stall_seconds
 _READER_BYTES = 65_536  # what a reader must take in that time, or all that is left
+_DOOR_SECONDS = 2.0  # more than `online` needs to see by itself that a visit is stuck: it knows what to write down
 _STEADY_BODY = "forebay.steady_body"  # an ASGI extension of ours
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
@@ -129,7 +131,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._pace: _Pace | None = None
         self._reader_check: TimerHandle | None = None
         self._left = 0
-        self._left_since = 0.0
+        self._idle_checks = 0
+        self._answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         """Count the connection, or close it if there is no room."""
@@ -153,6 +156,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._counted:
             self._counted = False
             self._limits.leave(self._address)
+        answering = self._answering
+        if answering is not None and not answering.response_complete:
+            # uvicorn tells it to the request that came last, which may only wait for this one.
+            answering.disconnected = True
+            answering.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -182,6 +190,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._arm(self._limits.settings.body_timeout_seconds - (self.loop.time() - self._began))
         self.scope["extensions"] = {_STEADY_BODY: {"allow": functools.partial(self._allow_steady_body, self.scope)}}
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answering = self.cycle
 
     def on_body(self, body: bytes) -> None:
         """Count what a sender with a rate has sent."""
@@ -208,10 +218,17 @@ class BoundedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The reader is slower than the answer: keep an eye on it."""
         super().pause_writing()
+        self._left = 0  # nothing is added from here on, so that it is from what is left now that a reader takes
         self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """The reader has taken nearly all: it reads."""
+        super().resume_writing()
+        self._left = 0
 
     def on_response_complete(self) -> None:
         """What is left of the answer must be taken in time too."""
+        self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
         if self._pace is not None:  # answered before the end of the body: what still comes is for nobody
             self._pace = None
@@ -283,17 +300,24 @@ class BoundedProtocol(HttpToolsProtocol):
             self._check_reader()
 
     def _check_reader(self) -> None:
-        """Cut off a reader who does not take what is left; while an answer is being made, `online` sees to that."""
+        """Cut off a reader who does not take what is left, once the answer is whole or waits for it to go on.
+
+        Checks are counted and no seconds: one that is late is late because of this server.
+        """
         self._reader_check = None
-        left, now = self.transport.get_write_buffer_size(), self.loop.time()
+        left = self.transport.get_write_buffer_size()
         if not left:
             return
         complete = self.cycle is not None and self.cycle.response_complete
-        stall_seconds = self._limits.settings.write_stall_seconds
-        if not self._left or left <= self._left - _READER_BYTES or not (complete or self.transport.is_closing()):
-            self._left, self._left_since = left, now
-        elif now - self._left_since >= stall_seconds or not complete:
+        closing = self.transport.is_closing()
+        check_seconds = self._limits.settings.write_stall_seconds / _READER_CHECKS
+        checks = _READER_CHECKS + (0 if complete or closing else math.ceil(_DOOR_SECONDS / check_seconds))
+        watched = complete or closing or self.flow.write_paused
+        self._idle_checks += 1
+        if not self._left or left <= self._left - _READER_BYTES or not watched:
+            self._left, self._idle_checks = left, 0
+        elif self._idle_checks >= checks or (closing and not complete):
             self._limits.metrics.connections_closed.labels("write_stall").inc()
             self.transport.abort()
             return
-        self._reader_check = self.loop.call_later(stall_seconds / _READER_CHECKS, self._check_reader)
+        self._reader_check = self.loop.call_later(check_seconds, self._check_reader)
