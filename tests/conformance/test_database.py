@@ -38,8 +38,11 @@ async def ids(database: Database) -> set[str]:
         return set(await connection.scalars(sa.text("SELECT id FROM projects WHERE id <> 'default'")))
 
 
-async def test_a_commit_wakes_who_listens(database: Database) -> None:
+async def test_a_commit_wakes_who_listens(database: Database, settings: Settings) -> None:
     with database.listen("jobs") as event, database.listen("jobs") as other, database.listen("files") as apart:
+        if settings.database_url is not None:
+            async with asyncio.timeout(20):
+                await event.wait()  # it has begun to hear the other processes, and wakes everybody once
         for each in (event, other, apart):
             each.clear()
         async with database.begin() as transaction:

@@ -19,7 +19,7 @@ from forebay.bench.caller import ENDED, Caller, calling
 from forebay.bench.processes import spent_seconds, stolen_seconds
 from forebay.bench.report import Measure, Report
 from forebay.bench.stage import Stage, config_of, cpu_seconds, of_engine, staged
-from forebay.bench.wire import now
+from forebay.bench.wire import Reply, now
 from forebay.clock import seeded
 from forebay.config import Settings
 from forebay.dialects.openai.call import Context, parse
@@ -136,6 +136,7 @@ MIXES: Mapping[str, Mix] = {
 
 _SIDES = "in a batch", "in file order"
 _SPEED, _WORK = "lines per second", "lines per second of CPU time"
+_READ = "tokens of prompts that the engine had to read"
 
 _LONG = {"in blocks", "shuffled, of two levels", "half of them shared, shuffled", "none shared"}
 
@@ -153,6 +154,7 @@ def measures() -> dict[str, Measure]:
         )
         for mix in MIXES
     ]
+    found += [Measure("P6", _ratio(_READ, mix), "", floor=1.0) for mix in MIXES]
     for mix in MIXES:
         found += [Measure("P6", f"lines per second {side}, prompts: {mix}", "/s") for side in _SIDES]
         found += [Measure("P6", _ratio(_WORK, mix), ""), Measure("P6", _stolen(mix), "%")]
@@ -188,6 +190,7 @@ async def run(settings: Settings, name: str, seeds: int, size: Size, say: Callab
         f"Half as many lines each: {', '.join(sorted(_LONG))}.",
         f"In file order: {sized.slots} connections straight to an engine of its own, each taking the next line of the file.",
         "The clock of a batch runs from its creation to its end: with the check of its file and the joining of its results.",
+        "What an engine had to read is what it says itself: the tokens of the prompts less those it had kept.",
         "CPU time is that of the server and its engine, and of the engine that is driven directly.",
         f"A mix is measured again, with other lines, while others had more than {_STOLEN_MAX:.0%} of the machine: {_TRIES_MAX} times at most. The one counts in which they had least.",
         "Both sides get the same lines; which goes first changes from seed to seed. One is idle while the other works.",
@@ -216,10 +219,11 @@ class _Bench:
         sides = min(tries, key=_disturbed)
         batch, file_order = (sides[side] for side in _SIDES)
         for name, side in sides.items():
-            self.report.add(f"lines per second {name}, prompts: {mix}", side.lines / side.seconds)
+            self.report.add(f"lines per second {name}, prompts: {mix}", side.lines / side.done.seconds)
         self.report.add(_stolen(mix), 100 * _disturbed(sides))
+        self.report.add(_ratio(_READ, mix), batch.done.read_tokens / file_order.done.read_tokens)
         self.report.add(_ratio(_WORK, mix), file_order.cpu_seconds / batch.cpu_seconds)
-        ratio = file_order.seconds / batch.seconds
+        ratio = file_order.done.seconds / batch.done.seconds
         self.report.add(_ratio(_SPEED, mix), ratio)
         return ratio
 
@@ -232,28 +236,32 @@ class _Bench:
         found: dict[str, _Side] = {}
         for side in _SIDES if batch_first else reversed(_SIDES):
             before, stolen = spent[side](), stolen_seconds()
-            seconds = await run[side](lines)
-            share = (stolen_seconds() - stolen) / seconds / (os.cpu_count() or 1)
-            found[side] = _Side(len(lines), seconds, spent[side]() - before, share)
+            done = await run[side](lines)
+            share = (stolen_seconds() - stolen) / done.seconds / (os.cpu_count() or 1)
+            found[side] = _Side(len(lines), done, spent[side]() - before, share)
         return found
 
     def _body(self, messages: list[Message]) -> dict[str, Any]:
         return {"model": self.name, "messages": messages, "max_tokens": self.size.tokens, "temperature": 0}
 
-    async def _in_file_order(self, lines: list[dict[str, Any]]) -> float:
+    async def _in_file_order(self, lines: list[dict[str, Any]]) -> "_Done":
         context = Context("req_bench", "bench", None, self.model.max_tokens, self.model.slots)
         calls = [chat_call(parse(ChatBody, to_json(line)), context) for line in reversed(lines)]
         requests = [self.stage.engine.post(call.request.body) for call in calls]
 
+        replies: list[Reply] = []
+
         async def connection() -> None:
             while requests:
-                self.report.count([(await self.stage.engine.ask(requests.pop())).trouble])
+                replies.append(await self.stage.engine.ask(requests.pop()))
 
         began = now()
         await asyncio.gather(*(connection() for _ in range(self.model.slots)))
-        return now() - began
+        seconds = now() - began
+        self.report.count(reply.trouble for reply in replies)
+        return _Done(seconds, sum(reply.read_tokens for reply in replies))
 
-    async def _in_a_batch(self, lines: list[dict[str, Any]]) -> float:
+    async def _in_a_batch(self, lines: list[dict[str, Any]]) -> "_Done":
         path = self.folder / "lines.jsonl"
         data = b"".join(_line(number, line) for number, line in enumerate(lines))
         await asyncio.to_thread(path.write_bytes, data)
@@ -263,15 +271,24 @@ class _Bench:
         seconds = now() - began
         done: int = batch["request_counts"]["completed"]
         self.report.count([""] * done + [f"a line of a batch that was {batch['status']}"] * (len(lines) - done))
-        return seconds
+        usage = batch["usage"]
+        return _Done(seconds, usage["input_tokens"] - usage["input_tokens_details"]["cached_tokens"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """How long all lines took, and how many tokens of their prompts the engine had to read."""
+
+    seconds: float
+    read_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One side of a mix: its time, that of its processes, and the share of the machine that others had meanwhile."""
+    """One side of a mix: what was done, the time of its processes, and the share of the machine that others had meanwhile."""
 
     lines: int
-    seconds: float
+    done: _Done
     cpu_seconds: float
     stolen: float
 

@@ -16,6 +16,8 @@ _TAIL_BYTES = 4096
 _HEAD_BYTES_MAX = 65_536
 _CONTENT = re.compile(rb'"content": ?"[^"]')
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_PROMPT = re.compile(rb'"prompt_tokens": ?(\d+)')
+_CACHED = re.compile(rb'"cached_tokens": ?(\d+)')
 _WAIT_SECONDS = 120.0
 _IDLE_SECONDS = 5.0  # a server closes what is idle for longer, perhaps just as a request is sent
 
@@ -30,6 +32,7 @@ class Reply:
     first: float = 0.0
     ended: float = 0.0
     tokens: int = 0
+    read_tokens: int = 0  # of the prompt, which the engine had not kept
     trouble: str = ""
 
     @property
@@ -125,6 +128,8 @@ class Wire(asyncio.Protocol):
         reply.ended = now()
         counted = self._counted.search(self._tail)
         reply.tokens = int(counted[1]) if counted else 0
+        prompt, cached = _PROMPT.search(self._tail), _CACHED.search(self._tail)
+        reply.read_tokens = (int(prompt[1]) if prompt else 0) - (int(cached[1]) if cached else 0)
         reply.trouble = reply.trouble or trouble or ("" if reply.tokens else "no tokens were counted")
         whole.set_result(None)
 
@@ -176,7 +181,7 @@ class Target:
                 reply = await wire.ask(request, began)
         except (OSError, TimeoutError) as error:
             ended = now()
-            return Reply(began, ended, ended, 0, f"{self.name}: {type(error).__name__}: {error}")
+            return Reply(began, ended, ended, trouble=f"{self.name}: {type(error).__name__}: {error}")
         if reply.trouble:
             reply.trouble = f"{self.name}: {reply.trouble}"
         if not self._keeps_alive:
