@@ -22,10 +22,12 @@ chat: $(STAMP) ## Talk to a running server (ARGS='MODEL')
 	@exec $(BIN)/forebay chat $(ARGS)
 
 # What looks at a clock has the machine for itself; all the rest shares its cores, faults that only ask for states with it.
-TOGETHER := $(addprefix tests/faults/,test_bad_pictures.py test_full_disk.py test_fuzz_audio.py test_fuzz_images.py \
-	test_fuzz_items.py test_fuzz_messages.py test_fuzz_responses.py test_intake_crash.py test_kill_matrix.py \
-	test_response_crash.py test_secrets.py test_webhook_crash.py) \
-	tests/integration/test_cli_bench.py
+TOGETHER := $(addprefix tests/faults/,test_bad_media.py test_bad_pictures.py test_database.py test_full_disk.py test_fuzz.py \
+	test_fuzz_audio.py test_fuzz_images.py test_fuzz_items.py test_fuzz_messages.py test_fuzz_responses.py \
+	test_image_crash.py test_image_orphans.py test_images.py test_intake_crash.py test_kill_matrix.py test_outbound.py \
+	test_quarantine.py test_response_crash.py test_secrets.py test_usage_crash.py test_webhook_crash.py) \
+	$(addprefix tests/integration/test_cli_,answers.py batch.py bench.py chat.py doctor.py edit.py locked_folders.py \
+	results.py transcribe.py)
 ALONE := $(filter-out $(TOGETHER),$(wildcard tests/faults/test_*.py tests/integration/test_cli_*.py)) \
 	$(addprefix tests/integration/,test_auth.py test_audio.py test_image_edits.py test_image_jobs.py test_jobs_api.py \
 	test_serve.py test_transcription_jobs.py test_whisper_engine.py)

@@ -559,11 +559,11 @@ def environment_name(setting: str) -> str:
 
 def _read_file(path: Path | None) -> dict[str, Any]:
     chosen = path or Path("forebay.toml")
-    if path is None and not chosen.exists():
-        return {}
     try:
         return tomllib.loads(chosen.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path is None:
+            return {}
         raise SetupError(f"There is no configuration file {chosen}. Check --config.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"The configuration file {chosen} cannot be read: {error}.") from None

@@ -50,6 +50,19 @@ def test_a_short_run(tmp_path: Path, kind: str, ids: set[str]) -> None:
     assert "0 errors" in table
 
 
+def test_one_mix_of_prefixes_alone(tmp_path: Path) -> None:
+    smollm2_path()
+    ran = bench(tmp_path, "prefix", "--mix", "none shared")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "results/prefix.json").read_text("utf-8"))
+    assert all(name.endswith("none shared") for name in report["measures"])
+    read = "tokens of prompts that the engine had to read, batch / file order, prompts: none shared"
+    assert report["measures"][read]["value"] == 1, "the engines count the same lines"
+    refused = bench(tmp_path, "prefix", "--mix", "non shared")
+    assert refused.returncode == 1
+    assert "'none shared'" in refused.stderr, "it names those that there are"
+
+
 def test_a_short_run_of_embeddings(tmp_path: Path) -> None:
     minilm_path()
     ran = bench(tmp_path, "embed")

@@ -131,3 +131,12 @@ def test_files_to_read_and_to_write_in_a_locked_folder(folder: Path) -> None:
             ran = forebay(folder, *arguments)
             assert (ran.returncode, ran.stdout) == (1, ""), (arguments, ran)
             assert ran.stderr.startswith(f"forebay: {said}"), (arguments, ran)
+
+
+def test_a_configuration_that_leads_into_a_locked_folder_is_not_taken_for_none(folder: Path) -> None:
+    (folder / "forebay.toml").rename(folder / "theirs/forebay.toml")
+    (folder / "forebay.toml").symlink_to("theirs/forebay.toml")
+    with locked(folder / "theirs"):
+        ran = forebay(folder, "models", "list")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "The configuration file forebay.toml cannot be read:" in ran.stderr

@@ -370,6 +370,24 @@ async def test_a_measurement_that_hangs_is_not_waited_for_and_keeps_no_later_one
     await eventually(measured, what="the gate to open")
 
 
+async def test_engines_that_take_long_to_measure_are_measured_less_often() -> None:
+    desk = Desk()
+    desk.dial.stuck, reads = threading.Event(), desk.dial.reads
+    running = asyncio.create_task(desk.books.run())
+    await eventually(lambda: desk.clock.sleepers, what="the first pause")
+    desk.clock.advance(2)
+    await eventually(lambda: desk.dial.reads > reads, what="a measurement to begin")
+    desk.clock.advance(1.5)
+    desk.dial.stuck.set()
+    await eventually(lambda: desk.clock.sleepers, what="the next pause")
+    desk.clock.advance(29)
+    assert desk.clock.sleepers == 1, "a look of 1.5 s is followed by a pause of 30 s"
+    desk.clock.advance(1)
+    await eventually(lambda: desk.dial.reads > reads + 1, what="the next measurement")
+    running.cancel()
+    await asyncio.wait([running])
+
+
 async def test_weights_that_go_to_the_host_while_a_model_sleeps_need_room_there(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     os.truncate(tmp_path / "model.safetensors", 3 * GIB)

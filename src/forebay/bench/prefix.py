@@ -8,7 +8,7 @@ had much of the machine, unless they always have.
 import asyncio
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from forebay.clock import seeded
 from forebay.config import Settings
 from forebay.dialects.openai.call import Context, parse
 from forebay.dialects.openai.chat import ChatBody, chat_call
+from forebay.errors import SetupError
 from forebay.model_config import LlamaCppModel
 
 _ENDPOINT = "/v1/chat/completions"
@@ -141,8 +142,8 @@ _READ = "tokens of prompts that the engine had to read"
 _LONG = {"in blocks", "shuffled, of two levels", "half of them shared, shuffled", "none shared"}
 
 
-def measures() -> dict[str, Measure]:
-    """What a run fills in."""
+def measures(mixes: Collection[str]) -> dict[str, Measure]:
+    """What a run of `mixes` fills in."""
     found = [
         Measure(
             "P6",
@@ -152,10 +153,10 @@ def measures() -> dict[str, Measure]:
             goal=1.4 if mix == _SHUFFLED else None,
             more_is_better=True,
         )
-        for mix in MIXES
+        for mix in mixes
     ]
-    found += [Measure("P6", _ratio(_READ, mix), "", floor=1.0) for mix in MIXES]
-    for mix in MIXES:
+    found += [Measure("P6", _ratio(_READ, mix), "", floor=1.0) for mix in mixes]
+    for mix in mixes:
         found += [Measure("P6", f"lines per second {side}, prompts: {mix}", "/s") for side in _SIDES]
         found += [Measure("P6", _ratio(_WORK, mix), ""), Measure("P6", _stolen(mix), "%")]
     return {measure.name: measure for measure in found}
@@ -169,31 +170,43 @@ def _stolen(mix: str) -> str:
     return f"of the machine others had, prompts: {mix}"
 
 
-async def run(settings: Settings, name: str, seeds: int, size: Size, say: Callable[[str], None]) -> Report:
-    """Measure every mix once for each seed, on one server and one engine. Raises SetupError."""
+def chosen(names: Sequence[str] | None) -> list[str]:
+    """The mixes of these names, or all of them. Raises SetupError."""
+    for name in names or ():
+        if name not in MIXES:
+            raise SetupError(f"There is no mix {name!r}. Choose of {', '.join(map(repr, MIXES))}.")
+    return [mix for mix in MIXES if not names or mix in names]
+
+
+async def run(
+    settings: Settings, name: str, mixes: Collection[str], seeds: int, size: Size, say: Callable[[str], None]
+) -> Report:
+    """Measure each of `mixes` once for each seed, on one server and one engine. Raises SetupError."""
     model, path = of_engine(settings, name, LlamaCppModel)
     sized = model.model_copy(update={"source": f"file:{path}"})
-    report = Report("prefix", seeds, measures())
+    report = Report("prefix", seeds, measures(mixes))
     with tempfile.TemporaryDirectory(prefix="forebay-bench-") as folder:
         async with (
             staged(name, sized, path, config_of({name: sized})) as stage,
             calling(stage.url, stage.key, _ENDPOINT) as caller,
         ):
             bench = _Bench(stage, caller, name, sized, Path(folder), size, report)
-            for seed in range(1, seeds + 1):
-                for mix in MIXES:
+            for mix in (
+                mixes
+            ):  # the seeds of one follow each other: a machine that grows slower meanwhile is even to both sides
+                for seed in range(1, seeds + 1):
                     say(f"seed {seed}: {size.of(mix).lines} lines, prompts: {mix}")
                     say(f"    {await bench.measure(seed, mix):.2f} times as many lines per second as in file order")
     report.notes += [
         f"{name}, {sized.slots} slots, {size.lines} lines of a mix, answers of {size.tokens} tokens.",
         f"Shared are {size.prefixes} beginnings of {size.prefix_words} words, each by {size.lines_each} lines.",
-        f"Half as many lines each: {', '.join(sorted(_LONG))}.",
+        *([f"Half as many lines each: {', '.join(long)}."] if (long := sorted(_LONG.intersection(mixes))) else []),
         f"In file order: {sized.slots} connections straight to an engine of its own, each taking the next line of the file.",
         "The clock of a batch runs from its creation to its end: with the check of its file and the joining of its results.",
         "What an engine had to read is what it says itself: the tokens of the prompts less those it had kept.",
         "CPU time is that of the server and its engine, and of the engine that is driven directly.",
         f"A mix is measured again, with other lines, while others had more than {_STOLEN_MAX:.0%} of the machine: {_TRIES_MAX} times at most. The one counts in which they had least.",
-        "Both sides get the same lines; which goes first changes from seed to seed. One is idle while the other works.",
+        "Both sides get the same lines; which goes first changes from seed to seed, and the seeds of a mix follow each other. One is idle while the other works.",
     ]
     return report
 

@@ -152,7 +152,10 @@ def coserve(
 @app.command()
 def prefix(
     model: Annotated[str, typer.Option(help="A model of llama.cpp that is here.")] = "smollm2-135m-instruct",
-    seeds: Seeds = 3,
+    mix: Annotated[
+        list[str] | None, typer.Option(help="One mix alone, by its name in the results; more than once for several.")
+    ] = None,
+    seeds: Seeds = 2,
     quick: Quick = False,
     out: Out = _RESULTS,
     config_file: ConfigFile = None,
@@ -160,9 +163,9 @@ def prefix(
 ) -> None:
     """Batches whose lines share the beginning of their prompts, beside the engine driven in file order (P6)."""
     with _measuring(out) as runner:
-        settings = load_settings(config_file, data_dir=data_dir)
+        settings, mixes = load_settings(config_file, data_dir=data_dir), prefix_bench.chosen(mix)
         size = prefix_bench.QUICK if quick else prefix_bench.FULL
-        _show(runner.run(prefix_bench.run(settings, model, 1 if quick else seeds, size, _say)), out)
+        _show(runner.run(prefix_bench.run(settings, model, mixes, 1 if quick else seeds, size, _say)), out)
 
 
 @app.command()

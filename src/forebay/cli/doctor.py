@@ -162,12 +162,12 @@ def _owner(port: int) -> str | None:
                 inodes.add(f"socket:[{fields[9]}]")
     for process in Path("/proc").glob("[0-9]*") if inodes else ():
         try:
-            held = {os.readlink(descriptor) for descriptor in (process / "fd").iterdir()}
-        except OSError:
-            continue
-        if held & inodes:
+            if not inodes & {os.readlink(descriptor) for descriptor in (process / "fd").iterdir()}:
+                continue
             said = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            return f"process {process.name} ({said[:80]})"
+        except OSError:  # another user's, or it has ended meanwhile
+            continue
+        return f"process {process.name} ({said[:80]})"
     return None
 
 

@@ -27,6 +27,10 @@ from forebay.telemetry import Log, Metrics
 _MORE_AFTER_SHORTAGE = 1.05
 _MORE_AT_MOST = 1.5  # times what is known: whoever is short beyond that is so because of others
 _SILENT_MAX = 10  # readings for which a GPU is as hot as it was that the driver does not tell of
+_PAUSE_MIN, _PAUSE_SECONDS_MAX = (
+    20,
+    60.0,
+)  # times what a look took: the kernel goes through every page of an engine for it
 _SHORTAGE_SECONDS = 600.0  # two cool-downs: a model that finds its memory for as long has no shortage any longer
 
 Keepers = Callable[[], Iterable[tuple[str, Keeper]]]
@@ -170,9 +174,12 @@ class MeasuredBooks:
     async def run(self) -> None:
         """Measure and learn, until cancelled."""
         try:
+            pause = 0.0
             while True:
-                await self._clock.sleep(self._settings.measure_seconds)
+                await self._clock.sleep(max(self._settings.measure_seconds, pause))
+                began = self._clock.monotonic()
                 await self.measure()
+                pause = min(_PAUSE_MIN * (self._clock.monotonic() - began), _PAUSE_SECONDS_MAX)
                 await self._learned.save_when_due()
         finally:
             await self._learned.save()

@@ -96,7 +96,7 @@ def backup(settings: Settings, file: Path, *, overwrite: bool = False) -> int:
 
 
 def _copy(source: Path, file: Path, overwrite: bool) -> int:
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
+    descriptor, name = tempfile.mkstemp(prefix=".forebay-", dir=file.parent)
     part = Path(name)
     try:
         sqlite.copy(source, part)
