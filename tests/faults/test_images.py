@@ -55,7 +55,7 @@ def messages(url: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "made"),
     [(CHAT_COMPLETIONS, chat), (RESPONSES, responses), (MESSAGES, messages)],
-    ids=lambda each: str(each),
+    ids=["chat", "responses", "messages"],
 )
 @pytest.mark.parametrize("priority", [None, Priority.BATCH])
 @pytest.mark.parametrize("answer", [["127.0.0.1"], ["::1"], ["::ffff:127.0.0.1", "127.0.0.1"]])
