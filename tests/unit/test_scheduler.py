@@ -4,6 +4,7 @@ The machine room is a list of replicas that the test opens and closes; their eng
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
@@ -367,6 +368,32 @@ async def test_batch_lines_of_projects_take_turns_by_weight() -> None:
         running.leave()
         await settle()
         assert abs(order[:12].count("heavy") - 9) <= 1
+        assert scheduler.load(MODEL) == (0, 0)
+
+
+@pytest.mark.parametrize("priority", [Priority.DEFAULT, Priority.BATCH])
+async def test_a_project_of_long_requests_gets_no_more_of_the_time_than_one_of_short_ones(priority: Priority) -> None:
+    async with aiohttp.ClientSession() as session:
+        clock, seconds = FakeClock(), {"long": 10.0, "short": 1.0}
+        room = Room(clock)
+        scheduler = Scheduler(room, {MODEL: Limits(1, 60, math.inf)}, SETTINGS, 1.0, clock, Metrics())
+        room.open(1, session)
+        asked = ["long", *["long"] * 10, *["short"] * 40]
+        running, *waiting = (Visitor(scheduler, request(n, priority, project=each)) for n, each in enumerate(asked))
+        await settle()
+        order: list[str] = []
+        while len(order) < 36:
+            clock.advance(seconds[running.wanted.project])
+            running.leave()
+            await settle()
+            (running,) = [visitor for visitor in waiting if visitor.permit is not None]
+            waiting.remove(running)
+            order.append(running.wanted.project)
+        for visitor in (running, *waiting):
+            visitor.leave()
+            await settle()
+        late = order[3:]  # by then it is known how long those of each take
+        assert late.count("long") == 3, order
         assert scheduler.load(MODEL) == (0, 0)
 
 

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,14 +38,19 @@ class OneSlot:
             self.line.join(tickets[-1])
         return tickets
 
-    def serve(self) -> Ticket | None:
+    def grant(self) -> Ticket | None:
         grant = next_grant(self.line, Background(), [Seats("r", 8, 0)], self.now, AGEING, self.line.shares)
         if grant is None:
             return None
         grant[0].taken = grant[0].places
         self.line.serve(grant[0])
-        self.line.end(grant[0])
         return grant[0]
+
+    def serve(self) -> Ticket | None:
+        ticket = self.grant()
+        if ticket is not None:
+            self.line.end(ticket)
+        return ticket
 
     def served(self, count: int, seconds: float = 0.0) -> list[str]:
         """The projects of the next so many, each of which takes so long."""
@@ -239,6 +245,45 @@ def test_beside_a_flood_nearly_every_request_is_as_quick_as_alone(*, prove: bool
         p99 = sorted(taken for taken, _ in beside)[int(len(beside) * 0.99)]
         assert p99 <= 1.5 * sorted(alone)[int(len(alone) * 0.99)]
         assert max(flooded for _, flooded in beside) <= 1, "more than a turn for each of its own before it, and one"
+
+
+@pytest.mark.parametrize(("weight", "share"), [(1.0, 0.5), (3.0, 0.75)])
+def test_places_are_shared_by_the_time_that_they_are_held_however_long_requests_are(weight: float, share: float) -> None:
+    """Eight slots for an hour; both projects always have more in line, one of requests of a minute, one of a second."""
+    slots, hall, ends = 8, OneSlot({"short": weight}), list[tuple[float, int, Ticket]]()
+    held, lengths = Counter[str](), {"long": 60.0, "short": 1.0}
+    hall.join("long", 20)
+    while hall.now < 3600:
+        while len(ends) < slots and (ticket := hall.grant()) is not None:
+            heapq.heappush(ends, (hall.now + lengths[ticket.project], ticket.number, ticket))
+        hall.now, _, ended = heapq.heappop(ends)
+        hall.line.end(ended, lengths[ended.project])
+        held[ended.project] += round(lengths[ended.project])
+        hall.join(ended.project)
+        if hall.now >= 120 and "short" not in held:
+            hall.join("short", 20)
+            held["short"] += 1
+    assert abs(held["short"] / held.total() - share) < 0.05
+
+
+def test_what_fails_at_once_does_not_go_before_others_for_ever() -> None:
+    shares = Shares()
+    shares.learn("failing", 1e-9)
+    shares.learn("steady", 0.01)
+    shares.serve("steady", shares.cost("steady", 1))
+    turns = 0
+    while shares.start("failing") <= shares.start("steady"):
+        shares.serve("failing", shares.cost("failing", 1))
+        turns += 1
+    assert turns <= 12
+
+
+def test_how_long_requests_of_projects_take_is_remembered_of_so_many() -> None:
+    shares = Shares()
+    for number in range(3000):
+        shares.learn(f"p{number}", 1.0 + number)
+    assert shares.cost("p2999", 2) == 6000
+    assert shares.cost("p0", 1) == shares.cost("never seen", 1) > 2900, "as long as those of all lately"
 
 
 def latencies(chance: random.Random, flood: int) -> list[tuple[float, int]]:

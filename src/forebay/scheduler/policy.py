@@ -67,7 +67,7 @@ def in_order(
         turns.stand(project)
     while (first := turns.take()) is not None:
         _, ticket = heapq.heappop(lines[first])
-        turns.serve(first, ticket.places)
+        turns.serve(first, shares.cost(first, ticket.places))
         if lines[first]:
             turns.stand(first)
         yield ticket

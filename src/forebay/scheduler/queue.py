@@ -15,10 +15,10 @@ class Ticket:
     """One caller's place in line and then on a replica. `number` grows with each arrival; times are monotonic seconds.
 
     One that is `further` belongs to something that was let in before, and keeps its place in a full line.
-    `taken` is how many places it fills on `replica_id` once it has been granted. Of batch work only: `spared` has its
-    place for good, `preempted` gives it back as soon as the engine has stopped; one that `yields` goes on from where it was
-    when it has a place again. `served` has had its answer to the end. One that `found_engine` came while a replica of its
-    model was up.
+    `taken` is how many places it fills on `replica_id` once it has been granted, `granted_at`, and `cost` what its project is
+    charged for them. Of batch work only: `spared` has its place for good, `preempted` gives it back as soon as the engine has
+    stopped; one that `yields` goes on from where it was when it has a place again. `served` has had its answer to the end.
+    One that `found_engine` came while a replica of its model was up.
     """
 
     number: int
@@ -28,6 +28,8 @@ class Ticket:
     joined_at: float
     replica_id: str = ""
     taken: int = 0
+    cost: float = 0.0
+    granted_at: float = 0.0
     spared: bool = False
     preempted: bool = False
     project: str = ""
@@ -67,11 +69,14 @@ class Line:
     def serve(self, ticket: Ticket) -> None:
         """Take `ticket` out since it has got its places, on the account of its project."""
         self._tickets.pop(ticket.number, None)
-        self.shares.serve(ticket.project, ticket.taken)
+        ticket.cost = self.shares.cost(ticket.project, ticket.taken)
+        self.shares.serve(ticket.project, ticket.cost)
 
-    def end(self, ticket: Ticket) -> None:
-        """One that was served has given its places back; those of who was preempted are not on anybody's account."""
-        self.shares.end(ticket.project, unused=ticket.taken if ticket.preempted else 0)
+    def end(self, ticket: Ticket, seconds: float = 0) -> None:
+        """One that was served has given its places back after so long; who was preempted has them on nobody's account."""
+        self.shares.end(ticket.project, unused=ticket.cost if ticket.preempted else 0)
+        if not ticket.preempted:
+            self.shares.learn(ticket.project, seconds)
         self._forget()
 
     def _forget(self) -> None:

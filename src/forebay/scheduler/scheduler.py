@@ -307,7 +307,7 @@ class Scheduler:
     def _give_back(self, hall: Hall, ticket: Ticket, replica: Replica) -> None:
         if hall.grants.pop(ticket.number, None) is None:
             return
-        (hall.backlog if ticket.batch else hall.line).end(ticket)
+        (hall.backlog if ticket.batch else hall.line).end(ticket, self._clock.monotonic() - ticket.granted_at)
         replica.give_back()
         hall.running[replica.id] -= ticket.taken
         if hall.running[replica.id] == 0 and not replica.ready:
@@ -349,7 +349,7 @@ class Scheduler:
         self._set_alarm(model, hall, self._next_look(hall, now))
 
     def _seat(self, hall: Hall, ticket: Ticket, replica: Replica, now: float) -> None:
-        ticket.replica_id, ticket.taken = replica.id, min(ticket.places, replica.slots)
+        ticket.replica_id, ticket.taken, ticket.granted_at = replica.id, min(ticket.places, replica.slots), now
         hall.running[replica.id] = hall.running.get(replica.id, 0) + ticket.taken
         if ticket.batch:
             hall.backlog.serve(ticket)

@@ -1,13 +1,19 @@
 """Whose turn it is among projects: start-time fair queuing, where each gets places by its weight as long as it waits.
 
-It refuses to give credit for time in which a project asked for nothing, and to remember one that has had no more than
-its turn.
+Places count by how long a project holds one, as far as that is known: long requests would get most of them otherwise.
+It refuses to give credit for time in which a project asked for nothing, and to remember the turn of one that has had
+no more than that.
 """
 
 from collections import Counter
 from collections.abc import Callable
 
 Weights = Callable[[str], float]
+
+_UNKNOWN = 1.0  # seconds; while nothing is known, all count the same
+_SHORTEST = 0.001  # seconds: what fails at once does not go on for ever before it is another one's turn
+_LATEST = 0.2  # the weight of the latest in a mean
+_PROJECTS_MAX = 1_024  # whose means are kept
 
 
 def equal(_project: str) -> float:
@@ -16,7 +22,7 @@ def equal(_project: str) -> float:
 
 
 class Shares:
-    """The tags of the projects that wait in one line.
+    """The tags of the projects that wait in one line, and how many seconds each lately held a place.
 
     Virtual time is the start tag of what was served last. What is served begins at the end of what its project was
     served before, but not before `now`, and ends so much later as it costs, divided by the weight of the project.
@@ -27,6 +33,8 @@ class Shares:
         self.now = 0.0
         self._ends: dict[str, float] = {}
         self._running: Counter[str] = Counter()
+        self._held: dict[str, float] = {}  # the latest last
+        self._held_by_all = _UNKNOWN
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -39,8 +47,24 @@ class Shares:
         """The start tag of what a project is served next: the lowest goes first."""
         return max(self.now, self._ends.get(project, self.now))
 
+    def cost(self, project: str, places: int) -> float:
+        """What so many places come to, in seconds of one: what they will come to is known only later."""
+        return places * max(_SHORTEST, self._held.get(project, self._held_by_all))
+
+    def learn(self, project: str, seconds: float) -> None:
+        """A project has held its places for so long."""
+        if seconds <= 0:
+            return
+        before = self._held.pop(project, None)
+        if not self._held and before is None:
+            self._held_by_all = seconds
+        self._held_by_all += _LATEST * (seconds - self._held_by_all)
+        self._held[project] = seconds if before is None else before + _LATEST * (seconds - before)
+        if len(self._held) > _PROJECTS_MAX:
+            del self._held[next(iter(self._held))]
+
     def serve(self, project: str, cost: float = 1, *, ahead_of: str | None = None) -> None:
-        """A project is served so many places; before its turn, if it goes `ahead_of` the one whose turn it is."""
+        """A project is served what costs so much; before its turn, if it goes `ahead_of` the one whose turn it is."""
         end = self.start(project) + cost / self._weights(project)
         self.now = self.start(project if ahead_of is None else ahead_of)
         self._ends[project] = end
@@ -48,7 +72,7 @@ class Shares:
         self._ends = {each: end for each, end in self._ends.items() if end > self.now}
 
     def end(self, project: str, *, unused: float = 0) -> None:
-        """One that was served has given its places back, so many of them without having used them."""
+        """One that was served has given its places back, and has not used so much of what they cost."""
         self._running[project] -= 1
         if not self._running[project]:
             del self._running[project]
