@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import resource
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
@@ -12,6 +14,7 @@ import psutil
 import pytest
 
 from tests.support.answers import Answer, ask, first_bytes, read
+from tests.support.models import smollm2_path
 from tests.support.processes import lives
 from tests.support.server import Server, chat_body, eventually, serving
 
@@ -260,9 +263,38 @@ async def test_out_of_memory_halves_the_places_for_a_while() -> None:
         assert (await ask(server, "At the end.")).whole
 
 
-def _slots(server: Server, count: int) -> Callable[[], Awaitable[bool]]:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the memory of a process that others start")
+async def test_a_real_engine_that_finds_too_little_memory_comes_up_with_half_the_places_and_has_all_when_there_is_more() -> (
+    None
+):
+    """Eight contexts of llama.cpp are 1.5 GB of memory, of which the operating system gives it only 1.2 GiB."""
+    config = f"""
+default_models = false
+[supervisor]
+backoff_seconds_min = 0.05
+backoff_seconds_max = 0.1
+oom_cooldown_seconds = 3
+[models.real]
+engine = "llama.cpp"
+source = "file:{smollm2_path()}"
+slots = 8
+max_tokens = 16
+options = {{ context = 8192, threads = 1 }}
+"""
+    async with serving(config, environment=DEBUG) as server:
+        unlimited = resource.prlimit(server.pid, resource.RLIMIT_DATA)
+        resource.prlimit(server.pid, resource.RLIMIT_DATA, (int(1.2 * 2**30), unlimited[1]))  # its engines inherit it
+        assert (await ask(server, "What is a river?", model="real")).whole, "it has waited for the second start"
+        assert await server.metric("forebay_engine_deaths_total", model="real", kind="out_of_memory") >= 1
+        assert (await server.model("real"))["slots"] == 4
+        resource.prlimit(server.pid, resource.RLIMIT_DATA, unlimited)
+        await eventually(_slots(server, 8, "real"), within_seconds=60, what="eight places again")
+        assert (await ask(server, "What is a stone?", model="real")).whole
+
+
+def _slots(server: Server, count: int, name: str = "fake") -> Callable[[], Awaitable[bool]]:
     async def reached() -> bool:
-        return [replica["slots"] for replica in (await server.model())["replicas"]] == [count]
+        return [replica["slots"] for replica in (await server.model(name))["replicas"]] == [count]
 
     return reached
 
