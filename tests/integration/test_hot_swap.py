@@ -8,13 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
 import pytest
 
 from tests.faults.test_engine_death import begin
 from tests.support.answers import Answer, ask
+from tests.support.models import minilm_path, smollm2_path, whisper_tiny
 from tests.support.processes import lives
 from tests.support.server import Server, eventually, serving
+from tests.support.speech import sample_wav
 
 JSON_LOG = {"FOREBAY_LOG_FORMAT": "json"}
 MODEL = '[models.{name}]\nengine = "fake"\nmemory_bytes = {mega}_000_000\nslots = 2\n{more}\n'
@@ -263,3 +266,38 @@ async def test_a_preloaded_model_that_left_is_no_reason_to_call_the_server_unrea
         assert (await ask(server, "Hello again.", model="one")).whole
         await server.post("/admin/models/one/unload")
         assert not await server.ready(), "an operator's unload is another matter"
+
+
+async def test_real_models_of_three_kinds_take_turns_and_answer_after_each_swap_as_before() -> None:
+    """Chat, vectors and speech, of which two never fit; all that ask at once get what they got of a model by itself."""
+    config = BASE + "".join(
+        f'[models.{name}]\nengine = "{engine}"\nsource = "file:{path}"\nmemory_bytes = 600_000_000\n'
+        for name, engine, path in (
+            ("talks", "llama.cpp", smollm2_path()),
+            ("embeds", "onnx", minilm_path()),
+            ("hears", "whisper", whisper_tiny() / "model.bin"),
+        )
+    )
+
+    async def talk(client: openai.AsyncOpenAI) -> Any:
+        messages: Any = [{"role": "user", "content": "What is a river?"}]
+        said = await client.chat.completions.create(model="talks", messages=messages, max_tokens=12, temperature=0)
+        return said.choices[0].message.content
+
+    async def embed(client: openai.AsyncOpenAI) -> Any:
+        found = await client.embeddings.create(model="embeds", input="A river runs.", encoding_format="float")
+        return [round(each, 4) for each in found.data[0].embedding]
+
+    async def hear(client: openai.AsyncOpenAI) -> Any:
+        return (await client.audio.transcriptions.create(model="hears", file=sample_wav())).text
+
+    async with serving(config, environment=JSON_LOG) as server, server.client(timeout=120) as client:
+        asked = (talk, embed, hear)
+        alone = [await each(client) for each in asked]
+        assert names(server, "model.swapped") == ["talks", "embeds"]
+        swaps = len(names(server, "engine.starting"))
+        for _ in range(2):
+            assert await asyncio.gather(*(each(client) for each in asked * 2)) == alone * 2
+        assert len(names(server, "engine.starting")) >= swaps + 4
+        assert len(engines(server)) == 1, "two never fit"
+        assert not server.named("engine.died")
