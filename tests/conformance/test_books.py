@@ -1,6 +1,7 @@
 """The books of one process on both databases: nothing is lost and nothing counted twice, whatever goes wrong in between."""
 
 import os
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from forebay.store.keys import DEFAULT_PROJECT
 from forebay.store.projects import ProjectStore
 from forebay.store.usage import Fold, UsageStore
 from tests.support.clock import FakeClock
+from tests.support.usage import append_record
 
 ACCOUNT = Account(DEFAULT_PROJECT, "key", "m", "chat")
 DAY = "2027-01-15"  # that of the clock
@@ -157,6 +159,20 @@ async def test_a_journal_of_projects_that_are_not_there_keeps_no_server_from_sta
     with structlog.testing.capture_logs() as logs:
         await office.books.open()
     assert [(log["event"], log["records"]) for log in logs] == [("usage.unknown_project", 1)]
+    assert await office.counted() == (1, 5)
+    assert not dead.path.exists()
+    await office.books.close()
+
+
+async def test_a_journal_of_a_newer_version_keeps_no_server_from_starting(
+    database: Database, clock: FakeClock, tmp_path: Path
+) -> None:
+    office = _Office(database, clock, tmp_path)
+    office.folder.mkdir()
+    dead = Journal.create(office.folder, "node_7.x")
+    append_record(dead.path, DAY, *astuple(ACCOUNT), 1, 5, 0, 0, 0, 0, 0, 77, {"more": 1})
+    dead.close(remove=False)
+    await office.books.open()
     assert await office.counted() == (1, 5)
     assert not dead.path.exists()
     await office.books.close()

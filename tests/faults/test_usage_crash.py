@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,12 @@ STARTING = ("usage.left_folded",)
 WORKING = ("chunk.segment_written:2", "chunk.segment_committed:2")
 LINES = 40
 CALLERS = 6
+REQUESTS, TOKENS = 40, 90_000
+QUOTAS = f"""{CONFIG}[quotas]
+defaults = ["requests={REQUESTS}/month", "tokens={TOKENS}/month"]
+"""
+WRITTEN = 17  # records, before the server dies
+ASKED = 50_000  # tokens, of the requests that tell how much one reserves
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -101,6 +107,31 @@ async def test_a_server_that_is_killed_at_any_moment(tmp_path: Path, prove: bool
         await nothing_is_left(server)
 
 
+async def test_what_is_left_of_a_quota_is_the_same_to_the_unit_after_a_kill(tmp_path: Path) -> None:
+    told = Told()
+    async with living(tmp_path, f"usage.journaled:{WRITTEN}", QUOTAS) as server:
+        _, headers = await answered(server, ASKED)
+        around = TOKENS - int(headers["x-quota-remaining-tokens"]) - ASKED
+        await asyncio.gather(*(_ask_on(told, server, caller) for caller in range(CALLERS)))
+        await server.process.wait()
+    async with living(tmp_path, config=QUOTAS) as server:
+        found = await settled(server)
+        assert told.whole + 1 <= found["num_model_requests"] == WRITTEN, "what was under way holds nothing any more"
+        left = TOKENS - found["input_tokens"] - found["output_tokens"]
+        refused, headers = await answered(server, left - around + 1)
+        assert (refused, headers["x-quota-remaining-tokens"]) == ("insufficient_quota", str(left))
+        passed, headers = await answered(server, left - around)
+        assert (passed, headers["x-quota-remaining-tokens"]) == ("", "0")
+        codes = Counter(code for code, _ in await asyncio.gather(*(answered(server, 20) for _ in range(REQUESTS))))
+        assert codes == {"": REQUESTS - WRITTEN - 1, "insufficient_quota": WRITTEN + 1}
+        server.process.kill()
+        await server.process.wait()
+    async with living(tmp_path, config=QUOTAS) as server:
+        refused, headers = await answered(server, 20)
+        assert (refused, headers["x-quota-remaining-requests"]) == ("insufficient_quota", "0")
+        assert (await settled(server))["num_model_requests"] == REQUESTS
+
+
 async def test_lines_of_a_batch_count_once_however_often_they_are_tried(tmp_path: Path, prove: bool) -> None:
     batch_id = ""
     for point in WORKING if prove else WORKING[1:]:
@@ -122,6 +153,14 @@ async def _ask_on(told: Told, server: Server, caller: int) -> None:
             await told.ask(server, number)
 
 
+async def answered(server: Server, max_tokens: int) -> tuple[str, Mapping[str, str]]:
+    """The code of the refusal, empty for an answer, and what is told of quotas."""
+    async with await server.send(chat_body("[[fake tokens=3]]", max_tokens=max_tokens)) as response:
+        body = await response.json()
+        assert response.status in {200, 429}, body
+        return body.get("error", {}).get("code", ""), response.headers
+
+
 async def settled(server: Server) -> Counter[str]:
     """What is counted when all that was written down is added up."""
     async with server.session.post(f"{server.url}/admin/projects/default", json={}, headers=server.headers) as response:
@@ -129,7 +168,7 @@ async def settled(server: Server) -> Counter[str]:
     days = (await server.get("/v1/usage?limit=2"))["data"]  # midnight may have passed
     found = Counter[str]()
     for result in (each for day in days for each in day["results"]):
-        found.update({name: result[name] for name in ("num_model_requests", "output_tokens")})
+        found.update({name: result[name] for name in ("num_model_requests", "input_tokens", "output_tokens")})
     return found
 
 
@@ -143,9 +182,9 @@ async def nothing_is_left(server: Server) -> None:
 
 
 @asynccontextmanager
-async def living(folder: Path, point: str | None = None) -> AsyncIterator[Server]:
+async def living(folder: Path, point: str | None = None, config: str = CONFIG) -> AsyncIterator[Server]:
     environment = {} if point is None else {"FOREBAY_REHEARSAL_KILL_AT": point}
-    async with serving(CONFIG, folder=folder, environment=environment, wait=point is None) as server:
+    async with serving(config, folder=folder, environment=environment, wait=point is None) as server:
         if point is not None:
             with suppress(AssertionError, aiohttp.ClientError):
                 await eventually(server.ready, within_seconds=30, what="readiness")

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from forebay.metering.journal import Entry, Journal, abandoned, journals, read, remove_drafts
 from forebay.quotas import Account, Use
+from tests.support.usage import append_record
 
 ENTRIES = tuple(Entry("2026-11-21", Account("p", "k", f"m{i}", "chat"), Use(1, i, 2, 3, 4, 5, 6)) for i in range(5))
 
@@ -63,6 +65,27 @@ def test_a_record_that_was_changed_is_none(journal: Journal, tmp_path: Path) -> 
     changed.write_bytes(content)
     found = read(changed, 0)
     assert found.entries == ENTRIES[:-1]
+    assert found.rest > 0
+
+
+def test_a_record_of_another_version_is_read_as_far_as_it_is_known(journal: Journal) -> None:
+    account = ("2026-11-22", "p", "k", "m", "chat")
+    append_record(journal.path, *account, 1, 2, 3)
+    append_record(journal.path, *account, 1, 2, 3, 4, 5, 6, 7, 8, "more")
+    append_record(journal.path, *account)
+    journal.size = journal.path.stat().st_size
+    journal.append(ENTRIES[0])
+    whole = read(journal.path, 0)
+    uses = [each.use for each in whole.entries[len(ENTRIES) :]]
+    assert uses == [Use(1, 2, 3), Use(1, 2, 3, 4, 5, 6, 7), Use(), ENTRIES[0].use]
+    assert (whole.end, whole.rest) == (journal.size, 0)
+
+
+@pytest.mark.parametrize("values", [(), ("2026-11-22", "p"), ("d", "p", "k", "m", 1), ("d", "p", "k", "m", "c", "1")])
+def test_a_record_that_no_version_has_written_is_none(journal: Journal, values: tuple[Any, ...]) -> None:
+    append_record(journal.path, *values)
+    found = read(journal.path, 0)
+    assert found.entries == ENTRIES
     assert found.rest > 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic_core import from_json, to_json
 
@@ -24,6 +24,7 @@ _RECORD_BYTES_MAX = 65_536
 _PIECE_BYTES = 4 * 2**20  # of a journal that are read at once
 _SUFFIX = ".journal"
 _DRAFT = ".new"
+_AMOUNTS = len(Use().values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +156,22 @@ def _record(content: bytes, place: int) -> tuple[Entry, int] | None:
     record = content[begins : begins + size]
     if not 0 < size <= _RECORD_BYTES_MAX or len(record) < size or zlib.crc32(record) != checksum:
         return None
-    day, project, key_id, model, capability, *use = _values(record)
-    return Entry(day, Account(project, key_id, model, capability), Use(*use)), begins + size
+    entry = _entry(record)
+    return None if entry is None else (entry, begins + size)
 
 
-def _values(record: bytes) -> list[Any]:
-    values: list[Any] = from_json(record)
-    return values
+def _entry(record: bytes) -> Entry | None:
+    """What a process of any version wrote, as far as this one knows it; None for what none has written.
+
+    Amounts are only ever added, behind the others: what is missing was not counted then, and what is more has no column in
+    the database of this version. Another order or meaning needs another `_BEGINNING`.
+    """
+    try:
+        day, project, key_id, model, capability, *amounts = from_json(record)
+    except (ValueError, TypeError):
+        return None
+    known = amounts[:_AMOUNTS]
+    account = (project, key_id, model, capability)
+    if not all(isinstance(each, str) for each in (day, *account)) or not all(isinstance(each, int) for each in known):
+        return None
+    return Entry(day, Account(*account), Use(*known))
