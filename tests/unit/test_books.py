@@ -65,7 +65,7 @@ class Desk:
         self.books = MeasuredBooks(Catalog(settings), settings.memory, self.dial, self.clock, self.metrics, Log())
         self.replica = SimpleNamespace(process=SimpleNamespace(pid=PID), largest_input=0, in_flight={})
         self.stand = SimpleNamespace(
-            replica=self.replica, ready_at=None, asleep_at=None, sleeps=False, load_seconds=1.5
+            replica=self.replica, ready_at=None, asleep_at=None, sleeps=False, leaving=False, load_seconds=1.5
         )
         self.keeper = cast(Keeper, self.stand)
         self.books.keepers = lambda: [("plain", self.keeper)]
@@ -130,6 +130,82 @@ async def test_what_work_came_to_stays_reserved() -> None:
     await desk.measure(70 * MIB)
     assert desk.held == 70 * MIB
     assert desk.need == 50 * MIB, "nothing was in flight"
+
+
+class Pair:
+    """Two replicas of `plain` at work that share 3 GiB of weights and have `OWN` each."""
+
+    OWN, WEIGHTS = 200 * MIB, 3 * GIB
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.other = SimpleNamespace(**vars(desk.stand))
+        self.other.replica = SimpleNamespace(process=SimpleNamespace(pid=PID + 1), largest_input=0, in_flight={})
+        self.both = [("plain", cast(Keeper, each)) for each in (desk.stand, self.other)]
+        desk.books.keepers = lambda: self.both
+
+    async def measure(self) -> None:
+        desk = self.desk
+        part = self.WEIGHTS // len(self.both)
+        pids = [cast(Any, keeper).replica.process.pid for _, keeper in self.both]
+        held = {pid: {HOST: self.OWN + part} for pid in pids}
+        shared = dict.fromkeys(pids, self.WEIGHTS - part)
+        desk.dial.reading = replace(desk.dial.reading, held=held, peaks=held, shared=shared)
+        desk.clock.advance(2)
+        await desk.books.measure()
+
+    async def work(self) -> None:
+        for stand in (self.desk.stand, self.other):
+            stand.ready_at = self.desk.clock.monotonic()
+            stand.replica.largest_input = 1000
+        await self.measure()
+
+    @property
+    def held(self) -> list[int]:
+        return [self.desk.books.held("plain", keeper)[HOST] for _, keeper in self.both]
+
+
+async def test_what_two_replicas_share_is_charged_once_and_stays_with_the_last() -> None:
+    pair = Pair(Desk())
+    await pair.work()
+    whole, own = pair.WEIGHTS + pair.OWN, pair.OWN
+    assert pair.held == [whole, own], "as much as they hold together"
+    pair.desk.stand.leaving = True
+    assert pair.held == [own, whole], "who leaves gives back no more than that"
+    del pair.both[0]
+    assert pair.held == [whole], "at once, and not when it is measured again"
+    await pair.measure()
+    assert pair.held == [whole]
+
+
+async def test_one_that_sleeps_is_not_charged_with_what_it_shares() -> None:
+    pair = Pair(Desk())
+    await pair.work()
+    pair.desk.stand.asleep_at = pair.desk.clock.monotonic()
+    await pair.measure()
+    assert pair.held == [pair.WEIGHTS // 2 + pair.OWN, pair.WEIGHTS + pair.OWN]
+
+
+async def test_what_a_model_needs_is_what_a_replica_holds_without_the_other_that_was_there() -> None:
+    pair = Pair(Desk())
+    await pair.work()
+    assert pair.desk.need == pair.WEIGHTS + pair.OWN
+
+
+async def test_what_is_shared_with_other_models_is_counted_by_parts() -> None:
+    pair = Pair(Desk())
+    pair.both[1] = ("other", pair.both[1][1])
+    await pair.work()
+    assert pair.held[0] == pair.desk.need == pair.WEIGHTS // 2 + pair.OWN
+
+
+async def test_each_of_two_replicas_is_charged_with_what_an_operator_has_said_at_least() -> None:
+    pair = Pair(Desk(memory_bytes=GIB))
+    await pair.work()
+    assert pair.held == [pair.WEIGHTS // 2 + pair.OWN] * 2
+    pair = Pair(Desk(memory_bytes=4 * GIB))
+    await pair.work()
+    assert pair.held == [4 * GIB] * 2
 
 
 async def test_a_model_that_once_came_to_more_than_there_is_may_run_alone() -> None:
@@ -377,13 +453,21 @@ async def test_engines_that_take_long_to_measure_are_measured_less_often() -> No
     await eventually(lambda: desk.clock.sleepers, what="the first pause")
     desk.clock.advance(2)
     await eventually(lambda: desk.dial.reads > reads, what="a measurement to begin")
-    desk.clock.advance(1.5)
+    desk.clock.advance(0.5)
     desk.dial.stuck.set()
     await eventually(lambda: desk.clock.sleepers, what="the next pause")
-    desk.clock.advance(29)
-    assert desk.clock.sleepers == 1, "a look of 1.5 s is followed by a pause of 30 s"
-    desk.clock.advance(1)
+    desk.clock.advance(4.5)
+    assert desk.clock.sleepers == 1, "a look of 0.5 s is followed by a pause of 5 s"
+    desk.dial.stuck = threading.Event()
+    desk.clock.advance(0.5)
     await eventually(lambda: desk.dial.reads > reads + 1, what="the next measurement")
+    desk.clock.advance(20)
+    desk.dial.stuck.set()
+    await eventually(lambda: desk.clock.sleepers, what="the pause after that")
+    desk.clock.advance(9)
+    assert desk.clock.sleepers == 1
+    desk.clock.advance(1)
+    await eventually(lambda: desk.dial.reads > reads + 2, what="no pause to be longer than 10 s")
     running.cancel()
     await asyncio.wait([running])
 

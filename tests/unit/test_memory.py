@@ -135,9 +135,9 @@ def test_who_has_waited_long_makes_one_yield_that_works() -> None:
     late = plan(need(), [busy], TOTALS, NOW, RULES, waited_seconds=20)
     assert isinstance(late, Yield)
     assert victims(late) == ["busy"]
-    finished = replace(busy, busy=False, yielding=True)
-    assert victims(plan(need(), [finished], TOTALS, NOW, RULES, waited_seconds=20)) == ["busy"]
-    assert isinstance(plan(need(), [finished], TOTALS, NOW, RULES, waited_seconds=20), Evict)
+    told = replace(busy, leaving=True)
+    gone = Wait("new starts when busy is gone.", None, promised=True)
+    assert plan(need(), [told], TOTALS, NOW, RULES, waited_seconds=20) == gone
 
 
 def test_an_idle_one_with_a_line_leaves_at_once_for_who_has_waited_long() -> None:
@@ -151,14 +151,6 @@ def test_the_shortest_stay_holds_whoever_waits() -> None:
     decision = plan(need(), [young], TOTALS, NOW, RULES, waited_seconds=1e6)
     assert isinstance(decision, Wait)
     assert decision.until == NOW + 1
-
-
-def test_who_yields_already_goes_on_yielding() -> None:
-    first = holding("first", busy=True, idle_since=NOW - 1)
-    second = holding("second", busy=True, idle_since=NOW - 2, reload_seconds=0)
-    assert victims(plan(need(), [first, second], TOTALS, NOW, RULES, waited_seconds=30)) == ["second"]
-    first = replace(first, yielding=True)
-    assert victims(plan(need(), [first, second], TOTALS, NOW, RULES, waited_seconds=30)) == ["first"]
 
 
 def test_who_is_leaving_is_waited_for_and_nobody_else_leaves() -> None:
@@ -309,7 +301,6 @@ HOLDINGS = st.lists(
         loaded_at=st.floats(NOW - 500, NOW),
         reload_seconds=st.floats(0, 60),
         last_online_at=st.none() | st.floats(NOW - 200, NOW),
-        yielding=st.booleans(),
         leaving=st.booleans(),
         batch_alone=st.booleans(),
     ),
@@ -345,11 +336,11 @@ def test_plans_hold_what_they_promise(
         assert not fits(wanted, [*rest, one])
         assert not one.pinned
         assert not one.leaving
-        assert not (for_batch and not one.yielding and one.last_online_at and NOW - one.last_online_at < 60)
+        assert not (for_batch and one.last_online_at and NOW - one.last_online_at < 60)
         makes_way = one.batch_alone and not for_batch
         if isinstance(decision, Evict) and not makes_way:
             assert not one.busy
-            assert one.yielding or not one.awaited or waited_seconds >= RULES.swap_wait_seconds
+            assert not one.awaited or waited_seconds >= RULES.swap_wait_seconds
     if isinstance(decision, Yield):
         assert waited_seconds >= RULES.swap_wait_seconds
         assert any(one.busy for one in gone)

@@ -1,6 +1,7 @@
 """Who is in memory, who waits and who leaves: single cases, and thousands of arrivals in simulated time."""
 
 from itertools import pairwise
+from math import inf
 from random import Random
 
 import pytest
@@ -360,16 +361,46 @@ def test_requests_that_alternate_between_two_models_are_collated() -> None:
     assert switches <= 250 / RULES["residency_seconds"]
 
 
+class Door:
+    """Who leaves for batch work, and for how long nobody online had been there then; `look` at it after each step."""
+
+    def __init__(self, home: House) -> None:
+        self.quiet_seconds: list[float] = []
+        self._home = home
+        self._for_online: set[str] = set()
+        self._gone: set[str] = set()
+        home.residency.on_leave = self._told
+
+    def _told(self, model: str) -> None:
+        self._for_online |= {stand.id for stand in self._home.stands(model) if stand.leaving}
+        self._home.clear_out(model)
+
+    def look(self) -> None:
+        home = self._home
+        for name in home.kinds:
+            for stand in home.stands(name):
+                if stand.leaving and stand.id not in self._gone | self._for_online:
+                    online_at = home.last.get((name, False), -inf)
+                    self.quiet_seconds.append(home.now - STEP_SECONDS - online_at)
+                self._gone |= {stand.id} if stand.leaving else set()
+
+
 def test_batch_work_never_makes_a_model_leave_that_is_online(prove: bool) -> None:
+    left = 0
     for seed in range(100 if prove else 3):
         home, arrivals = mixed(seed, 3, seconds=240, per_second=1.0, batch=0.5)
         online_only = house(*home.kinds.values())
         alone = online_only.run([each for each in arrivals if not each.batch], 240)
-        story = home.run(arrivals, 240)
+        door = Door(home)
+        story = home.run(arrivals, 240, door.look)
         longest = max((seconds for _, seconds in story.absences), default=0.0)
         assert longest <= bound(home), f"seed {seed}: {longest}"
         assert story.most_bytes <= TOTAL
         assert len([one for _, one in story.served if not one.batch]) >= 0.8 * len(alone.served), f"seed {seed}"
+        home.run([], 150, door.look)  # batch work that is left has its turn
+        assert min(door.quiet_seconds, default=inf) >= RULES["online_seconds"], f"seed {seed}"
+        left += len(door.quiet_seconds)
+    assert left, "or nothing was checked"
 
 
 def test_idle_models_leave_a_machine_that_needs_their_memory_and_no_more_of_them_than_it_takes() -> None:

@@ -6,8 +6,9 @@ decides.
 What a model will take is, in this order: what its settings say, what it was measured to come to, what its files suggest.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from forebay.clock import Clock
 from forebay.errors import SetupError
@@ -27,13 +28,19 @@ from forebay.telemetry import Log, Metrics
 _MORE_AFTER_SHORTAGE = 1.05
 _MORE_AT_MOST = 1.5  # times what is known: whoever is short beyond that is so because of others
 _SILENT_MAX = 10  # readings for which a GPU is as hot as it was that the driver does not tell of
-_PAUSE_MIN, _PAUSE_SECONDS_MAX = (
-    20,
-    60.0,
-)  # times what a look took: the kernel goes through every page of an engine for it
+_PAUSE_PER_LOOK = 10  # times what a look took: the kernel goes through every page of an engine for it
+_PAUSE_SECONDS_MAX = 10.0  # the gate, and who waits for what a sleeper gives back, wait as long
 _SHORTAGE_SECONDS = 600.0  # two cool-downs: a model that finds its memory for as long has no shortage any longer
 
 Keepers = Callable[[], Iterable[tuple[str, Keeper]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Common:
+    """What replicas of one model share of the host: `bytes` in all, of which one is counted without `others`' parts."""
+
+    bytes: int = 0
+    others: int = 0
 
 
 class MeasuredBooks:
@@ -60,6 +67,7 @@ class MeasuredBooks:
         self._silent: dict[str, int] = {}  # readings in a row without a GPU, or without its temperature
         self._labels: set[tuple[str, str]] = set()
         self._held: dict[int, Bytes] = {}
+        self._common: dict[int, _Common] = {}
         self._unmeasured, self._read_at = False, 0.0
         self._reading = gauge.read()
         self._totals = gauge.totals(self._reading, {})
@@ -106,17 +114,28 @@ class MeasuredBooks:
     def held(self, model: str, keeper: Keeper) -> Bytes:
         """What a replica is charged with now. What an operator has said it takes, it is charged with at least.
 
-        What a shortage adds is no part of that: it is asked for before a start, and counts for no engine that runs.
+        What it shares with others of its model one of them is charged with, who holds it to the last: the others give back
+        only what is their own. What a shortage adds is no part of that: it is asked for before a start, and counts for no
+        engine that runs.
         """
         need, measured = self._needed(model), self._measured(keeper)
         if keeper.asleep_at is not None:
             return self._asleep(model, measured, fresh=self._read_at > keeper.asleep_at)
         said = self._catalog.get(model).memory_bytes is not None
         reserved = said or keeper.ready_at is None or keeper.ready_at >= self._read_at
-        return {
+        common = _Common() if said else self._common.get(_pid(keeper) or 0, _Common())
+        measured = _with(measured, common.others)
+        charged = {
             device: self._charged(model, device, need.get(device, 0), measured.get(device), reserved=reserved)
             for device in need.keys() | measured.keys()
         }
+        return _with(charged, 0 if not common.bytes or self._carries(model, keeper) else -common.bytes)
+
+    def _carries(self, model: str, keeper: Keeper) -> bool:
+        """Whether it is the one that is charged with what it shares: one that stays, if there is any, and does not sleep."""
+        awake = [one for name, one in self.keepers() if name == model and one.asleep_at is None]
+        sharing = [one for one in awake if _pid(one) in self._common]
+        return keeper is min(sharing, key=lambda one: one.leaving, default=keeper)
 
     def _charged(self, model: str, device: str, needed: int, measured: int | None, *, reserved: bool) -> int:
         worked = self._learned.at_work(model, device)
@@ -179,7 +198,7 @@ class MeasuredBooks:
                 await self._clock.sleep(max(self._settings.measure_seconds, pause))
                 began = self._clock.monotonic()
                 await self.measure()
-                pause = min(_PAUSE_MIN * (self._clock.monotonic() - began), _PAUSE_SECONDS_MAX)
+                pause = min(_PAUSE_PER_LOOK * (self._clock.monotonic() - began), _PAUSE_SECONDS_MAX)
                 await self._learned.save_when_due()
         finally:
             await self._learned.save()
@@ -196,10 +215,13 @@ class MeasuredBooks:
             self._unmeasured = True
             return
         self._unmeasured, self._read_at = False, began
+        self._common = _found_common({pid: model for pid, (model, _) in running.items()}, reading)
         self._take(reading)
         for pid, (model, keeper) in running.items():
-            if _pid(keeper) == pid:
-                self._learn(model, keeper, reading.held.get(pid, {}), reading.peaks.get(pid, {}), since)
+            if _pid(keeper) == pid:  # what the next one needs does not depend on who shares with it then
+                others = self._common.get(pid, _Common()).others
+                held, peaks = (_with(found.get(pid, {}), others) for found in (reading.held, reading.peaks))
+                self._learn(model, keeper, held, peaks, since)
         self._allowed = self._allowance()
         self._show(reading)
 
@@ -341,6 +363,22 @@ class MeasuredBooks:
             self._metrics.memory_measured.labels(*labels).set(measured.get(labels, 0))
             self._metrics.memory_charged.labels(*labels).set(charged.get(labels, 0))
             self._metrics.memory_peak.labels(*labels).set(self._learned.most(*labels) or 0)
+
+
+def _found_common(models: Mapping[int, str], reading: Reading) -> dict[int, _Common]:
+    """What each engine shares with others of its model: what is counted for these, as far as they can have it in common."""
+    processes = Counter(model for pid, model in models.items() if pid in reading.held)
+    found = {}
+    for pid, model in models.items():
+        sisters = processes[model] - 1
+        others = min(reading.shared.get(pid, 0), sisters * reading.held.get(pid, {}).get(HOST, 0))
+        if others > 0:
+            found[pid] = _Common(others + others // sisters, others)
+    return found
+
+
+def _with(counts: Bytes, more: int) -> Bytes:
+    return {**counts, HOST: counts.get(HOST, 0) + more} if more else counts
 
 
 def _pid(keeper: Keeper) -> int | None:

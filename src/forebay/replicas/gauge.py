@@ -38,9 +38,10 @@ class Reading:
 
     `total_bytes` is what the machine or its container has; `available_bytes` what a program could take without anything
     being swapped out. `held` has bytes by device for each family, by the id of its first process, and `peaks` the most
-    that it came to since the last reading, as far as the kernel tells; a family that is gone is in neither. `unseen` has
-    what is held of each GPU by processes that the driver tells of and that are not to be seen from here: in a container
-    these may be ours.
+    that it came to since the last reading, as far as the kernel tells; a family that is gone is in neither. `shared` is
+    how much more is resident of each family than is counted for it: the parts of those who share it. `unseen` has what is
+    held of each GPU by processes that the driver tells of and that are not to be seen from here: in a container these may be
+    ours.
     """
 
     total_bytes: int
@@ -50,6 +51,7 @@ class Reading:
     gpus: tuple[Gpu, ...]
     held: Mapping[int, Mapping[str, int]]
     peaks: Mapping[int, Mapping[str, int]]
+    shared: Mapping[int, int] = field(default_factory=dict)
     unseen: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -76,7 +78,8 @@ class Gauge:
         total, available = self._host()
         gpus = self._gpus.read() if self._gpus is not None else ()
         found = {first: _family(self._root, first) for first in families}
-        weighed = {first: _weighed(self._root, members, gpus) for first, members in found.items() if members}
+        resident = {first: [_resident(pid) for pid in members] for first, members in found.items() if members}
+        weighed = {first: _weighed(self._root, found[first], counted, gpus) for first, counted in resident.items()}
         return Reading(
             total,
             available,
@@ -85,6 +88,7 @@ class Gauge:
             gpus,
             {first: held for first, (held, _) in weighed.items()},
             {first: peak for first, (_, peak) in weighed.items()},
+            {first: max(0, sum(whole - part for part, whole in counted)) for first, counted in resident.items()},
             {gpu.name: _unseen(self._root, gpu) for gpu in gpus},
         )
 
@@ -165,11 +169,12 @@ class Readings:
         return found
 
 
-def _weighed(root: Path, family: Iterable[int], gpus: Iterable[Gpu]) -> tuple[dict[str, int], dict[str, int]]:
+def _weighed(
+    root: Path, family: Iterable[int], resident: Iterable[tuple[int, int]], gpus: Iterable[Gpu]
+) -> tuple[dict[str, int], dict[str, int]]:
     """What a family holds, and came to. A GPU is left out on which the driver does not tell of it."""
     family = tuple(family)
-    resident = [_resident(pid) for pid in family]
-    held = {HOST: sum(resident)}
+    held = {HOST: sum(part for part, _ in resident)}
     for gpu in gpus:
         told = [gpu.processes[pid] for pid in family if pid in gpu.processes]
         if told:
@@ -183,16 +188,17 @@ def _unseen(root: Path, gpu: Gpu) -> int:
     return sum(count for pid, count in gpu.processes.items() if not (root / "proc" / str(pid)).exists())
 
 
-def _resident(pid: int) -> int:
-    """PSS of one process; what is resident where the kernel does not tell that; nothing if it has just ended."""
+def _resident(pid: int) -> tuple[int, int]:
+    """PSS of one process, and all that is resident; that twice where the kernel does not tell; nothing if it has just ended."""
     with contextlib.suppress(*_GONE):
         process = psutil.Process(pid)
         with contextlib.suppress(psutil.AccessDenied):
             full = process.memory_full_info()
-            return int(getattr(full, "pss", full.uss))
+            return int(getattr(full, "pss", full.uss)), int(full.rss)
         with contextlib.suppress(psutil.AccessDenied):
-            return int(process.memory_info().rss)
-    return 0
+            whole = int(process.memory_info().rss)
+            return whole, whole
+    return 0, 0
 
 
 def _fallen(root: Path, pid: int) -> int:

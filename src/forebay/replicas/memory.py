@@ -1,14 +1,15 @@
 """The ledger of memory: what is held on each device, what the next model needs, and who leaves for it. Pure.
 
 It owns no state, measures nothing and stops nobody: gauge.py measures, the supervisor asks and acts. It refuses to let
-go of a model that works, that is pinned or that has a line, and to promise the same bytes twice.
+go of what is pinned, and to promise the same bytes twice.
 
 A plan is decided in this order:
 (1) what is more than the device will ever have: never;
 (2) what is free: fits;
 (3) what is more than the programs of others leave for now: wait;
 (4) what is free once those are gone who are leaving: wait;
-(5) those who are idle and whom nobody awaits, the one idle longest first, then the one that is back soonest: evict;
+(5) those who are idle and whom nobody awaits, the one idle longest first, then the one that is back soonest, and last,
+    for somebody online, those who have batch work alone: evict;
 (6) after `swap_wait_seconds` those who work or have a line, too, once they have finished what they run: yield;
 (7) otherwise: wait, and say for whom.
 """
@@ -56,8 +57,7 @@ class Holding:
     loaded_at: float  # when it became ready
     reload_seconds: float  # how long its next start would take
     last_online_at: float | None  # now, while anything online runs or waits for it; None if there never was any
-    yielding: bool = False  # it gets no new work, because a plan said so
-    leaving: bool = False  # it was told to go; its bytes are held until its process is gone
+    leaving: bool = False  # it was told to go, and gets no new work; its bytes are held until its process is gone
     batch_alone: bool = False  # what is in flight on it and in line for it is batch work, which makes way for others
 
 
@@ -86,7 +86,7 @@ class Evict:
 
 @dataclass(frozen=True, slots=True)
 class Yield:
-    """Give these nothing new, and ask again when they have finished what they run."""
+    """Have these leave once they have finished what they run; ask again when they are gone."""
 
     victims: tuple[Holding, ...]
     reason: str
@@ -191,7 +191,7 @@ def plan(
 
     `others` is what programs that are not ours hold: it is not in `totals` now, and may be again.
 
-    Ask again at every change, and let those yield whom the newest plans name: plans are stable, and nothing is kept.
+    Ask again at every change. Whom a plan has named leaves, and is `leaving` from then on: no later plan takes it back.
     """
     case = _Case(need, holdings, totals, claimed or {}, now, rules, for_batch, others or {})
     never = case.never()
@@ -293,11 +293,10 @@ class _Case:
         return not self.short(gone)
 
     def candidates(self) -> list[Holding]:
-        """Who could leave, the one that is missed least first: those who yield already, so that plans are stable."""
+        """Who could leave, the one that is missed least first."""
         return sorted(
             (one for one in self.holdings if not (one.pinned or one.leaving or one.model == self.need.model)),
             key=lambda one: (
-                not one.yielding,
                 one.busy or one.awaited,
                 -self._idle_class(one),
                 one.reload_seconds,
@@ -313,10 +312,10 @@ class _Case:
     def evictable(self, one: Holding) -> bool:
         if one.batch_alone and not self.for_batch:
             return True
-        return not one.busy and (one.yielding or (not one.awaited and self.obstacle_ends(one) <= self.now))
+        return not (one.busy or one.awaited) and self.obstacle_ends(one) <= self.now
 
     def may_yield(self, one: Holding) -> bool:
-        return one.yielding or self.obstacle_ends(one) <= self.now
+        return self.obstacle_ends(one) <= self.now
 
     def obstacle_ends(self, one: Holding) -> float:
         """Until when time alone protects it: its shortest stay, and, from batch work, its online traffic."""
