@@ -248,7 +248,9 @@ def test_beside_a_flood_nearly_every_request_is_as_quick_as_alone(*, prove: bool
 
 
 @pytest.mark.parametrize(("weight", "share"), [(1.0, 0.5), (3.0, 0.75)])
-def test_places_are_shared_by_the_time_that_they_are_held_however_long_requests_are(weight: float, share: float) -> None:
+def test_places_are_shared_by_the_time_that_they_are_held_however_long_requests_are(
+    weight: float, share: float
+) -> None:
     """Eight slots for an hour; both projects always have more in line, one of requests of a minute, one of a second."""
     slots, hall, ends = 8, OneSlot({"short": weight}), list[tuple[float, int, Ticket]]()
     held, lengths = Counter[str](), {"long": 60.0, "short": 1.0}
