@@ -21,21 +21,21 @@ serve: $(STAMP) ## Set up, pull the default model and start the server (ARGS='--
 chat: $(STAMP) ## Talk to a running server (ARGS='MODEL')
 	@exec $(BIN)/forebay chat $(ARGS)
 
-# What looks at a clock has the machine for itself; all the rest shares its cores, faults that only ask for states with it.
-TOGETHER := $(addprefix tests/faults/,test_bad_media.py test_bad_pictures.py test_database.py test_full_disk.py test_fuzz.py \
-	test_fuzz_audio.py test_fuzz_images.py test_fuzz_items.py test_fuzz_messages.py test_fuzz_responses.py \
-	test_image_crash.py test_image_orphans.py test_images.py test_intake_crash.py test_kill_matrix.py test_outbound.py \
-	test_quarantine.py test_response_crash.py test_secrets.py test_usage_crash.py test_webhook_crash.py) \
-	$(addprefix tests/integration/test_cli_,answers.py batch.py bench.py chat.py doctor.py edit.py locked_folders.py \
-	results.py transcribe.py)
-ALONE := $(filter-out $(TOGETHER),$(wildcard tests/faults/test_*.py tests/integration/test_cli_*.py)) \
-	$(addprefix tests/integration/,test_auth.py test_audio.py test_image_edits.py test_image_jobs.py test_jobs_api.py \
-	test_serve.py test_transcription_jobs.py test_whisper_engine.py)
+# What measures how fast something is has the machine for itself. What waits for things that come by the way, or for a time to
+# pass, has one other beside it that does the same; all the rest shares the cores.
+ALONE := $(addprefix tests/faults/test_,batch_beside_online.py fair_shares.py five_models.py load.py long_recording.py \
+	online_beside_batch_server.py online_first.py postgres_restarts.py slow_clients.py soak.py stalled_readers.py two_workers.py)
+WAITING := $(addprefix tests/faults/test_,cancel.py continuation.py engine_death.py http.py models.py paused_replicas.py \
+	paused_worker.py shortage.py stop.py transcription_crash.py) \
+	$(addprefix tests/integration/test_,audio.py auth.py image_edits.py image_jobs.py jobs_api.py serve.py \
+	transcription_jobs.py whisper_engine.py)
 
 test: gates $(DIFFUSION) ## Every gate and every test (ARGS='tests/unit' for some)
 ifeq ($(strip $(ARGS)),)
 	@echo "== pytest, what is together"
-	@$(BIN)/pytest -q -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	@$(BIN)/pytest -q -n 2 --dist loadfile $(addprefix --ignore=,$(WAITING) $(ALONE))
+	@echo "== pytest, what waits"
+	@$(BIN)/pytest -q -n 2 --dist loadfile $(WAITING)
 	@echo "== pytest, what is alone"
 	@$(BIN)/pytest -q $(ALONE)
 else
