@@ -24,11 +24,11 @@ chat: $(STAMP) ## Talk to a running server (ARGS='MODEL')
 # What measures how fast something is has the machine for itself. What waits for things that come by the way, or for a time to
 # pass, has one other beside it that does the same; all the rest shares the cores.
 ALONE := $(addprefix tests/faults/test_,batch_beside_online.py fair_shares.py five_models.py load.py long_recording.py \
-	online_beside_batch_server.py online_first.py postgres_restarts.py slow_clients.py soak.py stalled_readers.py two_workers.py)
+	online_beside_batch_server.py online_first.py postgres_restarts.py slow_clients.py soak.py stalled_readers.py two_workers.py) \
+	$(addprefix tests/integration/test_,auth.py jobs_api.py)
 WAITING := $(addprefix tests/faults/test_,cancel.py continuation.py engine_death.py http.py models.py paused_replicas.py \
 	paused_worker.py shortage.py stop.py transcription_crash.py) \
-	$(addprefix tests/integration/test_,audio.py auth.py image_edits.py image_jobs.py jobs_api.py serve.py \
-	transcription_jobs.py whisper_engine.py)
+	$(addprefix tests/integration/test_,audio.py image_edits.py image_jobs.py serve.py transcription_jobs.py whisper_engine.py)
 
 test: gates $(DIFFUSION) ## Every gate and every test (ARGS='tests/unit' for some)
 ifeq ($(strip $(ARGS)),)
