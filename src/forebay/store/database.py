@@ -194,3 +194,13 @@ class Database:
             except (SQLAlchemyError, OSError) as error:  # whatever it is: without a connection there is no database
                 raise StoreUnavailable from error
             yield connection
+
+
+def delete_some(table: sa.Table, *conditions: sa.ColumnElement[bool], limit: int) -> sa.Delete:
+    """Delete rows that meet the conditions, so many at most.
+
+    They are asked of the row itself once more: on PostgreSQL somebody may renew it while this waits for it.
+    """
+    key = tuple(table.primary_key)
+    some = sa.select(*key).where(*conditions).limit(limit)
+    return sa.delete(table).where(sa.tuple_(*key).in_(some), *conditions)

@@ -11,11 +11,10 @@ import sqlalchemy as sa
 
 from forebay.clock import Clock, new_id
 from forebay.errors import NotFound
-from forebay.store.database import Database, Transaction
+from forebay.store.database import Database, Transaction, delete_some
 from forebay.store.files import File, is_readable
 from forebay.store.job_state import FINISHED, JobState, sources
-from forebay.store.jobs import ERRORS_MAX, Job, Verdict
-from forebay.store.media_jobs import media_are_lost
+from forebay.store.jobs import ERRORS_MAX, Job, Verdict, media_are_lost
 from forebay.store.tables import dead_letters, jobs
 
 PAGE_SIZE_MAX = 100
@@ -194,9 +193,8 @@ class DeadLetterStore:
 
     async def prune(self, created_before: float, limit: int) -> int:
         """Remove old dead letters; how many."""
-        old = sa.select(dead_letters.c.id).where(dead_letters.c.created_at < created_before).limit(limit)
+        query = delete_some(dead_letters, dead_letters.c.created_at < created_before, limit=limit)
         async with self.database.begin() as transaction:
-            query = sa.delete(dead_letters).where(dead_letters.c.id.in_(old.scalar_subquery()))
             return int((await transaction.execute(query)).rowcount)
 
     def _conditions(self, project_id: str, chosen: Chosen) -> Sequence[sa.ColumnElement[bool]]:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from forebay.clock import Clock
-from forebay.store.database import Database, Transaction
+from forebay.store.database import Database, Transaction, delete_some
 from forebay.store.tables import idempotency_keys
 
 KEEP_SECONDS = 86_400.0
@@ -83,10 +83,7 @@ class IdempotencyStore:
 
     async def prune(self, now: float, limit: int) -> int:
         """Remove keys that no longer count; how many."""
-        keys = idempotency_keys.c
-        old = keys.created_at <= now - KEEP_SECONDS
-        some = sa.select(keys.project_id, keys.key).where(old).limit(limit)
-        # `old` is asked of the row itself once more: on PostgreSQL it may be claimed anew while this waits for it.
-        query = sa.delete(idempotency_keys).where(sa.tuple_(keys.project_id, keys.key).in_(some), old)
+        old = idempotency_keys.c.created_at <= now - KEEP_SECONDS
+        query = delete_some(idempotency_keys, old, limit=limit)
         async with self.database.begin() as transaction:
             return int((await transaction.execute(query)).rowcount)

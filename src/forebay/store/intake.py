@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from forebay.clock import Clock
-from forebay.store.database import Database, Transaction
+from forebay.store.database import Database, Transaction, delete_some
 from forebay.store.tables import intake_messages
 
 
@@ -74,11 +74,7 @@ class IntakeStore:
 
     async def prune(self, now: float, limit: int) -> int:
         """Forget messages that no longer count; how many."""
-        messages = intake_messages.c
-        key = sa.tuple_(messages.project_id, messages.source, messages.message_id)
-        old = messages.created_at <= now - self._keep_seconds
-        some = sa.select(messages.project_id, messages.source, messages.message_id).where(old).limit(limit)
-        # `old` is asked of the row itself once more: on PostgreSQL it may be claimed anew while this waits for it.
-        query = sa.delete(intake_messages).where(key.in_(some), old)
+        old = intake_messages.c.created_at <= now - self._keep_seconds
+        query = delete_some(intake_messages, old, limit=limit)
         async with self.database.begin() as transaction:
             return int((await transaction.execute(query)).rowcount)

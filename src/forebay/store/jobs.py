@@ -449,7 +449,7 @@ class JobStore:
         Raises Conflict if what came with it is gone.
         """
         await self.lock(transaction, job.id)  # whoever removes media holds it too: the next statement sees what he did
-        if await transaction.scalar(sa.select(sa.exists().where(media_jobs.c.id == job.id, HAS_LOST_MEDIA))):
+        if await transaction.scalar(sa.select(media_are_lost(job.id))):
             raise Conflict("What came with this job is gone. Send it again as a new request.", code="input_gone")
         now = self.now()
         again = now + jobs.c.deadline_at - jobs.c.created_at
@@ -660,6 +660,11 @@ def in_order(
     # PostgreSQL may run a locking subquery again for each row; a CTE runs once. What was locked may have changed
     # while somebody else held it, so the conditions are asked once more of every row that is written.
     return (jobs.c.id.in_(sa.select(held.cte("held").c.id)), *conditions)
+
+
+def media_are_lost(job_id: sa.ColumnElement[str] | str) -> sa.ColumnElement[bool]:
+    """Whether nobody can work on the job of that id again, because what came with it is gone."""
+    return sa.exists().where(media_jobs.c.id == job_id, HAS_LOST_MEDIA)
 
 
 def _goes_before(job: Job) -> sa.ColumnElement[bool]:

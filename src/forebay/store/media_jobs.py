@@ -343,8 +343,3 @@ def _has_ended() -> sa.ColumnElement[bool]:
 
 def _is_gone() -> sa.ColumnElement[bool]:
     return sa.and_(media_jobs.c.submitted, ~_job_is())
-
-
-def media_are_lost(job_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    """Whether nobody can work on the job of that id again, because what came with it is gone."""
-    return sa.exists().where(media_jobs.c.id == job_id, HAS_LOST_MEDIA)

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from forebay.clock import Clock
 from forebay.config import ResponseSettings
 from forebay.errors import InvalidRequest, LeaseLost, NotFound
-from forebay.store.database import Database, Transaction
+from forebay.store.database import Database, Transaction, delete_some
 from forebay.store.job_state import LIVE, JobState
 from forebay.store.jobs import Lease
 from forebay.store.projects import hold_project
@@ -301,10 +301,7 @@ class ResponseStore:
 
     async def prune(self, now: float, limit: int) -> int:
         """Remove what has expired, and the oldest of projects that keep too much; how many."""
-        old = (responses.c.expires_at <= now, _has_ended())
-        some = sa.select(responses.c.id).where(*old).limit(limit)
-        # `old` is asked of the row itself once more: on PostgreSQL it may be continued while this waits for it.
-        expired = sa.delete(responses).where(responses.c.id.in_(some), *old)
+        expired = delete_some(responses, responses.c.expires_at <= now, _has_ended(), limit=limit)
         async with self.database.begin() as transaction:
             removed = int((await transaction.execute(expired)).rowcount)
         count, size = sa.func.count(), sa.func.sum(responses.c.bytes)

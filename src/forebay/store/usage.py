@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from forebay.clock import Clock
 from forebay.quotas import Account, Amounts, Counted, Use, day_of
-from forebay.store.database import Database, Transaction
+from forebay.store.database import Database, Transaction, delete_some
 from forebay.store.tables import projects, usage, usage_journals
 
 GROUPS = ("project_id", "key_id", "model", "capability")
@@ -157,9 +157,7 @@ class UsageStore:
             day = await transaction.scalar(sa.select(sa.func.min(usage.c.day)).where(usage.c.day < before))
             if day is None:
                 return 0
-            key = sa.tuple_(*(usage.c[name] for name in _KEY))
-            some = sa.select(*(usage.c[name] for name in _KEY)).where(usage.c.day == day).limit(rows_max)
-            return int((await transaction.execute(sa.delete(usage).where(key.in_(some)))).rowcount)
+            return int((await transaction.execute(delete_some(usage, usage.c.day == day, limit=rows_max))).rowcount)
 
     async def project_names(self, ids: Collection[str]) -> dict[str, str]:
         """The names of projects."""
