@@ -34,7 +34,7 @@ class Shares:
         self._ends: dict[str, float] = {}
         self._running: Counter[str] = Counter()
         self._held: dict[str, float] = {}  # the latest last
-        self._held_by_all = _UNKNOWN
+        self._held_by_all: float | None = None
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -49,17 +49,14 @@ class Shares:
 
     def cost(self, project: str, places: int) -> float:
         """What so many places come to, in seconds of one: what they will come to is known only later."""
-        return places * max(_SHORTEST, self._held.get(project, self._held_by_all))
+        return places * max(_SHORTEST, self._held.get(project, self._held_by_all) or _UNKNOWN)
 
     def learn(self, project: str, seconds: float) -> None:
         """A project has held its places for so long."""
         if seconds <= 0:
             return
-        before = self._held.pop(project, None)
-        if not self._held and before is None:
-            self._held_by_all = seconds
-        self._held_by_all += _LATEST * (seconds - self._held_by_all)
-        self._held[project] = seconds if before is None else before + _LATEST * (seconds - before)
+        self._held_by_all = _mean(self._held_by_all, seconds)
+        self._held[project] = _mean(self._held.pop(project, None), seconds)
         if len(self._held) > _PROJECTS_MAX:
             del self._held[next(iter(self._held))]
 
@@ -84,3 +81,7 @@ class Shares:
         self._ends = {each: end for each, end in self._ends.items() if each in self._running}
         if not self._ends:
             self.now = 0.0
+
+
+def _mean(before: float | None, latest: float) -> float:
+    return latest if before is None else before + _LATEST * (latest - before)
