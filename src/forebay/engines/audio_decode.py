@@ -5,7 +5,8 @@ a recording points at, and no recording is decoded in the process that talks to 
 
 Standard input is a socket. On it comes, again and again, `>Q` (the most samples) with two descriptors: the recording, to be
 read, and an empty file for mono samples, 16 kHz, signed 16-bit, little-endian. Back go single bytes: percent while it
-works, and at the end 128 and the verdict. Limits come as JSON in the first argument.
+works, and at the end 128 and the verdict. Limits come as JSON in the first argument, the id of the
+server's process in the second.
 """
 
 import contextlib
@@ -84,9 +85,9 @@ class Work:
 
 
 def main() -> None:
-    """Serve until the server closes the socket."""
+    """Serve until the server closes the socket or ends."""
     limits = Limits(**json.loads(sys.argv[1]))
-    libc = fence.begin()
+    libc = fence.begin(int(sys.argv[2]))
     av.logging.set_level(None)
     _warm_up()
     server = socket.socket(fileno=0)

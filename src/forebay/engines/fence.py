@@ -37,19 +37,18 @@ class Refused(Exception):
         self.verdict = verdict
 
 
-def begin(server: int | None = None) -> Any:
+def begin(server: int) -> Any:
     """Make this a program that leaves nothing behind and that its server alone ends; what `close` needs, loaded early.
 
-    Given the id of its server, it also ends with that one by itself: while it waits in `told` it hears of nothing else.
+    It also ends with the process of that id, its server, by itself: while it waits in `told` it hears of nothing else.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server, which then ends this program
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if server is not None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != server:  # it died before the line above
-            sys.exit()
+    if libc is not None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != server:  # it died before the line above
+        sys.exit()
     return libc
 
 
