@@ -191,9 +191,8 @@ async def run(
             calling(stage.url, stage.key, _ENDPOINT) as caller,
         ):
             bench = _Bench(stage, caller, name, sized, Path(folder), size, report)
-            for mix in (
-                mixes
-            ):  # the seeds of one follow each other: a machine that grows slower meanwhile is even to both sides
+            for mix in mixes:
+                # The seeds of one follow each other: a machine that grows slower meanwhile is even to both sides.
                 for seed in range(1, seeds + 1):
                     say(f"seed {seed}: {size.of(mix).lines} lines, prompts: {mix}")
                     say(f"    {await bench.measure(seed, mix):.2f} times as many lines per second as in file order")
@@ -261,7 +260,6 @@ class _Bench:
         context = Context("req_bench", "bench", None, self.model.max_tokens, self.model.slots)
         calls = [chat_call(parse(ChatBody, to_json(line)), context) for line in reversed(lines)]
         requests = [self.stage.engine.post(call.request.body) for call in calls]
-
         replies: list[Reply] = []
 
         async def connection() -> None:
