@@ -24,7 +24,7 @@ from PIL import Image
 from tests.support.images import encoded
 from tests.support.jobs import result, until_ended
 from tests.support.picture_jobs import handed_in
-from tests.support.server import FAKE, Server, chat_body, eventually, serving
+from tests.support.server import FAKE, Server, chat_body, eventually, serving_well
 from tests.support.wire import get, post
 
 STALL_SECONDS = 2
@@ -46,10 +46,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server() -> AsyncIterator[Server]:
-    async with serving(CONFIG) as running:
+    async with serving_well(CONFIG) as running:
         yield running
-        assert "request.bug" not in running.log
-        assert "Traceback" not in running.log
 
 
 @contextmanager

@@ -243,6 +243,15 @@ async def serving(
             await server.process.wait()
 
 
+@asynccontextmanager
+async def serving_well(config: str) -> AsyncIterator[Server]:
+    """The same, and the log has no word of a bug of ours in the end."""
+    async with serving(config) as server:
+        yield server
+        assert "request.bug" not in server.log
+        assert "Traceback" not in server.log
+
+
 async def _start(home: Path, log_file: Path, environment: Mapping[str, str]) -> Server:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("FOREBAY_")}
     settings = {"FOREBAY_PORT": "0", "FOREBAY_DATA_DIR": str(home / "data"), "FOREBAY_ADMIN_KEY": ADMIN_KEY}

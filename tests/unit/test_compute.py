@@ -12,6 +12,7 @@ from forebay.engines.batcher import Item
 from forebay.engines.compute import Compute, StepFailed
 from forebay.engines.connection import Refused
 from forebay.engines.serving import OutOfMemory
+from tests.support.cancels import cancel_twice
 
 BAD = 13
 
@@ -128,10 +129,7 @@ async def test_who_is_cancelled_twice_is_kept_no_longer_than_the_step() -> None:
     library.gate.clear()
     task = asyncio.create_task(compute.run(items(1), nothing))
     await until(lambda: bool(library.begun))
-    for _ in range(2):
-        task.cancel()
-        await asyncio.sleep(0)
-        assert not task.done(), "the running step has not ended"
+    await cancel_twice(task)
     library.gate.set()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -16,6 +16,7 @@ from forebay.engines.diffusion_work import Work
 from forebay.engines.serving import OutOfMemory
 from forebay.engines.threads import Unwanted
 from forebay.pixels import Size
+from tests.support.cancels import cancel_twice
 from tests.support.server import eventually
 
 BAD = 13
@@ -221,10 +222,7 @@ async def test_who_is_cancelled_twice_is_kept_no_longer_than_the_step() -> None:
     async with bench(Library()) as at:
         task, _ = at.ask(order(1, steps=9))
         await eventually(lambda: at.work.painting)
-        for _ in range(2):
-            task.cancel()
-            await asyncio.sleep(0)
-            assert not task.done(), "the running step has not ended"
+        await cancel_twice(task)
         at.library.let()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -12,6 +12,8 @@ from forebay.engines import whisper_child, whisper_work
 from forebay.engines.whisper_chunks import Chunk
 from forebay.engines.whisper_options import Model, Options, Request
 from forebay.engines.whisper_work import Listener, Work
+from tests.support.cancels import cancel_twice
+from tests.support.server import eventually
 
 PCM = np.zeros(16_000, dtype=np.int16)
 REQUEST = Request("transcribe", "en", words=False, last=True, options=Options(), samples=PCM.data)
@@ -59,20 +61,11 @@ async def work(child: Child) -> AsyncIterator[Work]:
             await each
 
 
-async def until(child: Child, asked: int) -> None:
-    async with asyncio.timeout(10):
-        while child.asked < asked:
-            await asyncio.sleep(0)
-
-
 async def test_who_is_cancelled_twice_is_kept_no_longer_than_the_step(work: Work, child: Child) -> None:
     chunks = [Chunk(((0, len(PCM)),))]
     task = asyncio.create_task(work.run(REQUEST, PCM, chunks, Listener()))
-    await until(child, 1)
-    for _ in range(2):
-        task.cancel()
-        await asyncio.sleep(0)
-        assert not task.done(), "the running step has not ended"
+    await eventually(lambda: child.asked >= 1)
+    await cancel_twice(task)
     child.gate.set()
     with pytest.raises(asyncio.CancelledError):
         await task
