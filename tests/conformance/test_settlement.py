@@ -16,8 +16,9 @@ from forebay.jobs.retry import doubling
 from forebay.jobs.settlement import Settlement
 from forebay.store.database import Database, Transaction
 from forebay.store.dead_letters import DeadLetterStore
+from forebay.store.job_records import Job, Lease, NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import Job, JobStore, Lease, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from forebay.store.keys import KeyStore
 from forebay.store.tables import job_log, jobs, webhook_deliveries
 from forebay.store.webhooks import WebhookStore

@@ -20,8 +20,9 @@ from forebay.jobs.segments import Result, SegmentStore, folder
 from forebay.store.batches import BATCH, CHUNK, JOIN, LINES, RUN, Batch, BatchStore, NewBatch
 from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore, LostLine
+from forebay.store.job_records import Lease, NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from forebay.store.keys import KeyStore
 from tests.support import postgres
 from tests.support.clock import FakeClock

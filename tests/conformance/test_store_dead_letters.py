@@ -12,8 +12,9 @@ from forebay.errors import NotFound
 from forebay.store.database import Database
 from forebay.store.dead_letters import Chosen, DeadLetterStore, LostLine
 from forebay.store.files import FileStore
+from forebay.store.job_records import NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from forebay.store.keys import KeyStore
 from tests.support.clock import FakeClock
 

@@ -8,8 +8,9 @@ import sqlalchemy as sa
 
 from forebay.errors import LeaseLost, NotFound
 from forebay.store.database import Database
+from forebay.store.job_records import Lease, NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from forebay.store.keys import KeyStore
 from forebay.store.tables import jobs as jobs_table
 from forebay.store.tables import line_rates

@@ -13,8 +13,9 @@ from forebay.config import Settings
 from forebay.errors import Conflict, LeaseLost, NotFound
 from forebay.store.database import Database
 from forebay.store.files import LEFTOVER_SECONDS
+from forebay.store.job_records import Lease, NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from forebay.store.keys import DEFAULT_PROJECT
 from forebay.store.media_jobs import (
     TRANSCRIPTION,

@@ -20,8 +20,9 @@ from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.files import FileStore
 from forebay.store.idempotency import KEEP_SECONDS, Answered, IdempotencyStore
 from forebay.store.intake import IntakeStore, Pushed
+from forebay.store.job_records import Job, NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import Job, JobStore, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from forebay.store.key_format import Role
 from forebay.store.keys import DEFAULT_PROJECT
 from forebay.store.media_jobs import TRANSCRIPTION, MediaJobStore, NewMediaJob, media_key

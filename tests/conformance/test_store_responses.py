@@ -10,8 +10,9 @@ from forebay.config import JobSettings, ResponseSettings
 from forebay.errors import InvalidRequest, LeaseLost, NotFound
 from forebay.jobs.response import ResponseEnds, as_it_is
 from forebay.store.database import Database
+from forebay.store.job_records import Lease, NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
 from forebay.store.responses import RESPONSE, EventBatch, NewResponse, ResponseStore
 from tests.support.clock import FakeClock

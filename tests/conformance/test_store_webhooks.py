@@ -11,8 +11,9 @@ import pytest
 from forebay.config import WebhookSettings
 from forebay.errors import Conflict, InvalidRequest, NotFound
 from forebay.store.database import Database
+from forebay.store.job_records import NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from forebay.store.keys import KeyStore
 from forebay.store.webhooks import Delivery, DeliveryAttempt, Endpoint, NewEvent, WebhookStore
 from tests.support.clock import FakeClock

@@ -24,8 +24,8 @@ from forebay.errors import InsufficientStorage
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Done, Outcome
 from forebay.store.database import Database
+from forebay.store.job_records import Lease, NewJob
 from forebay.store.job_state import JobState
-from forebay.store.jobs import Lease, NewJob
 from tests.support.batches import create, finished, jsonl, line, results, submit, upload
 from tests.support.office import RETRY, back_office, settings_for
 from tests.support.server import Server, eventually, serving

@@ -24,8 +24,9 @@ from forebay.jobs.segments import Result, SegmentStore
 from forebay.store.batches import BATCH, CHUNK, RUN, Batch, BatchStore, NewBatch
 from forebay.store.database import Database
 from forebay.store.dead_letters import Chosen, DeadLetterStore, LostLine
+from forebay.store.job_records import Lease, NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from tests.support import invariants, postgres
 from tests.support.clock import FakeClock
 from tests.support.invariants import Customer, Found

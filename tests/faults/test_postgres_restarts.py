@@ -15,8 +15,9 @@ from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Done, Outcome
 from forebay.jobs.retry import doubling
 from forebay.store.database import Database
+from forebay.store.job_records import Lease, NewJob
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, Lease, NewJob
+from forebay.store.jobs import JobStore
 from tests.support import postgres as shared_postgres
 from tests.support.logs import unforeseen
 from tests.support.office import back_office, settings_for

@@ -14,8 +14,9 @@ import sqlalchemy as sa
 from forebay.clock import SystemClock
 from forebay.config import Settings
 from forebay.store.database import Database
+from forebay.store.job_records import Lease, NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, Lease, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from tests.support.batches import line, submit
 from tests.support.server import FAKE, Server, eventually, serving
 

@@ -18,7 +18,8 @@ from forebay.jobs.lines import Place, pack_numbers, pack_places
 from forebay.store.batches import BATCH, CHUNK, Batch, BatchStore, NewBatch, Segment
 from forebay.store.database import Database
 from forebay.store.files import blob_key
-from forebay.store.jobs import JobStore, NewJob
+from forebay.store.job_records import NewJob
+from forebay.store.jobs import JobStore
 from tests.support import s3
 
 SEGMENTS = 24

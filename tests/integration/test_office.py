@@ -18,8 +18,9 @@ from forebay.jobs.retry import doubling
 from forebay.jobs.settlement import Settlement
 from forebay.store.database import Database, Transaction
 from forebay.store.dead_letters import DeadLetterStore
+from forebay.store.job_records import Job, Lease, NewJob
 from forebay.store.job_state import JobState
-from forebay.store.jobs import Job, JobStore, Lease, NewJob
+from forebay.store.jobs import JobStore
 from forebay.store.keys import KeyStore
 from forebay.store.webhooks import WebhookStore
 from forebay.telemetry import Metrics

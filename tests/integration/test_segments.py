@@ -18,8 +18,9 @@ from forebay.jobs.segments import Result, SegmentStore, SegmentWriter, Unwritten
 from forebay.store.batches import BATCH, CHUNK, RUN, Batch, BatchStore, NewBatch
 from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore
+from forebay.store.job_records import NewJob, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, NewJob, Verdict
+from forebay.store.jobs import JobStore
 from tests.support.server import eventually
 from tests.support.usage import job_meter
 

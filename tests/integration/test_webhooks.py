@@ -21,8 +21,9 @@ from forebay.jobs.webhook import DELAYS_SECONDS, webhook_kind
 from forebay.outbound import Outbound
 from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore
+from forebay.store.job_records import Job, NewJob
 from forebay.store.job_state import JobState
-from forebay.store.jobs import Job, JobStore, NewJob
+from forebay.store.jobs import JobStore
 from forebay.store.keys import DEFAULT_PROJECT, KeyStore
 from forebay.store.webhooks import Delivery, Endpoint, NewEvent, WebhookStore, new_secret
 from forebay.telemetry import Metrics

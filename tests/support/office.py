@@ -16,7 +16,8 @@ from forebay.jobs.retry import doubling
 from forebay.jobs.worker import Loaded, nothing_loaded
 from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore
-from forebay.store.jobs import Job, JobStore, NewJob
+from forebay.store.job_records import Job, NewJob
+from forebay.store.jobs import JobStore
 from forebay.store.webhooks import WebhookStore
 from forebay.telemetry import Metrics
 from tests.support.server import eventually

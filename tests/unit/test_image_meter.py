@@ -12,7 +12,7 @@ from forebay.jobs.outcome import Done
 from forebay.metering.jobs import JobMeter
 from forebay.metering.meter import Meter
 from forebay.quotas import Amounts, parse_quotas
-from forebay.store.jobs import Lease
+from forebay.store.job_records import Lease
 from forebay.store.media_jobs import Part
 from tests.support.clock import FakeClock
 

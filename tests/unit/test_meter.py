@@ -28,7 +28,7 @@ from forebay.quotas import (
     parse_quota,
     parse_quotas,
 )
-from forebay.store.jobs import Lease
+from forebay.store.job_records import Lease
 from forebay.telemetry import Metrics
 from tests.support.clock import FakeClock
 

@@ -22,7 +22,8 @@ from forebay.jobs.outcome import Done, Outcome
 from forebay.jobs.retry import doubling
 from forebay.store.database import Database
 from forebay.store.dead_letters import DeadLetterStore
-from forebay.store.jobs import JobStore, Lease, NewJob
+from forebay.store.job_records import Lease, NewJob
+from forebay.store.jobs import JobStore
 from forebay.store.webhooks import WebhookStore
 from forebay.telemetry import Metrics
 

@@ -26,7 +26,7 @@ from forebay.gateway.online import Door
 from forebay.jobs.desk import UNKNOWN, Desk
 from forebay.jobs.ledger import QUEUED
 from forebay.store.database import Transaction
-from forebay.store.jobs import NewJob
+from forebay.store.job_records import NewJob
 from forebay.store.media_jobs import MediaJobStore, NewMediaJob, media_key
 from forebay.store.webhooks import new_secret
 

@@ -27,8 +27,8 @@ from forebay.replicas.calls import BATCH_ENDPOINTS, ENDPOINTS
 from forebay.store.batches import BATCH, JOIN, LINES, PAGE_SIZE_MAX, Batch, BatchStore, NewBatch
 from forebay.store.database import Transaction
 from forebay.store.files import File, FileStore
+from forebay.store.job_records import NewJob
 from forebay.store.job_state import FINISHED, JobState
-from forebay.store.jobs import NewJob
 from forebay.store.key_format import Role
 from forebay.store.webhooks import new_secret
 

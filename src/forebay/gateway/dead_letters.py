@@ -30,8 +30,8 @@ from forebay.jobs.requeue import Bundle, Requeue
 from forebay.store.database import Transaction
 from forebay.store.dead_letters import MESSAGE, PAGE_SIZE_MAX, Chosen, DeadLetter, DeadLetterStore
 from forebay.store.files import FileStore
+from forebay.store.job_records import Job
 from forebay.store.job_state import JobState
-from forebay.store.jobs import Job
 from forebay.store.key_format import Role
 
 AT_ONCE_MAX = 1000  # dead letters that one call takes up

@@ -22,8 +22,9 @@ from forebay.gateway.auth import Principal, principal, role_at_least
 from forebay.gateway.places import of_one_project
 from forebay.gateway.streams import send_while_there
 from forebay.jobs.desk import Desk, Outlook
+from forebay.store.job_records import Job
 from forebay.store.job_state import FINISHED, JobState
-from forebay.store.jobs import PAGE_SIZE_MAX, Job, JobStore
+from forebay.store.jobs import PAGE_SIZE_MAX, JobStore
 from forebay.store.key_format import Role
 
 _REFRESH_SECONDS = 10.0  # how often there is an event although nothing has changed but the outlook

@@ -29,7 +29,7 @@ from forebay.gateway.streams import in_pieces
 from forebay.jobs.image import Asked, KeptPicture
 from forebay.media.pictures import Inputs
 from forebay.media.sources import is_address
-from forebay.store.jobs import Job
+from forebay.store.job_records import Job
 from forebay.store.media_jobs import IMAGE, NewMediaJob, Result
 
 ANSWER_BYTES_MAX = 64 * 2**20  # of all pictures of one answer

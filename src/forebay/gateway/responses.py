@@ -32,7 +32,7 @@ from forebay.jobs.desk import Desk
 from forebay.jobs.response import ResponseEnds, as_it_is
 from forebay.replicas.calls import RESPONSES
 from forebay.store.database import Transaction
-from forebay.store.jobs import NewJob
+from forebay.store.job_records import NewJob
 from forebay.store.key_format import Role
 from forebay.store.responses import RESPONSE, History, KeptResponse, NewResponse, ResponseStore, channel_of
 

@@ -13,8 +13,8 @@ from forebay.errors import Conflict, InvalidRequest, NotFound
 from forebay.gateway import picture_jobs, transcriptions
 from forebay.gateway.auth import Principal, principal
 from forebay.jobs.desk import Desk
+from forebay.store.job_records import Job
 from forebay.store.job_state import JobState
-from forebay.store.jobs import Job
 from forebay.store.media_jobs import IMAGE, TRANSCRIPTION, MediaJobStore, Result
 
 router = APIRouter(prefix="/v1/jobs", dependencies=[Depends(principal)])

@@ -22,8 +22,9 @@ from forebay.store.batches import CHUNK, JOIN, RUN, Batch, BatchStore
 from forebay.store.database import Transaction
 from forebay.store.dead_letters import DeadLetterStore
 from forebay.store.files import FileStore, blob_key
+from forebay.store.job_records import Job, Lease, NewJob
 from forebay.store.job_state import FINISHED, JobState
-from forebay.store.jobs import Job, JobStore, Lease, NewJob
+from forebay.store.jobs import JobStore
 
 _AWAY_SECONDS = 5.0  # the wait for a store that is away or full
 _RATE_LINES_MIN = 20  # fewer say little about the speed of a model

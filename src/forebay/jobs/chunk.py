@@ -24,8 +24,8 @@ from forebay.replicas.commands import traits_of
 from forebay.scheduler.shares import Weights, equal
 from forebay.store.batches import Batch, BatchStore
 from forebay.store.files import blob_key
+from forebay.store.job_records import Job, Lease
 from forebay.store.job_state import FINISHED, JobState
-from forebay.store.jobs import Job, Lease
 
 _AHEAD = 2  # lines of a model that wait in line, so that no slot is idle between two lines
 _PULLING_SECONDS = 15.0  # the wait for a model that is being pulled, or a store that is away

@@ -14,8 +14,9 @@ from forebay.jobs.kinds import Kind
 from forebay.jobs.outcome import Cancelled, verdict
 from forebay.jobs.settlement import Settlement
 from forebay.store.database import Transaction
+from forebay.store.job_records import Job, NewJob
 from forebay.store.job_state import JobState
-from forebay.store.jobs import Job, JobStore, NewJob
+from forebay.store.jobs import JobStore
 
 _COUNT_SECONDS = 1.0
 _FULL_SECONDS = 30.0

@@ -12,8 +12,9 @@ from forebay.errors import ForebayError, InsufficientStorage, LeaseLost, ServerE
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Failed, Interruption, Outcome, Snoozed, interrupted, verdict
 from forebay.jobs.settlement import Settlement
+from forebay.store.job_records import Lease
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, Lease
+from forebay.store.jobs import JobStore
 from forebay.telemetry import Log, Metrics
 
 _SETTLE_PAUSE_SECONDS = 0.5

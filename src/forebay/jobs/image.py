@@ -35,8 +35,8 @@ from forebay.quotas import Account, Amounts, Use
 from forebay.scheduler.painter import FINISHING, PAINTING, PREPARING, Painter, Pixels
 from forebay.store.database import Transaction
 from forebay.store.files import FileStore, blob_key
+from forebay.store.job_records import Job, Lease
 from forebay.store.job_state import FINISHED, JobState
-from forebay.store.jobs import Job, Lease
 from forebay.store.media_jobs import IMAGE, MediaJob, Part, media_key
 
 PREVIEW_TYPE = "image/jpeg"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from forebay.jobs.outcome import Interruption, Outcome
 from forebay.jobs.retry import Delay
+from forebay.store.job_records import Job, Lease
 from forebay.store.job_state import JobState
-from forebay.store.jobs import Job, Lease
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from forebay.errors import InsufficientStorage, LeaseLost, StoreUnavailable
 from forebay.jobs.kinds import Run
 from forebay.jobs.media_work import MediaRooms
-from forebay.store.jobs import Lease
+from forebay.store.job_records import Lease
 from forebay.store.media_jobs import WHOLE, Part
 
 QUEUED = "queued"

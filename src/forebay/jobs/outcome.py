@@ -11,8 +11,8 @@ from typing import assert_never
 from forebay.errors import ForebayError
 from forebay.jobs.retry import Delay
 from forebay.store.database import Transaction
+from forebay.store.job_records import Job, Verdict
 from forebay.store.job_state import JobState
-from forebay.store.jobs import Job, Verdict
 
 Write = Callable[[Transaction], Awaitable[None]]
 

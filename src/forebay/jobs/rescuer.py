@@ -11,8 +11,9 @@ from forebay.errors import EngineCrashed, ForebayError, LeaseLost
 from forebay.jobs.kinds import Kind
 from forebay.jobs.outcome import Cancelled, Expired, Failed, verdict
 from forebay.jobs.settlement import Settlement
+from forebay.store.job_records import Job, Lease
 from forebay.store.job_state import LIVE
-from forebay.store.jobs import Job, JobStore, Lease
+from forebay.store.jobs import JobStore
 from forebay.telemetry import Log, Metrics
 
 _LOST_MAX = 1000

@@ -47,8 +47,8 @@ from forebay.scheduler.gather import read_on
 from forebay.scheduler.permit import Permit
 from forebay.scheduler.scheduler import Scheduler
 from forebay.store.database import Transaction
+from forebay.store.job_records import Job, Lease
 from forebay.store.job_state import FINISHED, JobState
-from forebay.store.jobs import Job, Lease
 from forebay.store.responses import RESPONSE, UNFINISHED, EventBatch, KeptResponse, ResponseStore
 from forebay.telemetry import Metrics
 

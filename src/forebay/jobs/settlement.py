@@ -15,8 +15,9 @@ from forebay.jobs.kinds import Kind
 from forebay.jobs.outcome import Cancelled, Done, Expired, Failed, Outcome, Waiting, Write
 from forebay.store.database import Transaction
 from forebay.store.dead_letters import DeadLetterStore
+from forebay.store.job_records import Job, Lease, Verdict
 from forebay.store.job_state import FINISHED, JobState
-from forebay.store.jobs import Job, JobStore, Lease, Verdict
+from forebay.store.jobs import JobStore
 from forebay.store.webhooks import NewEvent, WebhookStore
 
 _GROUP_ENDS_MAX = 500

@@ -42,8 +42,8 @@ from forebay.scheduler.transcriber import (
 )
 from forebay.speech import Segment, Transcript, transcript_to_wire
 from forebay.store.database import Transaction
+from forebay.store.job_records import Job, Lease
 from forebay.store.job_state import FINISHED, JobState
-from forebay.store.jobs import Job, Lease
 from forebay.store.media_jobs import TRANSCRIPTION, MediaJob, Part, media_key
 
 DECODING = "decoding"

@@ -16,7 +16,7 @@ from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Cancelled, Done, Failed, Outcome
 from forebay.outbound import Answer, Outbound
 from forebay.store.database import Transaction
-from forebay.store.jobs import Lease
+from forebay.store.job_records import Lease
 from forebay.store.webhooks import KIND, Delivery, DeliveryAttempt, Endpoint, WebhookStore
 
 _MINUTE = 60.0

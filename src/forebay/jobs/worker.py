@@ -16,7 +16,8 @@ from forebay.jobs.executor import Executor
 from forebay.jobs.kinds import Kind, Run
 from forebay.jobs.outcome import Interruption
 from forebay.scheduler.shares import Weights, equal
-from forebay.store.jobs import CANCELS, NEWS, JobStore, Lease, Renewed
+from forebay.store.job_records import Lease, Renewed
+from forebay.store.jobs import CANCELS, NEWS, JobStore
 from forebay.telemetry import Log, Metrics
 
 _RENEWALS = 3  # in the time of one lease

@@ -11,7 +11,7 @@ from forebay.metering.estimate import at_most
 from forebay.metering.meter import Aside, Meter, Reservation
 from forebay.quotas import Account, Amounts, Use
 from forebay.store.database import Transaction
-from forebay.store.jobs import Job
+from forebay.store.job_records import Job
 from forebay.store.usage import UsageStore
 
 

@@ -15,8 +15,9 @@ from forebay.clock import Clock
 from forebay.errors import NotFound
 from forebay.inference import Usage
 from forebay.store.database import Database, Transaction
+from forebay.store.job_records import Job
 from forebay.store.job_state import FINISHED, LIVE, JobState
-from forebay.store.jobs import Job, in_order
+from forebay.store.jobs import in_order
 from forebay.store.projects import hold_project
 from forebay.store.tables import batches, chunks, jobs, line_rates, segments
 

@@ -13,8 +13,9 @@ from forebay.clock import Clock, new_id
 from forebay.errors import NotFound
 from forebay.store.database import Database, Transaction, delete_some
 from forebay.store.files import File, is_readable
+from forebay.store.job_records import Job, Verdict
 from forebay.store.job_state import FINISHED, JobState, sources
-from forebay.store.jobs import ERRORS_MAX, Job, Verdict, media_are_lost
+from forebay.store.jobs import ERRORS_MAX, media_are_lost
 from forebay.store.tables import dead_letters, jobs
 
 PAGE_SIZE_MAX = 100

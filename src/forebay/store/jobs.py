@@ -6,17 +6,18 @@ whoever changes many jobs takes them in the order of their ids.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from forebay.clock import Clock, new_id
+from forebay.clock import Clock
 from forebay.errors import Conflict, LeaseLost, NotFound
 from forebay.store.database import Database, Transaction
+from forebay.store.job_records import Job, Lease, NewJob, Renewed, Verdict, job_of, new_row
 from forebay.store.job_state import FINISHED, LIVE, JobState, sources
 from forebay.store.spare import Others, of_kind
-from forebay.store.tables import NO_DEADLINE, job_log, jobs, line_rates, media_jobs
+from forebay.store.tables import job_log, jobs, line_rates, media_jobs
 
 NEWS = "jobs"  # the channel on which workers hear of work
 CANCELS = "cancels"  # the channel on which workers hear of cancelled jobs
@@ -29,114 +30,6 @@ HAS_LOST_MEDIA = media_jobs.c.media.in_((REMOVING, REMOVED))
 _NO_TURNS: Mapping[str, Mapping[str, float]] = {}
 _NO_SPARE: Mapping[str, int] = {}
 _NO_MODELS: Mapping[str, Collection[str]] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class NewJob:
-    """A job to be made. `priority`: the lower value goes first."""
-
-    kind: str
-    project_id: str
-    payload: Mapping[str, Any] = field(default_factory=dict)
-    id: str = ""
-    parent_id: str | None = None
-    stage: str = ""
-    priority: int = 0
-    model: str | None = None
-    deadline_at: float = NO_DEADLINE
-    run_at: float | None = None
-    total: int = 0
-    webhook_url: str | None = None
-    webhook_secret: str | None = field(default=None, repr=False)
-    key_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A row of the table. Times are seconds since the epoch."""
-
-    id: str
-    kind: str
-    project_id: str
-    parent_id: str | None
-    state: JobState
-    stage: str
-    priority: int
-    model: str | None
-    attempt: int
-    failures: int
-    rescues: int
-    run_at: float
-    deadline_at: float
-    node: str | None
-    lease_expires_at: float | None
-    cancel_requested_at: float | None
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
-    progress_at: float | None
-    total: int
-    completed: int
-    failed: int
-    step: int | None
-    steps: int | None
-    payload: dict[str, Any]
-    errors: list[dict[str, Any]]
-    error_code: str | None
-    error_message: str | None
-    webhook_url: str | None
-    webhook_secret: str | None = field(repr=False)
-    key_id: str | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has ended."""
-        return self.state in FINISHED
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """The right to work on `job` and to write about it, as long as it is the job's last attempt.
-
-    With `unless_renewed` it also ends as soon as whoever works on the job renews it: the right to give up a lost one.
-    """
-
-    job: Job
-    unless_renewed: bool = False
-
-    @property
-    def id(self) -> str:
-        """The job's id."""
-        return self.job.id
-
-    @property
-    def attempt(self) -> int:
-        """The number of this attempt: the fence."""
-        return self.job.attempt
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """How an attempt, or a job that never ran, is written down.
-
-    `error` is (code, message) of a failure; `counts_as_failure` that it uses up one of the attempts. `event` is what its
-    webhooks tell, where that is not the state.
-    """
-
-    state: JobState
-    run_at: float
-    stage: str | None = None
-    error: tuple[str, str] | None = None
-    counts_as_failure: bool = False
-    event: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Renewed:
-    """What a heartbeat brings back of one job."""
-
-    attempt: int
-    cancel_requested: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +66,7 @@ class JobStore:
         if not new:
             return []
         now = self.now()
-        rows = [_new_row(each, now) for each in new]
+        rows = [new_row(each, now) for each in new]
         await transaction.execute(sa.insert(jobs), rows)
         await self.database.notify(transaction, NEWS)
         return [row["id"] for row in rows]
@@ -227,7 +120,7 @@ class JobStore:
                 if kind in others:
                     order.insert(1, sa.case((others[kind].of_model(), 0), else_=1))  # behind the priority
                 query = self._lease(of_kind(kind, others), some, node, lease_seconds, order, due)
-                leases += [Lease(_job(row)) for row in await transaction.execute(query)]
+                leases += [Lease(job_of(row)) for row in await transaction.execute(query)]
         leases.sort(key=lambda lease: (lease.job.priority, lease.job.deadline_at, lease.job.created_at))
         return leases
 
@@ -392,7 +285,7 @@ class JobStore:
         """Hold a job's row until the transaction ends; its newest state, or None if there is no such job."""
         query = sa.select(jobs).where(jobs.c.id == job_id).with_for_update()
         row = (await transaction.execute(query)).one_or_none()
-        return None if row is None else _job(row)
+        return None if row is None else job_of(row)
 
     async def wake_parent(self, transaction: Transaction, parent_id: str, kind: str, stage: str) -> bool:
         """Make a waiting parent available again at `stage` if none of its children of `kind` is left; whether it was.
@@ -481,7 +374,7 @@ class JobStore:
         gone = jobs.c.lease_expires_at < self.now() if node is None else jobs.c.node == node
         query = sa.select(jobs).where(jobs.c.state == JobState.RUNNING, gone).limit(limit)
         async with self.database.read() as connection:
-            return [_job(row) for row in await connection.execute(query)]
+            return [job_of(row) for row in await connection.execute(query)]
 
     async def take_back(self, transaction: Transaction, lost: Collection[Job]) -> int:
         """Make lost jobs available again; how many of them were still lost, and not locked."""
@@ -515,7 +408,7 @@ class JobStore:
         unwanted = sa.or_(jobs.c.deadline_at <= self.now(), jobs.c.cancel_requested_at.is_not(None))
         query = sa.select(jobs).where(jobs.c.state == JobState.AVAILABLE, jobs.c.kind.in_(kinds), unwanted).limit(limit)
         async with self.database.read() as connection:
-            return [_job(row) for row in await connection.execute(query)]
+            return [job_of(row) for row in await connection.execute(query)]
 
     async def prune(self, finished_before: float, limit: int) -> int:
         """Remove finished jobs, and all that hangs on them; how many."""
@@ -568,7 +461,7 @@ class JobStore:
             row = (await connection.execute(query)).one_or_none()
         if row is None:
             raise NotFound("There is no such job.")
-        return _job(row)
+        return job_of(row)
 
     async def list(
         self,
@@ -588,7 +481,7 @@ class JobStore:
             query = query.where(sa.tuple_(jobs.c.created_at, jobs.c.id) < sa.tuple_(place.created_at, place.id))
         query = query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
         async with self.database.read() as connection:
-            return [_job(row) for row in await connection.execute(query)]
+            return [job_of(row) for row in await connection.execute(query)]
 
     async def marks(self, ids: Collection[str]) -> dict[str, tuple[Any, ...]]:
         """Of each of these jobs something that changes whenever there is news of it; nothing of one that is gone."""
@@ -671,31 +564,3 @@ def _goes_before(job: Job) -> sa.ColumnElement[bool]:
     key = sa.tuple_(jobs.c.priority, jobs.c.deadline_at, jobs.c.created_at, jobs.c.id)
     earlier = key < sa.tuple_(job.priority, job.deadline_at, job.created_at, job.id)
     return sa.and_(jobs.c.kind == job.kind, jobs.c.state.in_(LIVE), earlier)
-
-
-def _new_row(new: NewJob, now: float) -> dict[str, Any]:
-    return {
-        "id": new.id or new_id("job"),
-        "kind": new.kind,
-        "project_id": new.project_id,
-        "parent_id": new.parent_id,
-        "state": JobState.AVAILABLE,
-        "stage": new.stage,
-        "priority": new.priority,
-        "model": new.model,
-        "run_at": now if new.run_at is None else new.run_at,
-        "deadline_at": new.deadline_at,
-        "created_at": now,
-        "total": new.total,
-        "payload": dict(new.payload),
-        "errors": [],
-        "webhook_url": new.webhook_url,
-        "webhook_secret": new.webhook_secret,
-        "key_id": new.key_id,
-    }
-
-
-def _job(row: sa.Row[Any]) -> Job:
-    values = dict(row._mapping)  # noqa: SLF001  # SQLAlchemy's documented name
-    values["state"] = JobState(values["state"])
-    return Job(**values)

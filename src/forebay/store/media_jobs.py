@@ -17,8 +17,9 @@ from forebay.clock import Clock
 from forebay.errors import LeaseLost, NotFound
 from forebay.store.database import Database, Transaction
 from forebay.store.files import LEFTOVER_SECONDS, Remover, blob_key
+from forebay.store.job_records import Lease
 from forebay.store.job_state import FINISHED, LIVE, JobState
-from forebay.store.jobs import HAS_LOST_MEDIA, REMOVED, REMOVING, JobStore, Lease
+from forebay.store.jobs import HAS_LOST_MEDIA, REMOVED, REMOVING, JobStore
 from forebay.store.projects import hold_project
 from forebay.store.tables import drafted_files, jobs, media_jobs, media_parts
 

@@ -14,8 +14,8 @@ from forebay.clock import Clock
 from forebay.config import ResponseSettings
 from forebay.errors import InvalidRequest, LeaseLost, NotFound
 from forebay.store.database import Database, Transaction, delete_some
+from forebay.store.job_records import Lease
 from forebay.store.job_state import LIVE, JobState
-from forebay.store.jobs import Lease
 from forebay.store.projects import hold_project
 from forebay.store.tables import jobs, response_events, responses
 

@@ -15,8 +15,9 @@ from forebay.clock import Clock, new_id, random_bytes
 from forebay.config import WebhookSettings
 from forebay.errors import Conflict, InvalidRequest, NotFound
 from forebay.store.database import Database, Transaction
+from forebay.store.job_records import NewJob
 from forebay.store.job_state import JobState
-from forebay.store.jobs import JobStore, NewJob
+from forebay.store.jobs import JobStore
 from forebay.store.projects import hold_project
 from forebay.store.tables import jobs, webhook_attempts, webhook_deliveries, webhook_endpoints
 
