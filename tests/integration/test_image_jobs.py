@@ -131,7 +131,7 @@ async def test_from_the_upload_to_the_files(server: Server, url: str | None) -> 
         assert (await content(server, preview["id"]))[:3] == b"\xff\xd8\xff"
     assert not files, "that is all that there is"
     assert len({(await content(server, each["file_id"])) for each in answer["data"]}) == 2
-    assert not kept_pictures(server.folder)
+    await eventually(lambda: not kept_pictures(server.folder), what="what came with it to go")
     assert not await rows(server, "SELECT id FROM drafted_files", url)
 
 

@@ -108,7 +108,7 @@ async def test_from_the_upload_to_the_result(server: Server, keys: dict[str, str
     assert percents[-1] == 100
     assert len(set(percents)) > 3, percents
     assert told[-1].keys() == job.keys() - {"webhook_secret"}
-    assert not kept_recordings(server.folder)
+    await eventually(lambda: not kept_recordings(server.folder), what="what came with it to go")
     for form, begins in {
         "json": b'{"text":"',
         "text": b"",
