@@ -4,6 +4,7 @@ import json
 
 import pytest
 from starlette.types import Message
+from structlog.testing import capture_logs
 
 from forebay.clock import SystemClock
 from forebay.config import Settings
@@ -25,7 +26,10 @@ async def test_a_bug_is_answered_in_the_dialect_of_its_path(method: str, path: s
 
     scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", "client": None}
     without_rooms = Envelope(create_app(Settings()), SystemClock(), access_log=False)
-    await without_rooms(scope, receive, send)
+    with capture_logs() as logs:
+        await without_rooms(scope, receive, send)
+    [bug] = [log for log in logs if log["event"] == "request.bug"]
+    assert bug["exc_info"], "with what whoever mends it needs"
     start, content = sent
     headers = dict(start["headers"])
     body = json.loads(content["body"])
