@@ -1,6 +1,7 @@
 """Turns between projects: shares by weight, one round for a newcomer, nobody forgotten, a full line that has room."""
 
 import heapq
+import itertools
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ class OneSlot:
     def serve(self) -> Ticket | None:
         ticket = self.grant()
         if ticket is not None:
-            self.line.end(ticket)
+            self.line.end(ticket, 1.0)
         return ticket
 
     def served(self, count: int, seconds: float = 0.0) -> list[str]:
@@ -222,7 +223,9 @@ def test_projects_that_come_once_are_forgotten_when_the_next_round_begins() -> N
     for number in range(1000):
         shares.serve(f"once{number}", 1)
         shares.serve("steady", 1)
-    assert len(shares) <= 3
+        assert len(shares) <= 3
+        shares.end(f"once{number}")
+        shares.end("steady")
 
 
 def test_what_was_taken_back_is_on_nobodys_account() -> None:
@@ -233,7 +236,7 @@ def test_what_was_taken_back_is_on_nobodys_account() -> None:
     hall.line.serve(first)
     before = hall.line.shares.start("a")
     first.preempted = True
-    hall.line.end(first)
+    hall.line.end(first, 1.0)
     assert hall.line.shares.start("a") < before == 1
 
 
@@ -247,25 +250,60 @@ def test_beside_a_flood_nearly_every_request_is_as_quick_as_alone(*, prove: bool
         assert max(flooded for _, flooded in beside) <= 1, "more than a turn for each of its own before it, and one"
 
 
+LENGTHS = {
+    "a minute each": [60.0],
+    "first long ones, then short ones": [60.0] * 64 + [1.0] * 30,
+    "some long ones, then short ones": [60.0] * 8 + [1.0] * 30,
+    "in turns": [60.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("slots", [4, 16])
 @pytest.mark.parametrize(("weight", "share"), [(1.0, 0.5), (3.0, 0.75)])
 def test_places_are_shared_by_the_time_that_they_are_held_however_long_requests_are(
-    weight: float, share: float
+    weight: float, share: float, slots: int, lengths: list[float]
 ) -> None:
-    """Eight slots for an hour; both projects always have more in line, one of requests of a minute, one of a second."""
-    slots, hall, ends = 8, OneSlot({"short": weight}), list[tuple[float, int, Ticket]]()
-    held, lengths = Counter[str](), {"long": 60.0, "short": 1.0}
-    hall.join("long", 20)
-    while hall.now < 3600:
+    """Both projects always have more in line, one of requests of a second."""
+    hall, ends = OneSlot({"short": weight}), list[tuple[float, int, Ticket, float]]()
+    held, long, joined = Counter[str](), itertools.cycle(lengths), list[Ticket]()
+    hall.join("long", 2)
+    while held.total() < 5_000 * slots:
         while len(ends) < slots and (ticket := hall.grant()) is not None:
-            heapq.heappush(ends, (hall.now + lengths[ticket.project], ticket.number, ticket))
-        hall.now, _, ended = heapq.heappop(ends)
-        hall.line.end(ended, lengths[ended.project])
-        held[ended.project] += round(lengths[ended.project])
-        hall.join(ended.project)
-        if hall.now >= 120 and "short" not in held:
-            hall.join("short", 20)
-            held["short"] += 1
+            seconds = next(long) if ticket.project == "long" else 1.0
+            heapq.heappush(ends, (hall.now + seconds, ticket.number, ticket, seconds))
+            hall.join(ticket.project)
+        hall.now, _, ended, seconds = heapq.heappop(ends)
+        hall.line.end(ended, seconds)
+        if hall.now >= 120 and not joined:
+            joined = hall.join("short", 2)
+        elif joined:
+            held[ended.project] += round(seconds)
     assert abs(held["short"] / held.total() - share) < 0.05
+
+
+def test_who_asks_for_less_than_his_share_does_not_wait_for_what_was_guessed_too_low(*, prove: bool) -> None:
+    """Eight slots and a flood of requests of a second; one of ten of the other's takes thirty."""
+    for seed in range(100 if prove else 4):
+        chance, hall, ends = random.Random(seed), OneSlot(), list[tuple[float, int, Ticket, float]]()
+        waits, comes = list[float](), 0.0
+        hall.join("flood", 2)
+        while len(waits) < 1000:
+            while len(ends) < 8 and (ticket := hall.grant()) is not None:
+                seconds = 30.0 if ticket.project == "light" and chance.random() < 0.1 else 1.0
+                heapq.heappush(ends, (hall.now + seconds, ticket.number, ticket, seconds))
+                if ticket.project == "light":
+                    waits.append(hall.now - ticket.joined_at)
+                else:
+                    hall.join("flood")
+            if comes <= ends[0][0]:
+                hall.now = comes
+                hall.join("light")
+                comes += chance.expovariate(0.25)
+            else:
+                hall.now, _, ended, seconds = heapq.heappop(ends)
+                hall.line.end(ended, seconds)
+        assert sorted(waits)[990] <= 3, "with whatever was missing on its account it would be seven"
 
 
 def test_what_fails_at_once_does_not_go_before_others_for_ever() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from forebay.inference import Priority
-from forebay.scheduler.shares import Shares, Weights, equal
+from forebay.scheduler.shares import SHORTEST_SECONDS, Shares, Weights, equal
 
 
 @dataclass(eq=False, slots=True)
@@ -16,7 +16,7 @@ class Ticket:
 
     One that is `further` belongs to something that was let in before, and keeps its place in a full line.
     `taken` is how many places it fills on `replica_id` once it has been granted, `granted_at`, and `cost` what its project is
-    charged for them. Of batch work only: `spared` has its place for good, `preempted` gives it back as soon as the engine has
+    charged for them at first. Of batch work only: `spared` has its place for good, `preempted` gives it back as soon as the engine has
     stopped; one that `yields` goes on from where it was when it has a place again. `served` has had its answer to the end.
     One that `found_engine` came while a replica of its model was up.
     """
@@ -72,9 +72,10 @@ class Line:
         ticket.cost = self.shares.cost(ticket.project, ticket.taken)
         self.shares.serve(ticket.project, ticket.cost)
 
-    def end(self, ticket: Ticket, seconds: float = 0) -> None:
+    def end(self, ticket: Ticket, seconds: float) -> None:
         """One that was served has given its places back after so long; who was preempted has them on nobody's account."""
-        self.shares.end(ticket.project, unused=ticket.cost if ticket.preempted else 0)
+        used = 0 if ticket.preempted else ticket.taken * max(SHORTEST_SECONDS, seconds)
+        self.shares.end(ticket.project, unused=ticket.cost - used)
         if not ticket.preempted:
             self.shares.learn(ticket.project, seconds)
         self._forget()
