@@ -68,6 +68,13 @@ def test_a_record_that_was_changed_is_none(journal: Journal, tmp_path: Path) -> 
     assert found.rest > 0
 
 
+def test_of_another_format_nothing_is_read_and_all_is_left(journal: Journal) -> None:
+    content = journal.path.read_bytes()
+    journal.path.write_bytes(content.replace(b"forebay usage 1\n", b"forebay usage 2\n"))
+    found = read(journal.path, 0)
+    assert (found.entries, found.end, found.rest) == ((), 0, len(content)), "whoever removes it says so"
+
+
 def test_a_record_of_another_version_is_read_as_far_as_it_is_known(journal: Journal) -> None:
     account = ("2026-11-22", "p", "k", "m", "chat")
     append_record(journal.path, *account, 1, 2, 3)

@@ -1,7 +1,7 @@
 """The journal of one process: what was used, appended before the answer that used it ends.
 
 One write a record, and no wait for the disk: what was written outlives the process, however it ends, and may be lost with
-the machine. It refuses to read on behind a record that is not whole.
+the machine. It refuses to read on behind a record that is not whole, or that it does not know.
 """
 
 import fcntl
@@ -129,7 +129,7 @@ def abandoned(path: Path) -> Iterator[bool]:
 
 
 def read(path: Path, offset: int) -> Reading:
-    """Records from `offset` on, or from the first one; a torn one ends them. Raises OSError.
+    """Records from `offset` on, or from the first one; a torn one ends them, and all of another format is one. Raises OSError.
 
     There are none only behind the last one: a journal that grew while the database was away is read piece by piece.
     """
@@ -137,7 +137,9 @@ def read(path: Path, offset: int) -> Reading:
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        if file.read(len(_BEGINNING)) != _BEGINNING or start >= size:
+        if file.read(len(_BEGINNING)) != _BEGINNING:
+            return Reading((), offset, size)
+        if start >= size:
             return Reading((), offset, 0)
         file.seek(start)
         content = file.read(_PIECE_BYTES)
