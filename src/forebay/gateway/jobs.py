@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from forebay.clock import Clock
 from forebay.dialects.openai.errors import body_of
-from forebay.errors import Conflict, ForebayError, NotFound, Overloaded
+from forebay.errors import ForebayError, NotFound, Overloaded
 from forebay.gateway.answers import error_answer, json_answer
 from forebay.gateway.auth import Principal, principal, role_at_least
 from forebay.gateway.places import of_one_project
@@ -143,9 +143,6 @@ async def cancel_job(request: Request, job_id: str, caller: Member) -> Response:
 async def retry_job(request: Request, job_id: str, caller: Member) -> Response:
     """Try a job again that did not end well."""
     desk: Desk = request.app.state.desk
-    job = await desk.get(caller.project_id, job_id)
-    if await request.app.state.media_jobs.without_media([job.id]):
-        raise Conflict("What came with this job went when it ended. Send it again as a new request.", code="input_gone")
     return await _show(desk, await desk.retry(caller.project_id, job_id))
 
 

@@ -343,7 +343,9 @@ class JobStore:
         """
         await self.lock(transaction, job.id)  # whoever removes media holds it too: the next statement sees what he did
         if await transaction.scalar(sa.select(media_are_lost(job.id))):
-            raise Conflict("What came with this job is gone. Send it again as a new request.", code="input_gone")
+            raise Conflict(
+                "What came with this job went when it ended. Send it again as a new request.", code="input_gone"
+            )
         now = self.now()
         again = now + jobs.c.deadline_at - jobs.c.created_at
         query = (
