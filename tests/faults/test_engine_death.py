@@ -286,7 +286,7 @@ options = {{ context = 8192, threads = 1 }}
         resource.prlimit(server.pid, resource.RLIMIT_DATA, (int(1.2 * 2**30), unlimited[1]))  # its engines inherit it
         assert (await ask(server, "What is a river?", model="real")).whole, "it has waited for the second start"
         assert await server.metric("forebay_engine_deaths_total", model="real", kind="out_of_memory") >= 1
-        assert (await server.model("real"))["slots"] == 4
+        assert server.named("engine.slots_halved", model="real")[0]["slots"] == 4
         resource.prlimit(server.pid, resource.RLIMIT_DATA, unlimited)
         await eventually(_slots(server, 8, "real"), within_seconds=60, what="eight places again")
         assert (await ask(server, "What is a stone?", model="real")).whole
