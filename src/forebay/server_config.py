@@ -25,7 +25,8 @@ class HttpSettings(Section):
     )
     keep_alive_seconds: Seconds = Field(15, description="How long an idle connection is kept.")
     write_stall_seconds: Seconds = Field(
-        20, description="A reader that takes no bytes for this long is cut off and its work cancelled."
+        20,
+        description="A reader for whom bytes wait and who takes fewer than 64 KiB of them in this long, and not all, is cut off and its work cancelled.",
     )
     connections_max: Count = Field(4096, description="Open connections in all; further ones are closed at once.")
     connections_per_address_max: Count = Field(
