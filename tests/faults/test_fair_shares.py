@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+
 from tests.support.server import Server, chat_body, eventually, serving
 
 SLOTS = 8
@@ -23,6 +25,7 @@ preload = true
 """
 TOKEN_SECONDS = 0.05  # long ones, so that the machine has little to do for each request
 LIGHT_SECONDS = 1.0
+LIGHT = 100
 ROUNDS_MAX = 4  # a loaded machine may spoil one: without turns each is many times worse
 
 
@@ -79,6 +82,7 @@ async def light(server: Server, key: str, count: int) -> list[float]:
     return sorted(taken)
 
 
+@pytest.mark.timeout(400)
 async def test_a_project_that_floods_a_model_does_not_slow_another_down() -> None:
     async with serving(CONFIG) as server:
         noisy, quiet = await server.create_key("noisy"), await server.create_key("quiet")
@@ -86,8 +90,11 @@ async def test_a_project_that_floods_a_model_does_not_slow_another_down() -> Non
         while len(ratios) < ROUNDS_MAX and (not ratios or ratios[-1] > 1.5):
             alone = await light(server, quiet, 6)
             async with flood(server, noisy) as statuses:
-                beside = await light(server, quiet, 14)
+                beside = await light(server, quiet, LIGHT)
             assert set(statuses) == {200, 429}
-            ratios.append(beside[-1] / alone[-1])
-        print(f"ratios of the longest: {ratios}")
+            ratios.append(beside[LIGHT * 99 // 100 - 1] / alone[-1])
+            print(
+                f"p50, p99 and longest beside: {beside[LIGHT // 2]:.2f}, {beside[LIGHT * 99 // 100 - 1]:.2f}, {beside[-1]:.2f} s"
+            )
+        print(f"p99 beside by the longest alone: {ratios}")
         assert ratios[-1] <= 1.5
