@@ -27,6 +27,12 @@ print(os.getpid(), pid, flush=True)
 {after}
 """
 STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+# Blocked, then waited for: a handler of Python's would not be run if the signal came just before the sleep began.
+LISTENING = {
+    "before": "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})",
+    "child": "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})",
+    "after": "signal.sigwait({signal.SIGTERM}); sys.exit(7)",
+}
 
 
 @contextmanager
@@ -96,8 +102,7 @@ def test_the_death_of_the_child_is_seen_at_once() -> None:
 
 
 def test_a_child_that_listens_is_asked_first_when_the_server_goes() -> None:
-    before = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
-    with family(before=before, child="signal.signal(signal.SIGTERM, 0)") as (guard, pids):
+    with family(**LISTENING) as (guard, pids):
         left = time.monotonic()
         closed(guard)
         assert guard.wait(5) == 7
@@ -151,8 +156,7 @@ def test_of_words_that_come_together_the_last_one_counts() -> None:
 
 @pytest.mark.parametrize("how", ["sigterm", "the server goes"])
 def test_a_paused_child_is_asked_to_end_like_any_other(how: str) -> None:
-    before = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
-    with family(before=before, child="signal.signal(signal.SIGTERM, 0)") as (guard, pids):
+    with family(**LISTENING) as (guard, pids):
         say(guard, b"P")
         eventually(lambda: all_stopped(pids), 5)
         if how == "sigterm":
@@ -196,10 +200,8 @@ def test_what_a_finished_child_leaves_behind_is_killed() -> None:
 
 
 def test_sigterm_is_passed_on_and_no_more() -> None:
-    said = "signal.signal(signal.SIGTERM, lambda *_: os.write(1, b'asked\\n'))"
-    with family(
-        before=said, child="signal.signal(signal.SIGTERM, signal.SIG_IGN)", after="\nwhile True: time.sleep(600)"
-    ) as (guard, pids):
+    says_so = "signal.sigwait({signal.SIGTERM}); os.write(1, b'asked\\n'); time.sleep(600)"
+    with family(**{**LISTENING, "child": STUBBORN, "after": says_so}) as (guard, pids):
         assert guard.stdout
         guard.terminate()
         assert guard.stdout.readline() == b"asked\n"
