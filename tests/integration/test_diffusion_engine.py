@@ -331,8 +331,7 @@ def test_short_of_memory_it_decodes_in_tiles_and_says_so_and_gives_the_memory_ba
         assert "tiles" in tiled[-2]["used"]["notices"][0]
         eventually(lambda: not painted(engine, asked(steps=1))[-2]["used"]["notices"], 20)
         assert picture(painted(engine, header, GENERATIONS)) == picture(plain)
-    assert held[1] - held[0] < 64 * 2**20, "what libraries keep of tiles of a new size, nothing of the try that failed"
-    assert held[2] - held[1] < 32 * 2**20, "which they keep once"
+    assert max(held[1:]) - held[0] < 32 * 2**20, "nothing of the tries that failed"
 
 
 def test_a_picture_that_does_not_fit_in_any_way_fails_with_a_sentence(started: dict[str, Any], prove: bool) -> None:

@@ -49,7 +49,10 @@ class Studio:
         """The pictures of a batch. Raises OutOfMemory, StepFailed, and Unwanted; nothing of the batch is kept then."""
         failure: Exception
         try:
-            return _Painting(self._model, rows, watch).run()
+            painted = _Painting(self._model, rows, watch).run()
+            if self._savings:
+                self._trim()
+            return painted
         except Unwanted as error:
             traceback.clear_frames(error.__traceback__)
             failure = Unwanted()
@@ -130,7 +133,11 @@ class Studio:
         gc.collect()
         if self._model.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        elif sys.platform == "linux":
+        self._trim()
+
+    def _trim(self) -> None:
+        """Give the heap's free pages back to the kernel, which others on the machine may be short of too."""
+        if self._model.device == "cpu" and sys.platform == "linux":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
             if trim is not None:
                 trim(0)
