@@ -2,9 +2,11 @@
 
 import heapq
 import itertools
+import math
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -62,6 +64,31 @@ class OneSlot:
             found.append(ticket.project)
             self.now += seconds
         return found
+
+
+class Slots(OneSlot):
+    """A line for a model of several slots."""
+
+    def __init__(self, count: int, weights: Mapping[str, float] | None = None) -> None:
+        super().__init__(weights)
+        self.count = count
+        self.running: list[tuple[float, int, Ticket, float]] = []
+
+    def begin(self, takes: Callable[[Ticket], float]) -> Iterator[tuple[Ticket, float]]:
+        """Who gets the slots that are free, and how long each is going to take."""
+        while len(self.running) < self.count and (ticket := self.grant()) is not None:
+            seconds = takes(ticket)
+            heapq.heappush(self.running, (self.now + seconds, ticket.number, ticket, seconds))
+            yield ticket, seconds
+
+    def end(self, before: float = math.inf) -> Ticket | None:
+        """The next that ends; none if there is none by then."""
+        if not self.running or self.running[0][0] > before:
+            self.now = before
+            return None
+        self.now, _, ticket, seconds = heapq.heappop(self.running)
+        self.line.end(ticket, seconds)
+        return ticket
 
 
 @settings(deadline=None)
@@ -265,57 +292,52 @@ def test_places_are_shared_by_the_time_that_they_are_held_however_long_requests_
     weight: float, share: float, slots: int, lengths: list[float]
 ) -> None:
     """Both projects always have more in line, one of requests of a second."""
-    hall, ends = OneSlot({"short": weight}), list[tuple[float, int, Ticket, float]]()
-    held, long, joined = Counter[str](), itertools.cycle(lengths), list[Ticket]()
+    hall, long, held, joined = Slots(slots, {"short": weight}), itertools.cycle(lengths), Counter[str](), False
     hall.join("long", 2)
     while held.total() < 5_000 * slots:
-        while len(ends) < slots and (ticket := hall.grant()) is not None:
-            seconds = next(long) if ticket.project == "long" else 1.0
-            heapq.heappush(ends, (hall.now + seconds, ticket.number, ticket, seconds))
+        for ticket, seconds in hall.begin(lambda ticket: next(long) if ticket.project == "long" else 1.0):
             hall.join(ticket.project)
-        hall.now, _, ended, seconds = heapq.heappop(ends)
-        hall.line.end(ended, seconds)
+            if joined:
+                held[ticket.project] += round(seconds)
+        hall.end()
         if hall.now >= 120 and not joined:
-            joined = hall.join("short", 2)
-        elif joined:
-            held[ended.project] += round(seconds)
+            joined = bool(hall.join("short", 2))
     assert abs(held["short"] / held.total() - share) < 0.05
 
 
 def test_who_asks_for_less_than_his_share_does_not_wait_for_what_was_guessed_too_low(*, prove: bool) -> None:
     """Eight slots and a flood of requests of a second; one of ten of the other's takes thirty."""
     for seed in range(100 if prove else 4):
-        chance, hall, ends = random.Random(seed), OneSlot(), list[tuple[float, int, Ticket, float]]()
-        waits, comes = list[float](), 0.0
+        chance, hall, waits, comes = random.Random(seed), Slots(8), list[float](), 0.0
         hall.join("flood", 2)
         while len(waits) < 1000:
-            while len(ends) < 8 and (ticket := hall.grant()) is not None:
-                seconds = 30.0 if ticket.project == "light" and chance.random() < 0.1 else 1.0
-                heapq.heappush(ends, (hall.now + seconds, ticket.number, ticket, seconds))
+            for ticket, _ in hall.begin(partial(now_and_then_long, chance)):
                 if ticket.project == "light":
                     waits.append(hall.now - ticket.joined_at)
                 else:
                     hall.join("flood")
-            if comes <= ends[0][0]:
-                hall.now = comes
+            if hall.end(comes) is None:
                 hall.join("light")
                 comes += chance.expovariate(0.25)
-            else:
-                hall.now, _, ended, seconds = heapq.heappop(ends)
-                hall.line.end(ended, seconds)
         assert sorted(waits)[990] <= 3, "with whatever was missing on its account it would be seven"
 
 
+def now_and_then_long(chance: random.Random, ticket: Ticket) -> float:
+    return 30.0 if ticket.project == "light" and chance.random() < 0.1 else 1.0
+
+
 def test_what_fails_at_once_does_not_go_before_others_for_ever() -> None:
-    shares = Shares()
-    shares.learn("failing", 1e-9)
-    shares.learn("steady", 0.01)
-    shares.serve("steady", shares.cost("steady", 1))
-    turns = 0
-    while shares.start("failing") <= shares.start("steady"):
-        shares.serve("failing", shares.cost("failing", 1))
-        turns += 1
-    assert turns <= 12
+    hall = Slots(1)
+    hall.join("steady", 10)
+    hall.join("failing", 1_000)
+    order = []
+    while "steady" in {ticket.project for ticket in hall.line}:
+        order += [
+            ticket.project for ticket, _ in hall.begin(lambda ticket: 0.01 if ticket.project == "steady" else 0.0)
+        ]
+        hall.end()
+    runs = [len(list(same)) for project, same in itertools.groupby(order) if project == "failing"]
+    assert max(runs) <= 12
 
 
 def test_how_long_requests_of_projects_take_is_remembered_of_so_many() -> None:

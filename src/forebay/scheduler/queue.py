@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from forebay.inference import Priority
-from forebay.scheduler.shares import SHORTEST_SECONDS, Shares, Weights, equal
+from forebay.scheduler.shares import Shares, Weights, equal
+
+_SHORTEST_SECONDS = 0.001  # what fails at once does not go on for ever before it is another one's turn
 
 
 @dataclass(eq=False, slots=True)
@@ -74,10 +76,10 @@ class Line:
 
     def end(self, ticket: Ticket, seconds: float) -> None:
         """One that was served has given its places back after so long; who was preempted has them on nobody's account."""
-        used = 0 if ticket.preempted else ticket.taken * max(SHORTEST_SECONDS, seconds)
-        self.shares.end(ticket.project, unused=ticket.cost - used)
+        held = max(_SHORTEST_SECONDS, seconds)
+        self.shares.end(ticket.project, unused=ticket.cost - (0 if ticket.preempted else ticket.taken * held))
         if not ticket.preempted:
-            self.shares.learn(ticket.project, seconds)
+            self.shares.learn(ticket.project, held)
         self._forget()
 
     def _forget(self) -> None:

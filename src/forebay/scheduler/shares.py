@@ -11,7 +11,6 @@ from collections.abc import Callable
 Weights = Callable[[str], float]
 
 _UNKNOWN = 1.0  # seconds; while nothing is known, all count the same
-SHORTEST_SECONDS = 0.001  # what fails at once does not go on for ever before it is another one's turn
 _LATEST = 0.2  # the weight of the latest in a mean
 _PROJECTS_MAX = 1_024  # whose means are kept
 
@@ -51,12 +50,10 @@ class Shares:
 
     def cost(self, project: str, places: int) -> float:
         """What so many places come to, in seconds of one, as far as can be guessed."""
-        return places * max(SHORTEST_SECONDS, self._held.get(project, self._held_by_all) or _UNKNOWN)
+        return places * (self._held.get(project, self._held_by_all) or _UNKNOWN)
 
     def learn(self, project: str, seconds: float) -> None:
-        """A project has held its places for so long."""
-        if seconds <= 0:
-            return
+        """A project has held its places for so long, which is more than nothing."""
         self._held_by_all = _mean(self._held_by_all, seconds)
         self._held[project] = _mean(self._held.pop(project, None), seconds)
         if len(self._held) > _PROJECTS_MAX:
