@@ -18,7 +18,8 @@ import sys
 import time
 
 _GRACE_SECONDS = 0.5
-_SWEEP_SECONDS = 1.0
+_SWEEP_LOOKS = 1_000
+_LOOK_SECONDS = 0.001
 _CANNOT_START = 78
 _PAUSE, _RESUME = b"P", b"R"
 _LOOKS_MAX = 8
@@ -185,26 +186,20 @@ def _signal(processes: set[int], number: int) -> None:
 
 
 def _sweep(child: int) -> None:
-    """Kill what the child left behind: its group, then whatever has become our own child by its death."""
+    """Kill what the child left behind: its group, then everything below us, until nothing is left or nobody dies any more."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
-    deadline = time.monotonic() + _SWEEP_SECONDS
-    while time.monotonic() < deadline:
+    looks = 0  # not seconds: these pass while the guard itself is held up
+    while looks < _SWEEP_LOOKS:
         try:
             if os.waitpid(-1, os.WNOHANG)[0]:
+                looks = 0
                 continue
         except ChildProcessError:
             return
-        for stray in _own_children():
-            try:
-                os.kill(stray, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
-        time.sleep(0.001)
-
-
-def _own_children() -> list[int]:
-    return [each for each, (parent, _) in _processes().items() if parent == os.getpid()]
+        _signal(_elsewhere(child), signal.SIGKILL)
+        looks += 1
+        time.sleep(_LOOK_SECONDS)
 
 
 def _elsewhere(child: int) -> set[int]:
