@@ -8,6 +8,7 @@ import pytest
 from forebay.engines import lived
 from forebay.engines.lived import Lived
 from forebay.replicas.pauses import Pauses
+from tests.support.clock import FakeClock
 from tests.support.server import eventually
 
 
@@ -30,7 +31,7 @@ async def test_a_limit_stands_still_in_a_pause_and_then_has_as_much_left() -> No
             await _moment()
             pauses.end()
         assert due is not None
-        assert timeout.when() == pytest.approx(due + pauses.seconds, abs=1e-4)
+        assert timeout.when() == pytest.approx(due + pauses.seconds, abs=1e-6)
     assert pauses.count == 3
     assert pauses.seconds >= 3 * 0.002
 
@@ -149,3 +150,23 @@ async def test_work_that_ends_in_time_is_told_at_once() -> None:
     await asyncio.sleep(0)
     work.set_result(None)
     assert await ended is True
+
+
+async def test_what_came_while_this_process_was_held_up_is_read_and_no_silence() -> None:
+    clock, engine = FakeClock(), asyncio.StreamReader()
+    reading = asyncio.create_task(Pauses().within(8, clock, lambda: engine.read(100)))
+    await asyncio.sleep(0)
+    clock.advance(600)  # the limit is due, and found so before what has come
+    engine.feed_data(b"here")
+    assert await reading == b"here"
+
+
+async def test_a_silence_ends_a_reading() -> None:
+    clock, engine = FakeClock(), asyncio.StreamReader()
+    reading = asyncio.create_task(Pauses().within(8, clock, lambda: engine.read(100)))
+    for _ in range(8):
+        await _moment()
+        assert not reading.done()
+        clock.advance(1)
+    with pytest.raises(TimeoutError):
+        await reading

@@ -231,7 +231,7 @@ class ResponseWork:
             events = relay.take(data)
             if log is not None:
                 log.add(events)
-            data = await read_on(stream, pauses.limit(self._clock.timeout(self._settings.supervisor.stall_seconds)))
+            data = await read_on(stream, pauses, self._settings.supervisor.stall_seconds, self._clock)
 
 
 class EventLog:

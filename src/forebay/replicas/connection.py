@@ -92,7 +92,8 @@ class EngineStream:
     async def read(self) -> bytes:
         """The next bytes, as many as there are; b"" at the end. Raises aiohttp.ClientError on a cut."""
         assert self._response is not None
-        self._reads_since = self._own_seconds()
+        if self._reads_since is None:  # or he looks again after he was interrupted
+            self._reads_since = self._own_seconds()
         data = await self._response.content.readany()
         self._reads_since = None
         if not data:

@@ -4,7 +4,13 @@ It refuses to pause anything: it is told when a pause begins and ends.
 """
 
 import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 from types import TracebackType
+
+from forebay.clock import Clock
+
+_LOOKS = 8
 
 
 class Pauses:
@@ -36,34 +42,48 @@ class Pauses:
         self.count += 1
         self._since = _now()
         for timeout in self._limits:
-            self._hold(timeout)
+            self._hold(timeout, self._since)
 
     def end(self) -> None:
         """The pause ends: every limit goes on with what was left of it."""
-        self._ended_seconds, self._since = self.seconds, None
+        now = _now()
+        self._ended_seconds += 0.0 if self._since is None else now - self._since
+        self._since = None
         for timeout, left in self._limits.items():
             if left is not None and not timeout.expired():
-                timeout.reschedule(_now() + left)
+                timeout.reschedule(now + left)
             self._limits[timeout] = None
 
     def limit(self, timeout: asyncio.Timeout) -> "Limit":
         """`timeout`, which then does not count the pauses."""
         return Limit(self, timeout)
 
+    async def within(self, seconds: float, clock: Clock, read: Callable[[], Awaitable[bytes]]) -> bytes:
+        """What `read` gives, which loses nothing by being cancelled. Raises TimeoutError when that takes so long.
+
+        Neither pauses count nor, but for an eighth, time in which this process itself was held up: what has come meanwhile
+        lies ready at the next look.
+        """
+        for _ in range(_LOOKS):
+            with contextlib.suppress(TimeoutError):
+                async with self.limit(clock.timeout(seconds / _LOOKS)):
+                    return await read()
+        raise TimeoutError
+
     def follow(self, timeout: asyncio.Timeout) -> None:
         """Let `timeout`, whose block has begun, stand still in every pause."""
         self._limits[timeout] = None
         if self.paused:
-            self._hold(timeout)
+            self._hold(timeout, _now())
 
     def forget(self, timeout: asyncio.Timeout) -> None:
         """Its block is about to end."""
         self._limits.pop(timeout, None)
 
-    def _hold(self, timeout: asyncio.Timeout) -> None:
+    def _hold(self, timeout: asyncio.Timeout, now: float) -> None:
         when = timeout.when()
         if when is not None and not timeout.expired():
-            self._limits[timeout] = max(0.0, when - _now())
+            self._limits[timeout] = max(0.0, when - now)
             timeout.reschedule(None)
 
 

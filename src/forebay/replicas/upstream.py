@@ -122,8 +122,7 @@ class UpstreamStream(EngineStream):
             data, self._first = self._first, None
             return data
         try:
-            async with self._clock.timeout(self._stall_seconds):
-                return await super().read()
+            return await self._pauses.within(self._stall_seconds, self._clock, super().read)
         except TimeoutError:
             raise EngineTimeout("The provider behind this model stopped in the middle of its answer.") from None
 

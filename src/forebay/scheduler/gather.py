@@ -13,7 +13,7 @@ from forebay.errors import EngineTimeout
 from forebay.inference import Usage
 from forebay.quotas import Use
 from forebay.replicas.connection import EngineStream
-from forebay.replicas.pauses import Limit
+from forebay.replicas.pauses import Pauses
 from forebay.scheduler.permit import Permit
 
 
@@ -59,16 +59,15 @@ async def gather(
             on_first()
             while data:
                 gatherer.feed(data)
-                data = await read_on(stream, pauses.limit(clock.timeout(stall_seconds)))
+                data = await read_on(stream, pauses, stall_seconds, clock)
     except TimeoutError:
         raise EngineTimeout from None
     return Gathered(gatherer.body(), gatherer.progress.used)
 
 
-async def read_on(stream: EngineStream, stall: Limit) -> bytes:
+async def read_on(stream: EngineStream, pauses: Pauses, stall_seconds: float, clock: Clock) -> bytes:
     """The next bytes of a stream that has begun. Raises EngineTimeout when none come for so long."""
     try:
-        async with stall:
-            return await stream.read()
+        return await pauses.within(stall_seconds, clock, stream.read)
     except TimeoutError:
         raise EngineTimeout("The engine stopped making progress on this request.") from None
