@@ -5,10 +5,21 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Threads of NumPy's for matrices as small as ours wait for each other, on a busy machine for tens of times as long as they
 # compute. NumPy looks at this when it is first imported, which is after this.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+# A clock on the wall says nothing of a property where any process may be stopped for seconds. What a run tries is the same
+# each time; only a long one (--prove) looks where none has looked before.
+settings.register_profile("seeded", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("prove", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("prove" if config.getoption("--prove") else "seeded")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

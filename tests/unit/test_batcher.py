@@ -34,8 +34,9 @@ def test_little_of_a_batch_is_padding(requests: list[list[int]], budget: int) ->
     for number, sizes in enumerate(requests):
         batcher.add(number, _items(number, sizes))
     while batch := batcher.take(budget):
-        shortest, longest = min(item.length for item in batch), max(item.length for item in batch)
-        assert longest <= max(1.6 * shortest, shortest + 32)
+        first = batch[0].length
+        assert all(min(int(first / 1.25), first - 16) <= item.length for item in batch)
+        assert all(item.length <= max(int(first * 1.25), first + 16) for item in batch)
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), lengths), min_size=1, max_size=20), st.integers(64, 600))

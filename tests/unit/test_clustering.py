@@ -77,20 +77,21 @@ def test_the_same_vectors_get_the_same_labels() -> None:
 
 
 def test_six_hours_cost_little_memory_and_time_and_can_be_ended_soon() -> None:
+    """By the thread's own time, so that a busy machine says little about us."""
     order = np.random.default_rng(1).integers(0, 4, 2700)
     windows, whose = speech([(int(voice), 20) for voice in order])
-    last, longest = time.monotonic(), 0.0
+    last, longest = time.thread_time(), 0.0
 
     def look() -> None:
         nonlocal last, longest
-        now = time.monotonic()
+        now = time.thread_time()
         longest, last = max(longest, now - last), now
 
     tracemalloc.start()
-    begun = time.monotonic()
+    begun = time.thread_time()
     assert voices_in(windows, look) == 4
     labels = told_apart(windows.vectors, 4, look)
-    seconds, peak = time.monotonic() - begun, tracemalloc.get_traced_memory()[1]
+    seconds, peak = time.thread_time() - begun, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert same(labels, whose) > 0.97
     assert peak < 200 * 2**20, peak

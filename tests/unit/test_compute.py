@@ -42,7 +42,7 @@ class Library:
             self._free -= padded
         try:
             if padded > self._gated_tokens:
-                self.gate.wait(10)
+                assert self.gate.wait(120)
             return self._compute(batch)
         finally:
             with self._lock:

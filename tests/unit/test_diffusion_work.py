@@ -50,7 +50,7 @@ class Library:
         self.begun.append(seeds)
         settings = rows[0].order.settings
         for step in range(1, settings.steps + 1):
-            assert self.free or self._leave.acquire(timeout=10)
+            assert self.free or self._leave.acquire(timeout=120)
             if len(rows) > self._rows_max or len(self.savings) < self.savings_needed:
                 raise OutOfMemory
             if BAD in seeds:

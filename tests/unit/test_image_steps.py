@@ -130,7 +130,7 @@ def test_a_small_mask_is_kept_as_the_part_that_matters() -> None:
     st.integers(0, 6),
     st.integers(0, 9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_part_alone_gives_the_same_as_the_whole(
     width: int, height: int, seed: int, dilation: int, feather: int, specks: int
 ) -> None:
@@ -160,7 +160,7 @@ def test_masks_that_cannot_be_meant_are_refused_with_what_they_are() -> None:
 
 
 @given(st.integers(1, 90), st.integers(1, 70), st.integers(1, 64), st.integers(1, 64), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_is_painted_covers_every_pixel_that_counts(
     width: int, height: int, across: int, down: int, seed: int
 ) -> None:
@@ -185,7 +185,7 @@ def test_what_is_painted_covers_every_pixel_that_counts(
     st.integers(0, 9),
     st.integers(0, 9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_pixel_outside_the_mask_stays_as_it_is(
     width: int, height: int, channels: int, seed: int, dilation: int, feather: int
 ) -> None:

@@ -4,7 +4,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay.replicas.memory import (
@@ -316,7 +316,6 @@ def fits(wanted: Need, residents: list[Holding]) -> bool:
     return all(used(residents, device) + count <= SMALL[device] for device, count in wanted.bytes.items())
 
 
-@settings(deadline=None)
 @given(NEEDS, HOLDINGS, st.booleans(), st.floats(0, 60))
 def test_plans_hold_what_they_promise(
     wanted: Need, residents: list[Holding], for_batch: bool, waited_seconds: float
@@ -346,7 +345,6 @@ def test_plans_hold_what_they_promise(
         assert any(one.busy for one in gone)
 
 
-@settings(deadline=None)
 @given(NEEDS, HOLDINGS, st.booleans(), st.floats(0, 60))
 def test_whenever_idle_ones_alone_make_room_they_do(
     wanted: Need, residents: list[Holding], for_batch: bool, waited_seconds: float
@@ -369,7 +367,6 @@ def test_whenever_idle_ones_alone_make_room_they_do(
             assert not fits(wanted, [one for one in staying if one not in gone])
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(NEEDS, st.booleans(), st.floats(0, 60)), max_size=4), HOLDINGS)
 def test_an_agenda_never_promises_more_than_there_is(
     rows: list[tuple[Need, bool, float]], residents: list[Holding]

@@ -5,7 +5,7 @@ from typing import Any
 
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
@@ -134,7 +134,6 @@ def test_events_that_are_joined_say_the_same(steps: list[tuple[str, Any]], finis
     assert [event["sequence_number"] for event in numbered(few, 5)] == list(range(5, 5 + len(few)))
 
 
-@settings(deadline=None)  # the client builds its types at the first one
 @given(steps=STEPS)
 def test_the_official_client_takes_every_event(steps: list[tuple[str, Any]]) -> None:
     events = relayed(call(), [stream(steps)])

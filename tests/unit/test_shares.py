@@ -91,7 +91,6 @@ class Slots(OneSlot):
         return ticket
 
 
-@settings(deadline=None)
 @given(st.integers(1, 120), st.sampled_from([0.0, 1.0, 20.0]))
 def test_of_weights_one_to_three_each_gets_its_share_to_the_ticket(count: int, seconds: float) -> None:
     hall = OneSlot({"a": 1, "b": 3})
@@ -101,7 +100,6 @@ def test_of_weights_one_to_three_each_gets_its_share_to_the_ticket(count: int, s
     assert abs(got["b"] - 0.75 * count) <= 1
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(PROJECTS), st.floats(0.1, 10), min_size=2), st.integers(1, 60))
 def test_who_waits_is_never_behind_another_by_more_than_a_turn_of_each(weights: dict[str, float], count: int) -> None:
     hall = OneSlot(weights)
@@ -112,7 +110,6 @@ def test_who_waits_is_never_behind_another_by_more_than_a_turn_of_each(weights: 
         assert got[one] / weights[one] - got[other] / weights[other] <= 1 / weights[one] + 1 / weights[other] + 1e-9
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(0, 40), st.sampled_from([0.0, 2.0, 50.0]))
 def test_a_newcomer_waits_one_round_at_most_however_long_the_others_have(
     others: int, before: int, seconds: float
@@ -180,7 +177,6 @@ def serve_all_that_comes(rolls: random.Random) -> None:
     assert max(waits) < 400
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(PROJECTS), st.sampled_from(ONLINE), st.integers(1, 4), st.floats(0, 100)),
@@ -229,7 +225,7 @@ def by_project(waiting: list[Ticket]) -> list[list[Ticket]]:
     return list(same.values())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(st.sampled_from(PROJECTS), st.sampled_from(ONLINE), st.integers(1, 4), st.floats(0, 100)),
@@ -413,7 +409,6 @@ def test_what_was_let_in_before_keeps_its_place() -> None:
     assert turned_away(hall, new) is new
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from("aaaabc"), min_size=1, max_size=60), st.integers(1, 8))
 def test_no_project_is_kept_out_by_the_line_of_another(comers: list[str], places: int) -> None:
     hall, turned = OneSlot(), Counter[str]()

@@ -68,7 +68,7 @@ def test_what_is_refused_says_the_form(text: str) -> None:
     assert said.isprintable()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(["hf:", "pypi:", "https:", "http:", "file:", ""]), st.text(max_size=60))
 def test_any_text_is_a_source_or_a_sentence(scheme: str, rest: str) -> None:
     try:
