@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from tests.support.answers import Answer, ask, first_bytes, read
+from tests.support.measuring import all_within
 from tests.support.models import smollm2_path
 from tests.support.server import Server, chat_body, eventually, serving
 
@@ -45,7 +46,7 @@ async def test_a_place_is_free_at_the_engine_soon_after_its_caller_has_gone(prov
             await eventually(partial(_engine_says, server, "cancelled", name), what="a stop at the engine")
             delays.append(monotonic() - left)
     print(f"{len(delays)} disconnects: the engine stopped after {max(delays) * 1000:.0f} ms at most")
-    assert max(delays) < 0.5
+    assert all_within(0.5, delays), delays
 
 
 def _engine_says(server: Server, what: str, name: str) -> bool:
@@ -96,7 +97,9 @@ async def _leave_llama(server: Server, *, stream: bool) -> None:
 
 async def test_random_disconnects_leave_nothing_behind(prove: bool) -> None:
     count, chance = (5000 if prove else 1000), random.Random(SEED)
-    async with serving(CONFIG, environment={"FOREBAY_LOG_ACCESS": "false"}) as server:
+    # An idle worker of jobs makes its tasks anew all the time, and tasks are counted.
+    quiet = {"FOREBAY_LOG_ACCESS": "false", "FOREBAY_JOBS_ENABLED": "false"}
+    async with serving(CONFIG, environment=quiet) as server:
         await asyncio.gather(*(ask(server, "[[fake tokens=20 token_ms=10]]") for _ in range(SLOTS)))
         engine = psutil.Process(server.engine_pids()[0])
         await _settled(server)
@@ -111,9 +114,8 @@ async def test_random_disconnects_leave_nothing_behind(prove: bool) -> None:
         await _settled(server)
         await eventually(lambda: _belongings(server, engine) <= start, what=f"no more sockets than {start}")
         left = _belongings(server, engine)
-        tasks_left = await server.metric("forebay_tasks")
-        print(f"{count} disconnects in {took:.1f} s: {start} -> {left}, tasks {tasks:.0f} -> {tasks_left:.0f}")
-        assert tasks_left <= tasks
+        print(f"{count} disconnects in {took:.1f} s: {start} -> {left}, {tasks:.0f} tasks before")
+        await eventually(partial(_at_most_tasks, server, tasks), what=f"no more tasks than {tasks:.0f}")
         assert await server.metric("forebay_engine_deaths_total") == 0
         assert "request.bug" not in server.log
         assert "Traceback" not in server.log
@@ -167,6 +169,10 @@ async def _settled(server: Server) -> None:
 
     await server.reconnect()
     await eventually(one, what="one client connection")
+
+
+async def _at_most_tasks(server: Server, count: float) -> bool:
+    return await server.metric("forebay_tasks") <= count
 
 
 def _belongings(server: Server, engine: psutil.Process) -> tuple[int, int]:

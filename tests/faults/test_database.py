@@ -192,8 +192,10 @@ async def test_a_full_disk_of_postgres_is_said(tmp_path: Path) -> None:
 
 
 async def test_a_postgres_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(data_dir=tmp_path, database_url=SecretStr(postgres.new_database()))
+    await (await Database.open(settings)).close()  # its tables may take longer
     monkeypatch.setattr("forebay.store.connections._STATEMENT_SECONDS", 1)
-    database = await Database.open(Settings(data_dir=tmp_path, database_url=SecretStr(postgres.new_database())))
+    database = await Database.open(settings)
     with pytest.raises(StoreUnavailable):
         async with database.begin() as transaction:
             await transaction.execute(sa.text("SELECT pg_sleep(10)"))

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.support.answers import Answer, ask, first_bytes, read
+from tests.support.measuring import all_within, within
 from tests.support.models import smollm2_path
 from tests.support.processes import lives
 from tests.support.server import Server, chat_body, eventually, serving
@@ -48,24 +49,25 @@ async def begin(server: Server, text: str, **fields: Any) -> tuple[asyncio.Task[
 
 async def test_kill_9_of_an_engine_mid_stream(prove: bool) -> None:
     kills = 100 if prove else 15
-    detected, back = [], []
+    told, back = [], []
     async with serving(CONFIG, environment=DEBUG) as server:
         for number in range(kills):
             beside = [asyncio.create_task(ask(server, f"{number} [[fake tokens=60 token_ms=10]]", model="other"))]
             streams = [(await begin(server, f"{number}.{which} {LONG}"))[0] for which in range(3)]
             killed_at = monotonic()
             os.kill(server.engine_pid(), signal.SIGKILL)
-            for answer in await asyncio.gather(*streams):
+            answers = await asyncio.gather(*streams)
+            for answer in answers:
                 assert (answer.code, answer.done) == ("engine_crashed", False), answer
                 assert set(answer.error or {}) == {"message", "type", "param", "code"}
-                detected.append(answer.ended_at - killed_at)
+            told.append(max(answer.ended_at for answer in answers) - killed_at)
             assert (await ask(server, f"Next after {number}.")).whole
             back.append(monotonic() - killed_at)
             for answer in await asyncio.gather(*beside):
                 assert answer.whole
                 assert answer.tokens == 60
-        print(f"{kills} kills: callers told after {max(detected):.3f} s, next answer after {max(back):.3f} s at most")
-        assert max(detected) <= 1
+        print(f"{kills} kills: callers told after {max(told):.3f} s, next answer after {max(back):.3f} s at most")
+        assert all_within(1, told), told
         assert await server.metric("forebay_engine_deaths_total", model="fake", kind="crash") == kills
         assert await server.metric("forebay_engine_deaths_total", model="other") == 0
         died = server.named("engine.died")
@@ -94,21 +96,25 @@ async def test_the_official_client_raises_when_the_engine_dies_under_a_stream() 
 
 async def test_a_stopped_engine_is_replaced_within_the_stall_limit() -> None:
     async with serving(CONFIG, environment=DEBUG) as server:
-        engine = psutil.Process(server.engine_pid())
-        stream, _ = await begin(server, LONG)
-        unanswered = asyncio.create_task(ask(server, "[[fake delay_ms=60000]]"))
-        await server.until_load(2, 0)
-        stopped_at = monotonic()
-        engine.suspend()
-        for answer in await asyncio.gather(stream, unanswered):
-            assert answer.code == "request_timeout"
-        told = monotonic() - stopped_at
-        assert (await ask(server, "Next.")).whole
-        back = monotonic() - stopped_at
-        print(f"SIGSTOP: callers told after {told:.2f} s, next answer after {back:.2f} s")
-        assert told < STALL_SECONDS + 2
-        assert not lives(engine)
-        assert await _deaths(server) == 1
+
+        async def told(number: int) -> float:
+            engine = psutil.Process(server.engine_pid())
+            stream, _ = await begin(server, f"{number} {LONG}")
+            unanswered = asyncio.create_task(ask(server, f"{number} [[fake delay_ms=60000]]"))
+            await server.until_load(2, 0)
+            stopped_at = monotonic()
+            engine.suspend()
+            for answer in await asyncio.gather(stream, unanswered):
+                assert answer.code == "request_timeout"
+            seconds = monotonic() - stopped_at
+            assert (await ask(server, "Next.")).whole
+            back = monotonic() - stopped_at
+            print(f"SIGSTOP: callers told after {seconds:.2f} s, next answer after {back:.2f} s")
+            assert not lives(engine)
+            assert await _deaths(server) == number + 1
+            return seconds
+
+        await within(STALL_SECONDS + 2, told)
 
 
 async def test_after_the_whole_machine_was_held_up_nobody_is_to_blame() -> None:
@@ -138,34 +144,44 @@ async def test_after_the_whole_machine_was_held_up_nobody_is_to_blame() -> None:
 async def test_whoever_waits_on_a_stopped_engine_that_is_condemned_is_told_of_the_stall() -> None:
     """One leaves, which a stopped engine does not confirm: that neither puts off nor renames what the other is told."""
     async with serving(CONFIG, environment=DEBUG) as server:
-        engine = psutil.Process(server.engine_pid())
-        response = await server.send(chat_body(LONG, stream=True))
-        await first_bytes(response)
-        unanswered = asyncio.create_task(ask(server, "[[fake delay_ms=60000]]"))
-        await server.until_load(2, 0)
-        stopped_at = monotonic()
-        engine.suspend()
-        response.close()
-        await eventually(lambda: server.named("engine.condemned"), what="the engine to be condemned")
-        assert (await unanswered).code == "request_timeout"
-        assert monotonic() - stopped_at < STALL_SECONDS + 2
-        assert (await ask(server, "Next.")).whole
-        assert await server.metric("forebay_engine_deaths_total", model="fake", kind="stall") == 1
-        assert await _deaths(server) == 1
+
+        async def told(number: int) -> float:
+            engine = psutil.Process(server.engine_pid())
+            response = await server.send(chat_body(f"{number} {LONG}", stream=True))
+            await first_bytes(response)
+            unanswered = asyncio.create_task(ask(server, f"{number} [[fake delay_ms=60000]]"))
+            await server.until_load(2, 0)
+            stopped_at = monotonic()
+            engine.suspend()
+            response.close()
+            await eventually(lambda: len(server.named("engine.condemned")) > number, what="the engine to be condemned")
+            assert (await unanswered).code == "request_timeout"
+            seconds = monotonic() - stopped_at
+            assert (await ask(server, "Next.")).whole
+            assert await server.metric("forebay_engine_deaths_total", model="fake", kind="stall") == number + 1
+            assert await _deaths(server) == number + 1
+            return seconds
+
+        await within(STALL_SECONDS + 2, told)
 
 
 async def test_an_engine_that_freezes_itself_is_replaced() -> None:
     async with serving(CONFIG, environment=DEBUG) as server:
-        beside = asyncio.create_task(ask(server, "[[fake tokens=300 token_ms=10]]", model="other"))
-        answer = await ask(server, "[[fake freeze_at=5]]")
-        assert answer.code == "request_timeout"
-        assert (await ask(server, "Next.")).whole
-        assert (await beside).longest_gap_seconds < STALL_SECONDS
+
+        async def longest_gap(number: int) -> float:
+            beside = asyncio.create_task(ask(server, "[[fake tokens=300 token_ms=10]]", model="other"))
+            answer = await ask(server, f"{number} [[fake freeze_at=5]]")
+            assert answer.code == "request_timeout"
+            assert (await ask(server, "Next.")).whole
+            return (await beside).longest_gap_seconds
+
+        await within(STALL_SECONDS, longest_gap)
 
 
 async def test_nobody_is_sent_to_an_engine_whose_hung_stream_it_has_not_given_up() -> None:
     """Its stream hangs before the engine stands still, and so ends before the engine is known to hang."""
-    async with serving(CONFIG, environment=DEBUG) as server:
+    config = CONFIG.replace(f"stall_seconds = {STALL_SECONDS}", f"stall_seconds = {2 * STALL_SECONDS}")
+    async with serving(config, environment=DEBUG) as server:
         engine = psutil.Process(server.engine_pid())
         hung = asyncio.create_task(ask(server, "[[fake hang_at=5]]"))
         assert (await ask(server, "[[fake tokens=150 token_ms=10]]")).whole
@@ -181,17 +197,21 @@ async def test_nobody_is_sent_to_an_engine_whose_hung_stream_it_has_not_given_up
 async def test_one_stream_that_hangs_ends_and_its_engine_stays() -> None:
     async with serving(CONFIG, environment=DEBUG) as server:
         engine = server.engine_pid()
-        began = monotonic()
-        beside = asyncio.create_task(ask(server, "[[fake tokens=400 token_ms=10]]"))
-        streamed, whole = await asyncio.gather(
-            ask(server, "[[fake hang_at=5]]"), ask(server, "[[fake hang_at=3]] once", stream=False)
-        )
-        took = monotonic() - began
-        assert (streamed.status, streamed.code) == (200, "request_timeout")
-        assert (whole.status, whole.code) == (504, "request_timeout")
-        print(f"hung streams ended after {took:.2f} s")
-        assert took < STALL_SECONDS + 2
-        assert (await beside).whole
+
+        async def ended(_number: int) -> float:
+            began = monotonic()
+            beside = asyncio.create_task(ask(server, "[[fake tokens=400 token_ms=10]]"))
+            streamed, whole = await asyncio.gather(
+                ask(server, "[[fake hang_at=5]]"), ask(server, "[[fake hang_at=3]] once", stream=False)
+            )
+            took = monotonic() - began
+            assert (streamed.status, streamed.code) == (200, "request_timeout")
+            assert (whole.status, whole.code) == (504, "request_timeout")
+            print(f"hung streams ended after {took:.2f} s")
+            assert (await beside).whole
+            return took
+
+        await within(STALL_SECONDS + 2, ended)
         assert server.engine_pid() == engine
         assert await _deaths(server) == 0
         await server.until_load(0, 0)
@@ -203,7 +223,7 @@ async def test_an_engine_that_does_not_stop_is_replaced_once_the_others_on_it_ar
         engine = psutil.Process(server.engine_pid())
         response = await server.send(chat_body("[[fake refuse_stop=1 tokens=1000 token_ms=10]]", stream=True))
         await first_bytes(response)
-        beside, _ = await begin(server, "[[fake tokens=200 token_ms=10]]")
+        beside, _ = await begin(server, "[[fake tokens=400 token_ms=10]]")
         response.close()
         next_one = asyncio.create_task(ask(server, "Next."))
         await eventually(lambda: server.named("engine.condemned"), what="the engine to be condemned")
@@ -248,16 +268,19 @@ async def test_rubbish_and_cut_answers_are_one_caller_s_trouble() -> None:
 
 
 async def test_out_of_memory_halves_the_places_for_a_while() -> None:
-    async with serving(CONFIG, environment=DEBUG) as server:
+    config = CONFIG.replace("oom_cooldown_seconds = 3", "oom_cooldown_seconds = 5")
+    async with serving(config, environment=DEBUG) as server:
         answer = await ask(server, "[[fake oom_at=3]]")
         assert answer.code == "out_of_memory"
         assert (await ask(server, "Next.")).whole
         model = await server.model()
         assert (model["slots"], model["replicas"][0]["slots"]) == (2, 2)
-        streams = [asyncio.create_task(ask(server, f"{each} [[fake tokens=40 token_ms=10]]")) for each in range(3)]
+        running = [asyncio.create_task(ask(server, f"{each} [[fake tokens=300 token_ms=10]]")) for each in range(2)]
+        await server.until_load(2, 0)
+        waiting = asyncio.create_task(ask(server, "Wait."))
         await server.until_load(2, 1)
-        assert all(answer.whole for answer in await asyncio.gather(*streams))
-        await eventually(_slots(server, 4), what="four places again")
+        assert all(answer.whole for answer in await asyncio.gather(*running, waiting))
+        await eventually(_slots(server, 4), within_seconds=20, what="four places again")
         assert await server.metric("forebay_engine_deaths_total", model="fake", kind="out_of_memory") == 1
         assert len(server.named("engine.slots_restored")) == 1
         assert (await ask(server, "At the end.")).whole
@@ -306,7 +329,7 @@ async def test_kill_9_of_a_guard_takes_its_engine_along() -> None:
         killed_at = monotonic()
         os.kill(server.guard_pid(), signal.SIGKILL)
         assert (await stream).code == "engine_crashed"
-        await eventually(lambda: not lives(engine), within_seconds=2)
+        await eventually(lambda: not lives(engine), what="the end of the engine")
         print(f"kill -9 of the guard: engine gone and caller told after {monotonic() - killed_at:.3f} s")
         assert (await ask(server, "Next.")).whole
 

@@ -2,18 +2,19 @@
 
 import asyncio
 import json
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.jobs import job_of, result, rows, until_at, until_ended
+from tests.support.jobs import job_of, result, rows, until_ended
+from tests.support.kills import kill_engine, until_working
+from tests.support.measuring import all_within
 from tests.support.picture_jobs import (
     blobs_of_files,
     content,
@@ -42,10 +43,12 @@ allowed_networks = ["127.0.0.2/32"]
 engine = "fake"
 preload = true
 """
+KILLS = 3
+PACED_PICTURES = KILLS + 2
+PACED = {"n": PACED_PICTURES, "prompt": "a cat [[fake token_ms=200]]"}  # 0.8 s a picture
 PICTURES = 3
-PACED = {"n": PICTURES, "prompt": "a cat [[fake token_ms=250]]"}  # 1 s a picture
 FILES = 2 * PICTURES  # with their previews
-QUICK = {"n": PICTURES, "prompt": "a cat [[fake token_ms=120]]"}
+QUICK = {"n": PICTURES, "prompt": "a cat [[fake token_ms=200]]"}
 KEPT = "SELECT number, attempt FROM media_parts ORDER BY number"
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
@@ -79,12 +82,13 @@ async def test_an_engine_that_is_killed_within_a_step(server: Server) -> None:
     before = len(await pictures_of(server))
     undisturbed = await found(server, await handed_in(server, **PACED))
     job_id = await handed_in(server, **PACED)
-    for percent in (10, 42, 72):  # each time another picture: two deaths on one are a picture that nobody tries again
-        await until_at(server, job_id, "painting", percent)
-        os.kill(server.engine_pid("painter"), signal.SIGKILL)
+    finished = 0
+    for _ in range(KILLS):
+        await until_working(server, job_id, "painter", finished)
+        finished = await kill_engine(server, job_id, "painter")
     assert await found(server, job_id) == undisturbed
     assert 1 <= len((await job_of(server, job_id))["attempts"]) <= 3
-    assert len(await pictures_of(server)) == before + 2 * FILES
+    assert len(await pictures_of(server)) == before + 2 * 2 * PACED_PICTURES
     await until_nothing_is_left(server)
 
 
@@ -102,7 +106,7 @@ async def test_a_server_that_is_killed_again_and_again(server: Server, tmp_path:
                 with suppress(aiohttp.ClientError):
                     job_id = job_id or await handed_in(killed, webhook_url=receiver.url, **QUICK)
                 if point == "step":
-                    await until_at(killed, job_id, "painting", 45)
+                    await until_working(killed, job_id, "painter", 1)
                     killed.process.kill()
                 await asyncio.wait_for(killed.process.wait(), 30)
                 assert kept_pictures(tmp_path), "the next attempt needs it"
@@ -144,13 +148,16 @@ async def test_a_request_without_a_job_goes_at_the_next_start(tmp_path: Path) ->
 
 async def test_cancels_at_moments_of_all_kinds_leave_nothing(server: Server, prove: bool) -> None:
     """No image, no picture, no place of the engine; and what has ended well before is whole."""
-    whole = len(await pictures_of(server))
+    whole, took = len(await pictures_of(server)), []
     for number in range(50 if prove else 10):
         job_id = await handed_in(server, n=2, steps=3, prompt="[[fake token_ms=20]]")
         await passing(server, job_id, number % 10 * 0.04)
+        began = monotonic()
         await server.post(f"/v1/jobs/{job_id}/cancel")
-        job = await until_ended(server, job_id, 2)
+        job = await until_ended(server, job_id)
+        took.append(monotonic() - began)
         whole += 2 * 2 * (job["status"] == "completed")
+    assert all_within(2, took), took
     await until_nothing_is_left(server)
     assert len(await pictures_of(server)) == whole == len(blobs_of_files(server.folder))
 

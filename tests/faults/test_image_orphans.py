@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -99,7 +98,14 @@ def at_work(server: Server, module: str) -> list[psutil.Process]:
 async def test_nobody_outlives_a_server_that_is_killed(module: str, ask: Callable[[Server], Awaitable[None]]) -> None:
     async with serving(CONFIG) as server:
         asking = asyncio.ensure_future(ask(server))
-        working: list[psutil.Process] = await eventually(partial(at_work, server, module), what="a child at work")
+
+        def child_at_work() -> list[psutil.Process]:
+            nonlocal asking
+            if asking.done():  # nobody looked while the child lived
+                asking = asyncio.ensure_future(ask(server))
+            return at_work(server, module)
+
+        working: list[psutil.Process] = await eventually(child_at_work, what="a child at work")
         try:
             for each in working:
                 if each.ppid() != server.pid:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.faults.test_engine_death import begin
 from tests.support.answers import ask
+from tests.support.measuring import within
 from tests.support.models import smollm2_path
 from tests.support.processes import lives
 from tests.support.server import Server, eventually, serving
@@ -31,6 +32,7 @@ preload = true
 slots = 2
 """
 LONG = "[[fake tokens=150 token_ms=10]]"
+LONGER = "[[fake tokens=300 token_ms=10]]"  # for a state that is looked for while it lasts
 
 
 def _bad(what: str, folder: Path) -> str:
@@ -109,7 +111,7 @@ async def test_a_model_that_cannot_start_on_demand_is_its_callers_trouble_alone(
 
 
 async def test_the_states_of_a_model_and_who_may_see_what() -> None:
-    config = BASE + '[models.lazy]\nengine = "fake"\noptions.start_delay_seconds = 0.5\n'
+    config = BASE + '[models.lazy]\nengine = "fake"\noptions.start_delay_seconds = 2\n'
     async with serving(config, environment=JSON_LOG) as server:
         member = await server.create_key("somebody")
         assert (await server.model("lazy"))["state"] == "stopped"
@@ -117,7 +119,7 @@ async def test_the_states_of_a_model_and_who_may_see_what() -> None:
         await _until_state(server, "lazy", "starting")
         assert (await asked).whole
         assert (await server.model("lazy"))["state"] == "ready"
-        stream, _ = await begin(server, LONG, model="lazy")
+        stream, _ = await begin(server, LONGER, model="lazy")
         await server.post("/admin/models/lazy/unload")
         await _until_state(server, "lazy", "draining")
         assert (await stream).whole
@@ -169,14 +171,14 @@ async def test_callers_of_a_model_that_is_not_loaded_wait_in_its_line() -> None:
 async def test_no_stream_is_cut_when_its_model_is_taken_out(verb: str) -> None:
     async with serving(BASE, environment=JSON_LOG) as server:
         engine = psutil.Process(server.engine_pid("good"))
-        streams = [(await begin(server, f"{each} {LONG}", model="good"))[0] for each in range(2)]
+        streams = [(await begin(server, f"{each} {LONGER}", model="good"))[0] for each in range(2)]
         status, told = await server.post(f"/admin/models/good/{verb}")
         assert (status, told["id"]) == (200, "good")
         await _until_state(server, "good", "draining")
         assert not await server.ready()
         for answer in await asyncio.gather(*streams):
             assert answer.whole
-            assert answer.tokens == 150
+            assert answer.tokens == 300
         await eventually(lambda: not lives(engine), what="the end of the old engine")
         assert (await ask(server, "And again.", model="good")).whole
         assert server.engine_pid("good") != engine.pid
@@ -185,7 +187,7 @@ async def test_no_stream_is_cut_when_its_model_is_taken_out(verb: str) -> None:
 
 async def test_whoever_waits_for_a_model_that_is_restarted_is_served_by_the_new_engine() -> None:
     async with serving(BASE, environment=JSON_LOG) as server:
-        streams = [(await begin(server, f"{each} {LONG}", model="good"))[0] for each in range(2)]
+        streams = [(await begin(server, f"{each} {LONGER}", model="good"))[0] for each in range(2)]
         waiting = asyncio.create_task(ask(server, "Wait.", model="good"))
         await server.until_load(2, 1, "good")
         await server.post("/admin/models/good/restart")
@@ -205,15 +207,20 @@ async def test_a_model_that_was_just_unloaded_can_be_asked_for_at_once() -> None
 
 async def test_whoever_waits_for_a_model_that_is_unloaded_is_told_at_once() -> None:
     async with serving(BASE, environment=JSON_LOG) as server:
-        streams = [(await begin(server, f"{each} {LONG}", model="good"))[0] for each in range(2)]
-        waiting = asyncio.create_task(ask(server, "Wait.", model="good"))
-        await server.until_load(2, 1, "good")
-        await server.post("/admin/models/good/unload")
-        async with asyncio.timeout(1):
+
+        async def told(_number: int) -> float:
+            streams = [(await begin(server, f"{each} {LONGER}", model="good"))[0] for each in range(2)]
+            waiting = asyncio.create_task(ask(server, "Wait.", model="good"))
+            await server.until_load(2, 1, "good")
+            await server.post("/admin/models/good/unload")
+            unloaded_at = monotonic()
             answer = await waiting
-        assert (answer.status, answer.code) == (503, "engine_unavailable")
-        assert int(answer.headers["retry-after"]) >= 1
-        assert all(answer.whole for answer in await asyncio.gather(*streams))
+            assert (answer.status, answer.code) == (503, "engine_unavailable")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert all(answer.whole for answer in await asyncio.gather(*streams))
+            return answer.ended_at - unloaded_at
+
+        await within(1, told)
 
 
 async def test_a_model_is_unloaded_while_it_starts() -> None:

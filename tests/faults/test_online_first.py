@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 
 from forebay.clock import SystemClock
+from tests.support.engines import still
 from tests.support.models import whisper_tiny
 from tests.support.processes import family
 from tests.support.server import Server, chat_body, eventually, serving
@@ -41,7 +42,7 @@ def engine(server: Server) -> list[psutil.Process]:
 
 
 def stands(server: Server) -> bool:
-    return {process.status() for process in engine(server)} == {psutil.STATUS_STOPPED}
+    return bool(still(server.guard_pid("whisper")))
 
 
 def computed(server: Server) -> float:

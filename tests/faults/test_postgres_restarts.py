@@ -92,7 +92,8 @@ async def as_fast_after(place: Site, before: float, chaos: Coroutine[Any, Any, N
     place.unharmed()
     after = await place.load.drain_as_fast(place.backlog, RATE_MIN * before)
     for _ in range(3):
-        assert await place.load.drain(1) >= 1 / WOKEN_SECONDS, "an idle worker hears of work"
+        woken = 1 / WOKEN_SECONDS
+        assert await place.load.drain_as_fast(1, woken) >= woken, "an idle worker hears of work"
     place.unharmed()
     assert after >= RATE_MIN * before, (before, after)
     return after

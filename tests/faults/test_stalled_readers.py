@@ -27,7 +27,7 @@ from tests.support.picture_jobs import handed_in
 from tests.support.server import FAKE, Server, chat_body, eventually, serving_well
 from tests.support.wire import get, post
 
-STALL_SECONDS = 2
+STALL_SECONDS = 3
 CUT_SECONDS = STALL_SECONDS + 8.0  # the online door goes first, and the machine may be busy
 TOKENS = 20_000  # several hundred KiB of events
 PIECE_BYTES = 65_536
@@ -220,7 +220,7 @@ async def test_a_server_that_stands_still_does_not_blame_its_readers(server: Ser
     with asking(server, keyed(server, path + query, "Connection: close")) as line:
         await until_stuck(server, line)
         os.kill(server.pid, signal.SIGSTOP)
-        going_on_at = monotonic() + 3 * STALL_SECONDS
+        going_on_at = monotonic() + 2 * STALL_SECONDS
         await eventually(lambda: monotonic() > going_on_at, what="a server that has stood still for long")
         os.kill(server.pid, signal.SIGCONT)
         received = bytearray()

@@ -139,7 +139,7 @@ class Engine:
     def paused(self) -> Iterator[None]:
         """Pause it as the server does; nothing of it gets any processor time inside of the `with`."""
         self._say(b"P")
-        family = eventually(lambda: _still(self.guard.pid), 10)
+        family = eventually(lambda: still(self.guard.pid), 10)
         before, until = _cpu_seconds(family), time.thread_time() + _WATCHED_SECONDS
         while time.thread_time() < until:  # whatever is not stopped gets on meanwhile
             pass
@@ -232,11 +232,13 @@ def alive(pid: int) -> bool:
         return False
 
 
-def _still(guard: int) -> list[psutil.Process]:
+def still(guard: int) -> list[psutil.Process]:
     """Whatever a guard has started, once each thread of it is stopped; nothing before that."""
-    family = psutil.Process(guard).children(recursive=True)
-    states = [stat.read_text().rpartition(")")[2].split()[0] for each in family for stat in _threads(each.pid)]
-    return family if set(states) == {"T"} else []
+    states, family = set[str](), list[psutil.Process]()
+    with contextlib.suppress(*GONE, ProcessLookupError):  # one that ends meanwhile is not stopped
+        family = psutil.Process(guard).children(recursive=True)
+        states = {stat.read_text().rpartition(")")[2].split()[0] for each in family for stat in _threads(each.pid)}
+    return family if states == {"T"} else []
 
 
 def _threads(pid: int) -> Iterator[Path]:
