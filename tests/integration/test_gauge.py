@@ -14,6 +14,7 @@ from forebay.replicas.gauge import Gauge, Reading
 from forebay.replicas.memory import HOST
 from forebay.replicas.nvml import Gpu
 from forebay.server_config import MemorySettings
+from tests.support.engines import eventually
 
 GIB = 2**30
 MIB = 2**20
@@ -51,12 +52,17 @@ def gauge(root: Path = Path("/"), **settings: object) -> Gauge:
 
 
 def test_a_family_holds_what_all_of_it_holds(family: int) -> None:
-    held = gauge().read([family]).held[family][HOST]
     members = [psutil.Process(family), *psutil.Process(family).children(recursive=True)]
     assert len(members) == 3
-    told = sum(member.memory_full_info().pss for member in members)
-    assert told > 80 * MIB
-    assert held == pytest.approx(told, rel=0.03)
+
+    def agree() -> bool:
+        """What other processes share with it is theirs, too, as long as they are there."""
+        held = gauge().read([family]).held[family][HOST]
+        told = sum(member.memory_full_info().pss for member in members)
+        assert told > 80 * MIB
+        return held == pytest.approx(told, rel=0.03)
+
+    eventually(agree, 10)
 
 
 PEAK = "mine = bytearray(200 * 2**20); del mine; print(1, flush=True); input()"
@@ -71,10 +77,10 @@ def test_what_was_held_between_two_readings_and_given_back_is_told_once() -> Non
         measuring = gauge()
         first, second = measuring.read([process.pid]), measuring.read([process.pid])
         process.communicate()
-    held = first.held[process.pid][HOST]
+    held, still = first.held[process.pid][HOST], second.held[process.pid][HOST]
     assert held < 60 * MIB
     assert first.peaks[process.pid][HOST] == pytest.approx(held + 200 * MIB, rel=0.05)
-    assert second.peaks[process.pid][HOST] == pytest.approx(held, rel=0.05)
+    assert second.peaks[process.pid][HOST] == pytest.approx(still, rel=0.05)
 
 
 def test_a_family_that_is_gone_is_left_out() -> None:
@@ -84,9 +90,12 @@ def test_a_family_that_is_gone_is_left_out() -> None:
 
 
 def test_without_the_kernels_lists_of_children_the_same_family_is_found(family: int, tmp_path: Path) -> None:
-    listed = gauge().read([family]).held[family][HOST]
-    searched = gauge(tmp_path).read([family]).held[family][HOST]
-    assert searched == pytest.approx(listed, rel=0.03)
+    def agree() -> bool:
+        listed = gauge().read([family]).held[family][HOST]
+        searched = gauge(tmp_path).read([family]).held[family][HOST]
+        return searched == pytest.approx(listed, rel=0.03)
+
+    eventually(agree, 10)
 
 
 def test_the_machine_has_what_it_has(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -33,13 +33,36 @@ LISTENING = {
     "child": "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})",
     "after": "signal.sigwait({signal.SIGTERM}); sys.exit(7)",
 }
+# Prints its own process id, that of a stray in a session of its own and that of the stray's child in another one, and ends.
+STRAYS = """
+import os, time
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.setsid()
+        os.write(writer, b"%d %d" % (os.getppid(), os.getpid()))
+    time.sleep(600)
+print(os.getpid(), os.read(reader, 100).decode(), flush=True)
+"""
+# A guard whose grace is longer than any test: a child that ends sooner was asked to.
+PATIENT = f"""
+import sys
+sys.path.append({str(GUARD.parent)!r})
+import guard
+guard._GRACE_SECONDS = 600
+guard.main()
+"""
+
+
+def patiently(*argv: str) -> list[str]:
+    return [*PYTHON, PATIENT, "--", *argv]
 
 
 @contextmanager
-def guarding(*argv: str) -> Iterator["subprocess.Popen[bytes]"]:
-    with subprocess.Popen(
-        guarded(*argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as guard:
+def guarding(*argv: str, by: Callable[..., list[str]] = guarded) -> Iterator["subprocess.Popen[bytes]"]:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(by(*argv), stdin=pipe, stdout=pipe, stderr=pipe) as guard:
         try:
             yield guard
         finally:
@@ -48,9 +71,9 @@ def guarding(*argv: str) -> Iterator["subprocess.Popen[bytes]"]:
 
 @contextmanager
 def family(
-    before: str = "", child: str = "", after: str = "time.sleep(600)"
+    by: Callable[..., list[str]] = guarded, /, before: str = "", child: str = "", after: str = "time.sleep(600)"
 ) -> Iterator[tuple["subprocess.Popen[bytes]", list[int]]]:
-    with guarding(*PYTHON, FAMILY.format(before=before, child=child, after=after)) as guard:
+    with guarding(*PYTHON, FAMILY.format(before=before, child=child, after=after), by=by) as guard:
         assert guard.stdout
         yield guard, [int(pid) for pid in guard.stdout.readline().split()]
 
@@ -81,7 +104,7 @@ def gone(pids: list[int]) -> bool:
 @pytest.mark.parametrize("code", [0, 1, 78, 86, 255])
 def test_it_ends_with_the_code_of_its_child(code: int) -> None:
     with guarding(*PYTHON, f"raise SystemExit({code})") as guard:
-        assert guard.wait(5) == code
+        assert guard.wait(30) == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGTERM, signal.SIGINT])
@@ -90,23 +113,24 @@ def test_it_dies_by_the_signal_of_its_child(number: signal.Signals) -> None:
         *PYTHON,
         f"import os, signal; signal.signal({int(number)}, 0) if {int(number)} != 9 else 0; os.kill(os.getpid(), {int(number)})",
     ) as guard:
-        assert guard.wait(5) == -number
+        assert guard.wait(30) == -number
 
 
 def test_the_death_of_the_child_is_seen_at_once() -> None:
-    with family() as (guard, (child, _)):
-        killed = time.monotonic()
-        os.kill(child, signal.SIGKILL)
-        assert guard.wait(5) == -signal.SIGKILL
-        assert time.monotonic() - killed < 1  # about 5 ms on a machine that is not busy
+    took = []
+    for _ in range(3):
+        with family() as (guard, (child, _)):
+            killed = time.monotonic()
+            os.kill(child, signal.SIGKILL)
+            assert guard.wait(30) == -signal.SIGKILL
+            took.append(time.monotonic() - killed)
+    assert min(took) < 1  # about 5 ms on a machine that is not busy
 
 
 def test_a_child_that_listens_is_asked_first_when_the_server_goes() -> None:
-    with family(**LISTENING) as (guard, pids):
-        left = time.monotonic()
+    with family(patiently, **LISTENING) as (guard, pids):
         closed(guard)
-        assert guard.wait(5) == 7
-        assert time.monotonic() - left < 2
+        assert guard.wait(30) == 7
         assert gone(pids)
 
 
@@ -114,7 +138,7 @@ def test_a_child_that_does_not_listen_is_killed_half_a_second_later() -> None:
     with family(before=STUBBORN) as (guard, pids):
         left = time.monotonic()
         closed(guard)
-        assert guard.wait(5) == -signal.SIGKILL
+        assert guard.wait(30) == -signal.SIGKILL
         assert 0.4 < time.monotonic() - left < 3
         assert gone(pids)
 
@@ -124,7 +148,7 @@ def test_a_stopped_child_is_killed_too() -> None:
         os.kill(pids[0], signal.SIGSTOP)
         eventually(lambda: psutil.Process(pids[0]).status() == psutil.STATUS_STOPPED, 5)
         closed(guard)
-        assert guard.wait(5) == -signal.SIGKILL
+        assert guard.wait(30) == -signal.SIGKILL
         assert gone(pids)
 
 
@@ -142,7 +166,7 @@ def test_a_pause_reaches_the_whole_family_in_whatever_session_and_so_does_its_en
         say(guard, b"P")
         eventually(lambda: all_stopped(everybody), 5)
         closed(guard)
-        guard.wait(5)
+        guard.wait(30)
         assert gone(everybody)
 
 
@@ -156,14 +180,14 @@ def test_of_words_that_come_together_the_last_one_counts() -> None:
 
 @pytest.mark.parametrize("how", ["sigterm", "the server goes"])
 def test_a_paused_child_is_asked_to_end_like_any_other(how: str) -> None:
-    with family(**LISTENING) as (guard, pids):
+    with family(patiently, **LISTENING) as (guard, pids):
         say(guard, b"P")
         eventually(lambda: all_stopped(pids), 5)
         if how == "sigterm":
             guard.terminate()
         else:
             closed(guard)
-        assert guard.wait(5) == 7
+        assert guard.wait(30) == 7
         assert gone(pids)
 
 
@@ -172,7 +196,7 @@ def test_a_paused_child_that_does_not_listen_is_killed() -> None:
         say(guard, b"P")
         eventually(lambda: all_stopped(pids), 5)
         closed(guard)
-        assert guard.wait(5) == -signal.SIGKILL
+        assert guard.wait(30) == -signal.SIGKILL
         assert gone(pids)
 
 
@@ -181,7 +205,7 @@ def test_the_death_of_a_paused_child_is_seen() -> None:
         say(guard, b"P")
         eventually(lambda: all_stopped(pids), 5)
         os.kill(pids[0], signal.SIGKILL)
-        assert guard.wait(5) == -signal.SIGKILL
+        assert guard.wait(30) == -signal.SIGKILL
         assert gone(pids)
 
 
@@ -189,13 +213,23 @@ def test_the_death_of_a_paused_child_is_seen() -> None:
 def test_a_grandchild_in_a_session_of_its_own_is_killed_too() -> None:
     with family(child=f"os.setsid(); {STUBBORN}") as (guard, pids):
         closed(guard)
-        guard.wait(5)
+        guard.wait(30)
         assert gone(pids)
 
 
 def test_what_a_finished_child_leaves_behind_is_killed() -> None:
     with family(child=STUBBORN, after="sys.exit(3)") as (guard, pids):
-        assert guard.wait(5) == 3
+        assert guard.wait(30) == 3
+        assert gone(pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands orphans to the guard")
+def test_what_a_finished_child_leaves_behind_is_killed_in_whatever_session() -> None:
+    with guarding(*PYTHON, STRAYS) as guard:
+        assert guard.stdout
+        pids = [int(pid) for pid in guard.stdout.readline().split()]
+        assert guard.wait(30) == 0
+        assert len(pids) == 3
         assert gone(pids)
 
 
@@ -209,7 +243,7 @@ def test_sigterm_is_passed_on_and_no_more() -> None:
             guard.wait(0.7)  # longer than the grace that the end of the server would give
         assert alive(pids[0])
         closed(guard)
-        assert guard.wait(5) == -signal.SIGKILL
+        assert guard.wait(30) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -226,7 +260,7 @@ def test_what_a_terminal_sends_is_left_to_the_server(number: signal.Signals) -> 
 def test_kill_9_of_the_guard_kills_the_child() -> None:
     with family() as (guard, (child, grandchild)):
         guard.kill()
-        eventually(lambda: not alive(child), 1)
+        eventually(lambda: not alive(child), 10)
         os.kill(grandchild, signal.SIGKILL)  # nobody is left to do it
 
 
@@ -234,14 +268,14 @@ def test_many_starts_and_stops_leave_nothing() -> None:
     for _ in range(20):
         with family(child=STUBBORN) as (guard, pids):
             guard.terminate()
-            assert guard.wait(5) == -signal.SIGTERM
+            assert guard.wait(30) == -signal.SIGTERM
             assert gone(pids)
 
 
 def test_a_program_that_is_not_there_exits_78_with_a_sentence() -> None:
     with guarding("/nowhere/engine") as guard:
         assert guard.stderr
-        assert guard.wait(5) == 78
+        assert guard.wait(30) == 78
         assert guard.stderr.read() == b"The program 'engine' cannot be started: No such file or directory.\n"
 
 
@@ -261,5 +295,5 @@ def test_the_child_inherits_no_open_files_and_default_signals() -> None:
     )
     with guarding(*PYTHON, program) as guard:
         assert guard.stdout
-        assert guard.wait(5) == 0
+        assert guard.wait(30) == 0
         assert guard.stdout.read() == b"[0, 1, 2, 3] True set()\n"  # 3 lists the folder

@@ -55,6 +55,13 @@ async def until_state(server: Server, name: str, state: str) -> dict[str, Any]:
     return found
 
 
+def stand_still(server: Server, name: str) -> psutil.Process:
+    """Stop the engine of a model until it is resumed, so that what it is at lasts as long as a test looks."""
+    engine = psutil.Process(server.engine_pid(name))
+    engine.suspend()
+    return engine
+
+
 def engines(server: Server) -> dict[str, psutil.Process]:
     """The engine of each model that has one, by the last start of each."""
     found = {}
@@ -99,6 +106,7 @@ async def test_two_models_that_do_not_fit_together_take_turns() -> None:
 async def test_whoever_has_waited_long_enough_gets_the_memory_of_one_that_is_at_work() -> None:
     async with serving(PAIR, environment=JSON_LOG) as server:
         streams = [(await begin(server, f"{each} {LONG}", model="one"))[0] for each in range(2)]
+        engine = stand_still(server, "one")
         behind = [asyncio.create_task(ask(server, f"Behind {each}.", model="one")) for each in range(4)]
         other = asyncio.create_task(ask(server, "Hello, two.", model="two"))
         found = await until_state(server, "two", "waiting")
@@ -108,6 +116,7 @@ async def test_whoever_has_waited_long_enough_gets_the_memory_of_one_that_is_at_
         assert (listed["two"]["state"], listed["two"]["reason"]) == ("waiting", found["reason"])
         await until_state(server, "one", "draining")
         assert (await server.load("one"))[1] == 4, "it gets nothing new, and its line is held"
+        engine.resume()
         assert all([(await stream).whole for stream in streams])
         assert (await other).whole
         assert all(answer.whole for answer in await asyncio.gather(*behind))
@@ -115,16 +124,20 @@ async def test_whoever_has_waited_long_enough_gets_the_memory_of_one_that_is_at_
         assert await server.metric("forebay_engine_deaths_total") == 0
 
         last, _ = await begin(server, LONG, model="one")
+        engine = stand_still(server, "one")
         waiting = asyncio.create_task(ask(server, "Hello, two.", model="two"))
         await until_state(server, "two", "waiting")
         await server.post("/admin/models/two/unload")
         assert (await waiting).code == "engine_unavailable"
         assert (await server.model("two"))["state"] == "stopped"
+        engine.resume()
         assert (await last).whole
 
         last, _ = await begin(server, LONG, model="one")
+        engine = stand_still(server, "one")
         waiting = asyncio.create_task(ask(server, "Hello, two.", model="two"))
         await until_state(server, "two", "waiting")
+        engine.resume()
         ended = await server.stop()
         told: Answer = await waiting
         assert (ended, told.code) == (0, "shutting_down")
@@ -134,6 +147,7 @@ async def test_engines_that_die_while_they_leave_or_come_hold_no_memory() -> Non
     config = PAIR + model("bad", more='options.fail_start = "exit"') + model("small", 300)
     async with serving(config, environment=JSON_LOG) as server:
         stream, _ = await begin(server, LONG, model="one")
+        stand_still(server, "one")
         other = asyncio.create_task(ask(server, "Hello, two.", model="two"))
         await until_state(server, "one", "draining")
         os.kill(server.engine_pid("one"), signal.SIGKILL)
@@ -230,7 +244,7 @@ async def test_an_engine_that_hangs_while_it_wakes_is_started_anew() -> None:
         sleeper, waiting = await wake_frozen(server)
         assert (await asyncio.wait_for(waiting, 30)).whole
         assert not lives(sleeper)
-        assert [each["cause"] for each in server.named("engine.died")] == ["stall"]
+        assert [each["cause"] for each in server.named("engine.died", model="one")] == ["stall"]
 
 
 async def test_models_that_are_loaded_at_the_start_and_do_not_fit_together_end_serve(tmp_path: Path) -> None:

@@ -108,6 +108,14 @@ async def test_a_program_that_dies_is_replaced_once_for_each_image(made: Any) ->
     second._process.send_signal(signal.SIGSTOP)
     waiting = asyncio.create_task(check(checker, picture()))
     await asyncio.sleep(0)
+    start = checker._programs._start
+
+    async def stopped() -> Any:
+        program = await start()
+        program._process.send_signal(signal.SIGSTOP)
+        return program
+
+    checker._programs._start = stopped
     second.kill()
     third = await eventually(
         lambda: [each for each in checker._programs.busy if each is not second], what="another program"
@@ -115,6 +123,7 @@ async def test_a_program_that_dies_is_replaced_once_for_each_image(made: Any) ->
     third[0].kill()
     with pytest.raises(ServerError):
         await waiting
+    checker._programs._start = start
     assert await check(checker, picture())
 
 

@@ -53,9 +53,13 @@ async def test_engines_are_measured_and_what_they_came_to_is_known_to_the_next_s
             measured, charged = await host(server, "measured", model), await host(server, "charged", model)
             return await host(server, "peak", model) > 0 and measured <= charged <= 1.1 * measured
 
+        async def agrees(model: str) -> bool:
+            """Until the next measurement they differ when somebody who shares memory with it comes or goes."""
+            return await host(server, "measured", model) == pytest.approx(told(server, model), rel=0.05)
+
         for model in ("heavy", "light"):
             await eventually(partial(true, model), what=f"{model} to be charged with what it holds")
-            assert await host(server, "measured", model) == pytest.approx(told(server, model), rel=0.05)
+            await eventually(partial(agrees, model), what=f"the measure of {model} to be what the kernel says")
         assert await host(server, "measured", "heavy") > 150 * MIB
         assert await host(server, "measured", "light") < 100 * MIB
         peak = await host(server, "peak", "heavy")

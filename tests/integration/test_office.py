@@ -28,6 +28,10 @@ from tests.support import postgres
 from tests.support.office import QUICK, RETRY, back_office, settings_for
 from tests.support.server import eventually
 
+# The pace of the heartbeat and of the rescuer follows from the lease.
+BRISK = QUICK.model_copy(update={"lease_seconds": 3})  # outlasts a pause of this process all the same
+BRIEF = QUICK.model_copy(update={"lease_seconds": 1})  # for jobs that nobody works on, or whose lease is to run out
+
 
 @pytest.fixture(params=["sqlite", "postgres"])
 async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
@@ -186,7 +190,7 @@ async def test_a_cancellation_ends_a_job_that_fails_at_that_moment(database: Dat
             await jobs.request_cancel(transaction, lease.id)
         return Failed(EngineCrashed(), retryable=True, retry_in_seconds=3600)
 
-    async with back_office(database, [Kind("job", perform, 4, RETRY)]) as back:
+    async with back_office(database, [Kind("job", perform, 4, RETRY)], settings=BRISK) as back:
         (job_id,) = await back.submit(job())
         found = await back.until_finished(job_id, within_seconds=10)
         assert (found.state, found.attempt) == (JobState.CANCELLED, 1)
@@ -205,16 +209,19 @@ async def test_cancelling_a_job_that_nobody_runs_ends_it_at_once(database: Datab
 async def test_a_running_job_ends_at_its_deadline(database: Database) -> None:
     script = Script()
     script.hold = True
-    async with back_office(database, [script.kind()]) as back:
-        (job_id,) = await back.submit(job(deadline_at=back.jobs.now() + 0.4))
-        found = await back.until_finished(job_id, within_seconds=5)
+    async with back_office(database, [script.kind()], settings=BRISK) as back:
+        for seconds in (0.4, 4.0):  # once more for a job whose time is up before anybody has taken it
+            (job_id,) = await back.submit(job(deadline_at=back.jobs.now() + seconds))
+            found = await back.until_finished(job_id, within_seconds=seconds + 4)
+            if script.attempts:
+                break
         assert (found.state, script.interruptions) == (JobState.EXPIRED, [Interruption.EXPIRED])
         assert found.finished_at is not None
         assert found.finished_at >= found.deadline_at
 
 
 async def test_a_job_that_nobody_runs_expires(database: Database) -> None:
-    async with back_office(database, [Script().kind()], works=False) as back:
+    async with back_office(database, [Script().kind()], works=False, settings=BRIEF) as back:
         (job_id,) = await back.submit(job(deadline_at=back.jobs.now() + 0.1))
         assert (await back.until_finished(job_id, within_seconds=5)).state is JobState.EXPIRED
 
@@ -246,15 +253,14 @@ async def test_a_worker_takes_back_at_once_what_its_dead_namesake_held(database:
 async def test_a_lease_that_runs_out_is_rescued_and_the_late_attempt_is_dropped(database: Database) -> None:
     late = Script()
     late.hold = True
-    async with back_office(database, [late.kind(at_once=1)], node="node_late") as slow:
+    async with back_office(database, [late.kind(at_once=1)], node="node_late", settings=BRIEF) as slow:
         (job_id,) = await slow.submit(job())
         await asyncio.wait_for(late.holding.wait(), 10)
         worker = slow.office._worker
         assert worker is not None
         worker._renew = _deaf  # type: ignore[method-assign]  # a fault: its heartbeat stops,
         worker._lease = _idle  # type: ignore[method-assign]  # and it takes nothing more
-        patient = QUICK.model_copy(update={"lease_seconds": 60})
-        async with back_office(database, [Script().kind()], node="node_b", settings=patient) as back:
+        async with back_office(database, [Script().kind()], node="node_b") as back:
             found = await back.until_finished(job_id, within_seconds=10)
             assert (found.state, found.attempt) == (JobState.COMPLETED, 2)
         await eventually(lambda: late.interruptions, what="the end of the late attempt")
@@ -270,7 +276,7 @@ async def _idle() -> list[Lease]:
 
 
 async def test_a_job_on_which_workers_keep_dying_is_given_up(database: Database) -> None:
-    settings = QUICK.model_copy(update={"rescues_max": 3})
+    settings = BRIEF.model_copy(update={"rescues_max": 3})
     async with back_office(database, [Script().kind(has_dead_letter=True)], works=False, settings=settings) as back:
         (job_id,) = await back.submit(job())
 
@@ -458,10 +464,19 @@ async def test_a_model_that_does_not_start_does_not_hold_up_the_others(database:
         assert len(hung) == 1
 
 
+class Ahead(SystemClock):
+    """The real clock; a test sets it forward."""
+
+    ahead = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.ahead
+
+
 async def test_a_worker_stays_with_a_loaded_model_only_so_long(database: Database) -> None:
     """Jobs of a loaded model never run out, and a job of another one, which is older, gets its turn all the same."""
-    jobs, waits, before = JobStore(database, SystemClock()), 0.5, 0
-    loaded = asyncio.Event()
+    clock, waits, before = Ahead(), 10.0, 0
+    jobs, loaded = JobStore(database, clock), asyncio.Event()
 
     async def perform(lease: Lease, _run: Run) -> Outcome:
         nonlocal before
@@ -475,20 +490,22 @@ async def test_a_worker_stays_with_a_loaded_model_only_so_long(database: Databas
         return Done()
 
     settings = QUICK.model_copy(update={"group_wait_seconds": waits})
-    async with back_office(database, [Kind("job", perform, 2, RETRY)], settings=settings) as back:
+    async with back_office(database, [Kind("job", perform, 2, RETRY)], settings=settings, clock=clock) as back:
         await back.submit(job(model="loaded"))
         await asyncio.wait_for(loaded.wait(), 10)
         async with database.begin() as transaction:
             (other,) = await jobs.insert(transaction, [job(model="other")])
             await jobs.insert(transaction, [job(model="loaded")])
+        await eventually(lambda: before > 2, what="some of the loaded model")
+        assert (await jobs.get("default", other)).state is JobState.AVAILABLE, "until then those go first"
+        clock.ahead = waits
         found = await back.until_finished(other)
         assert found.started_at is not None
         assert found.started_at - found.created_at >= waits
-        assert before, "until then those of the loaded model go first"
 
 
 async def test_a_job_without_progress_raises_the_alarm(database: Database) -> None:
-    script, settings = Script(), QUICK.model_copy(update={"stuck_seconds": 0.2})
+    script, settings = Script(), BRIEF.model_copy(update={"stuck_seconds": 0.2})
     script.hold = True
     async with back_office(database, [script.kind()], settings=settings) as back:
         await back.submit(job())

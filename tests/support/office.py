@@ -23,7 +23,8 @@ from forebay.telemetry import Metrics
 from tests.support.server import eventually
 
 RETRY = doubling(0.01, 0.05, 3)
-QUICK = JobSettings(lease_seconds=1, poll_seconds=0.05, backoff_seconds_min=0.01, prune_seconds=60)
+# Its lease outlasts any pause of this process, so that nobody rescues a job that is at work.
+QUICK = JobSettings(lease_seconds=30, poll_seconds=0.05, backoff_seconds_min=0.01, prune_seconds=60)
 
 
 @dataclass
