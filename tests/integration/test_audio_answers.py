@@ -20,7 +20,7 @@ from tests.integration.test_audio import (
     send,
 )
 from tests.support.recordings import SILENT, data_url, wav
-from tests.support.server import FAKE, Server, serving
+from tests.support.server import FAKE, Server, eventually, serving
 
 CONFIG = f"""
 {FAKE}
@@ -105,10 +105,10 @@ async def test_speakers_are_told_apart_for_those_who_can_see_them(server: Server
 
 
 async def test_the_time_of_a_request_ends_the_work_on_its_recording() -> None:
-    config = CONFIG.replace("[audio]", "request_timeout_seconds = 1\n[audio]")
-    async with serving(config) as one:
+    config = CONFIG.replace("[audio]", "request_timeout_seconds = 2\n[audio]")
+    async with serving(config, environment={"FOREBAY_LOG_LEVEL": "debug"}) as one:
         asking = asyncio.create_task(send(one, TRANSCRIPTIONS, TWO, prompt="[[fake token_ms=5000]]"))
-        await one.until_load(1, 0)
+        await eventually(lambda: "event=started" in one.log, what="a start at the engine")
         status, text = await asking
         assert (status, json.loads(text)["error"]["code"]) == (504, "request_timeout")
         await one.until_load(0, 0, within_seconds=2)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -266,9 +267,14 @@ async def test_a_batch_that_nobody_works_on_yet_is_cancelled_at_once(idle: Serve
     assert ended["request_counts"] == {"total": 0, "completed": 0, "failed": 0}
 
 
+def one_of_many(number: int) -> dict[str, Any]:
+    """A line of a batch of which the first few are answered at once and the others take long."""
+    return line(f"id-{number}", f"Line {number}. {SLOW if number >= 8 else ''}")
+
+
 async def test_a_batch_expires_with_its_window() -> None:
     async with serving(FAKE) as server:
-        batch = await submit(server, [line(f"id-{i}", f"Line {i}. {SLOW}") for i in range(200)], completion_window="3s")
+        batch = await submit(server, [one_of_many(i) for i in range(200)], completion_window="3s")
         assert batch["expires_at"] - batch["created_at"] in {3, 4}
         ended = await finished(server, batch["id"], within_seconds=20)
         assert ended["status"] == "expired"
@@ -327,7 +333,7 @@ async def test_lines_that_are_cut_off_before_they_begin_give_their_places_back()
 
 async def test_a_stop_and_a_start_lose_nothing_and_run_nothing_twice(tmp_path: Path) -> None:
     async with serving(FAKE, folder=tmp_path) as server:
-        batch = await submit(server, [line(f"id-{i}", f"Line {i}. {SLOW}") for i in range(32)])
+        batch = await submit(server, [one_of_many(i) for i in range(40)])
         await progress(server, batch["id"], 8)
         assert await server.stop() == 0
     async with serving(FAKE, folder=tmp_path) as server:
@@ -337,9 +343,9 @@ async def test_a_stop_and_a_start_lose_nothing_and_run_nothing_twice(tmp_path: P
         ended = await finished(server, batch["id"])
         assert ended["status"] == "completed"
         output, _ = await results(server, ended)
-        assert len(output) == 32
+        assert len(output) == 40
         again = await server.metric("forebay_batch_lines_total", model="fake", outcome="completed")
-        assert again == 32 - resumed["request_counts"]["completed"]
+        assert again == 40 - resumed["request_counts"]["completed"]
 
 
 async def test_a_nul_in_one_line_harms_no_other_line_on_postgres() -> None:
@@ -352,14 +358,32 @@ async def test_a_nul_in_one_line_harms_no_other_line_on_postgres() -> None:
             assert response.status == 400, await response.text()
 
 
+async def until_checked(server: Server, batch_id: str) -> None:
+    async def checked() -> bool:
+        return bool((await server.get(f"/v1/batches/{batch_id}"))["status"] == "in_progress")
+
+    await eventually(checked, what=f"the check of {batch_id}")
+
+
 async def test_the_more_urgent_batch_goes_first() -> None:
     config = FAKE.replace("[jobs]", "[jobs]\nchunks_at_once = 1").replace("slots = 8", "slots = 1")
     async with serving(config) as server:
+        (pid,) = server.engine_pids()
+        engine = psutil.Process(pid)
+        engine.suspend()  # so that the first is not over before both others wait
+
+        async def runs() -> bool:
+            return (await server.load())[0] == 1
+
         first = await submit(server, [line(f"id-{i}", "x [[fake tokens=1 delay_ms=15]]") for i in range(64)])
+        await eventually(runs, what="a line of the first")
         later = [line(f"id-{i}", "x [[fake tokens=1]]") for i in range(5)]
         patient = await submit(server, later, priority=-1)
         urgent = await submit(server, later, priority=1)
         assert urgent["priority"] == 1
+        for batch in (patient, urgent):
+            await until_checked(server, batch["id"])
+        engine.resume()
         ends = [await finished(server, batch["id"]) for batch in (first, urgent, patient)]
         assert all(end["status"] == "completed" for end in ends)
         times = [(await server.get(f"/v1/jobs/{end['id']}"))["finished_at"] for end in ends]
@@ -369,7 +393,7 @@ async def test_the_more_urgent_batch_goes_first() -> None:
 async def test_an_urgent_batch_goes_before_the_lines_of_chunks_that_run_already() -> None:
     config = FAKE.replace("chunk_lines = 64", "chunk_lines = 50").replace("slots = 8", "slots = 2")
     async with serving(config) as server:
-        first = await submit(server, [line(f"id-{i}", "x [[fake tokens=1 delay_ms=50]]") for i in range(200)])
+        first = await submit(server, [line(f"id-{i}", "x [[fake tokens=1 delay_ms=100]]") for i in range(200)])
         await progress(server, first["id"], 16)
         urgent = await submit(server, [line("urgent", "x")], priority=1)
         await finished(server, urgent["id"])

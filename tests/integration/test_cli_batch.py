@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -239,18 +240,21 @@ async def test_a_watch_outlives_a_restart_of_the_server(tmp_path: Path) -> None:
     folder = tmp_path / "server"
     folder.mkdir()
     lines = [line(f"id-{number}", "[[fake tokens=10 token_ms=50]]") for number in range(60)]
-    async with serving(CONFIG, folder=folder) as server:
-        port = server.url.rpartition(":")[2]
-        batch = await submit(server, lines)
-        watching = asyncio.create_task(forebay(server, "batch", "status", batch["id"], "--watch", folder=tmp_path))
+    with socket.socket() as held:  # bound, so that nobody else takes the port between the two servers
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = {"FOREBAY_PORT": str(held.getsockname()[1])}
+        async with serving(CONFIG, folder=folder, environment=port) as server:
+            batch = await submit(server, lines)
+            watching = asyncio.create_task(forebay(server, "batch", "status", batch["id"], "--watch", folder=tmp_path))
 
-        async def begun() -> bool:
-            found = await server.get(f"/v1/batches/{batch['id']}")
-            return bool(found["request_counts"]["completed"])
+            async def begun() -> bool:
+                found = await server.get(f"/v1/batches/{batch['id']}")
+                return bool(found["request_counts"]["completed"])
 
-        await eventually(begun, within_seconds=30, what="the first lines")
-        await server.stop()
-    async with serving(CONFIG, folder=folder, environment={"FOREBAY_PORT": port}):
-        ran = await watching
+            await eventually(begun, within_seconds=30, what="the first lines")
+            await server.stop()
+        async with serving(CONFIG, folder=folder, environment=port):
+            ran = await watching
     assert ran.status == 0, ran
     assert "The batch is completed: 60 of 60 lines done, 0 failed." in ran.err

@@ -243,16 +243,26 @@ def test_the_same_seed_gives_the_same_bytes_whoever_else_asks(fill: Engine) -> N
     assert len({picture(each) for each in told}) == 4
 
 
-def test_a_picture_that_was_paused_is_the_same(fill: Engine) -> None:
-    header = asked("a cat", 5, steps=30, reproducible=True)
-    wanted = picture(painted(fill, header))
-    with closing(Stream(fill.address, EDITS, header, pixels(header))) as stream:
+def _paused(engine: Engine, header: dict[str, Any]) -> tuple[bool, bytes]:
+    """Whether it was still at work whenever it was paused, and the picture."""
+    at_work = True
+    with closing(Stream(engine.address, EDITS, header, pixels(header))) as stream:
         for step in (2, 4):
             stream.read_until(f'"step": {step},'.encode())
-            with fill.paused():
-                assert b'"step": 30,' not in stream.read_what_is_there()
+            with engine.paused():
+                at_work = at_work and b'"step": 30,' not in stream.read_what_is_there()
         told = stream.read_until(b'"type": "done"')
-    assert picture([json.loads(line) for line in _lines(told)]) == wanted
+    return at_work, picture([json.loads(line) for line in _lines(told)])
+
+
+def test_a_picture_that_was_paused_is_the_same(fill: Engine) -> None:
+    header = asked("a cat", 5, steps=30, reproducible=True)
+    wanted, at_work = picture(painted(fill, header)), False
+    for _ in range(3):  # it may have come to its end before the pause: it is short
+        if not at_work:
+            at_work, found = _paused(fill, header)
+            assert found == wanted
+    assert at_work
 
 
 def test_nothing_after_the_running_step_is_computed_once_the_caller_has_gone(fill: Engine) -> None:
@@ -276,7 +286,7 @@ def _lines(received: bytes) -> list[bytes]:
 
 def test_pictures_of_several_requests_share_a_batch(fill: Engine) -> None:
     """A long picture holds the thread until both others wait; then it is given up."""
-    long = asked("a bird", steps=100, guidance=1.0)
+    long = asked("a bird", steps=100, guidance=1.0, width=512, height=512)
     before = fill.metric("batches_total")
     with closing(Stream(fill.address, EDITS, long, pixels(long))) as stream, ThreadPoolExecutor(2) as pool:
         stream.read_until(b'"step": 1,')
@@ -379,7 +389,7 @@ class _limited:  # noqa: N801  a context
 )
 def test_what_cannot_start_says_why_at_once(spec: dict[str, Any], reason: str) -> None:
     engine = Engine("diffusion", {"name": "tiny", "model_path": str(folder("flux-fill")), **spec})
-    assert engine.guard.wait(20) == CANNOT_START
+    assert engine.guard.wait(60) == CANNOT_START
     assert reason in engine.log
     engine.end()
 

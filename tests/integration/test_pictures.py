@@ -395,7 +395,7 @@ def test_a_cancel_leaves_nothing(tmp_path: Path, runner: Any, part: str) -> None
             )
             working = asyncio.create_task(work)
             await eventually(
-                lambda: len(programs(PROGRAM)) == 2, within_seconds=5, what="a program and its child at work"
+                lambda: len(programs(PROGRAM)) == 2, within_seconds=30, what="a program and its child at work"
             )
             family = programs(PROGRAM)
             working.cancel()

@@ -202,7 +202,7 @@ async def test_a_silent_server_is_given_up_and_asked_again(tmp_path: Path) -> No
     async with serve(BODY) as server:
         server.stall_after = 65_536
         with pytest.raises(SetupError, match=r"2 attempts \(no bytes for too long\)"):
-            await _pull(_settings(tmp_path, _model(f"{server.url}/m.bin"), timeout_seconds=0.2, attempts_max=2))
+            await _pull(_settings(tmp_path, _model(f"{server.url}/m.bin"), timeout_seconds=1.5, attempts_max=2))
         assert _ranges(server) == [None, "bytes=65536-"]
 
 

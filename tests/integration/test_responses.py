@@ -185,7 +185,7 @@ async def test_images_are_looked_at_and_stay_in_the_conversation(client: openai.
 
 async def test_nobody_else_sees_a_response(server: Server, client: openai.AsyncOpenAI, keys: dict[str, str]) -> None:
     answer = await client.responses.create(model="fake", input="Hi")
-    live = await client.responses.create(model="fake", input="[[fake tokens=200 rate=50]]", background=True)
+    live = await client.responses.create(model="fake", input="[[fake tokens=2000 rate=50]]", background=True)
     other = server.client(api_key=keys["stranger"])
     for one in (answer.id, live.id, "resp_nothing"):
         calls: list[Any] = [
@@ -225,11 +225,13 @@ async def test_the_oldest_make_room(server: Server, keys: dict[str, str]) -> Non
 async def test_in_the_background(client: openai.AsyncOpenAI, server: Server) -> None:
     answer = await client.responses.create(model="fake", input="Hi [[fake tokens=3 token_ms=30]]", background=True)
     assert (answer.status, answer.output, answer.background) == ("queued", [], True)
+    live = await client.responses.create(model="fake", input="[[fake tokens=2000 rate=50]]", background=True)
     with pytest.raises(openai.BadRequestError) as caught:
-        await client.responses.create(model="fake", input="Hi", previous_response_id=answer.id)
+        await client.responses.create(model="fake", input="Hi", previous_response_id=live.id)
     assert caught.value.code == "previous_response_unfinished"
     with pytest.raises(openai.ConflictError):
-        await client.responses.delete(answer.id)
+        await client.responses.delete(live.id)
+    await client.responses.cancel(live.id)
     ended = await until_ended(client, answer.id)
     assert (ended.status, ended.output_text, ended.error) == ("completed", "tok0 tok1 tok2 ", None)
     assert ended.created_at == answer.created_at
@@ -341,7 +343,7 @@ async def _cancelling(client: openai.AsyncOpenAI, stream: Any, busy: list[Any]) 
 async def test_an_engine_that_dies_begins_the_stream_anew(client: openai.AsyncOpenAI, server: Server) -> None:
     """Numbers go on, none is told twice with another event, and what is kept is the last attempt alone."""
     stream = await client.responses.create(
-        model="fake", input="[[fake tokens=60 token_ms=30]]", background=True, stream=True
+        model="fake", input="[[fake tokens=120 token_ms=30]]", background=True, stream=True
     )
     events: list[Any] = []
     async for event in stream:
@@ -353,7 +355,7 @@ async def test_an_engine_that_dies_begins_the_stream_anew(client: openai.AsyncOp
     begun = [place for place, event in enumerate(events) if event.type == "response.created"]
     assert len(begun) == 2
     last = events[begun[1] :]
-    assert said(last) == "".join(f"tok{number} " for number in range(60))
+    assert said(last) == "".join(f"tok{number} " for number in range(120))
     assert events[-1].type == "response.completed"
     assert await read(client, events[0].response.id) == last
     assert await read(client, events[0].response.id, numbers[3]) == last
@@ -382,7 +384,7 @@ async def test_the_number_of_unfinished_responses_is_bounded(server: Server, key
     with pytest.raises(openai.RateLimitError) as caught:
         for _ in range(40):
             made.append(
-                await client.responses.create(model="fake", input="[[fake tokens=99 rate=20]]", background=True)
+                await client.responses.create(model="fake", input="[[fake tokens=2000 rate=50]]", background=True)
             )
     assert caught.value.code == "response_limit_reached"
     assert len(made) == 30

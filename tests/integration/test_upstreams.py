@@ -24,7 +24,12 @@ base_url = "{url}/v1"
 remote_model = "theirs"
 {options}
 """
-SHORT = "circuit_cooldown_seconds = 1\ncircuit_failures = 2\nretries_max = 0\nfirst_byte_timeout_seconds = 0.5"
+CIRCUIT = """
+circuit_cooldown_seconds = {cooldown}
+circuit_failures = {failures}
+retries_max = 0
+first_byte_timeout_seconds = {first_byte}
+"""
 
 
 def far(provider: Provider, options: str = "", model: str = "") -> str:
@@ -124,14 +129,15 @@ async def test_a_silence_in_the_middle_does_not_last_for_ever() -> None:
 
 
 async def test_after_failures_in_a_row_it_is_left_alone_until_one_request_comes_through() -> None:
-    async with providing() as provider, serving(far(provider, SHORT)) as server:
+    options = CIRCUIT.format(cooldown=3, failures=2, first_byte=30)
+    async with providing() as provider, serving(far(provider, options)) as server:
         provider.usual = Plan(500)
         assert (await ask(server, "One.", model="far")).status == 502
         assert await _circuit(server) == ("closed", 0.0)
         assert (await ask(server, "Two.", model="far")).status == 502
         answer = await ask(server, "Three.", model="far")
         assert (answer.status, answer.code) == (503, "engine_unavailable")
-        assert answer.headers["retry-after"] == "1"
+        assert 0 < int(answer.headers["retry-after"]) <= 3
         assert len(provider.asked) == 2, "nobody asked while the circuit was open"
         assert (await _circuit(server))[0] == "open"
         await eventually(lambda: _is(server, "half_open"), what="the end of the cool-down")
@@ -158,7 +164,8 @@ async def _is(server: Server, state: str) -> bool:
 
 
 async def test_who_waits_when_the_circuit_opens_is_told_at_once() -> None:
-    async with providing() as provider, serving(far(provider, SHORT.replace("2\n", "1\n"), "slots = 1")) as server:
+    options = CIRCUIT.format(cooldown=60, failures=1, first_byte=0.5)
+    async with providing() as provider, serving(far(provider, options, "slots = 1")) as server:
         provider.usual = Plan(hang=True)
         first = await server.send(chat_body("One.", model="far"))
         assert first.status == 504
@@ -170,7 +177,8 @@ async def test_who_waits_when_the_circuit_opens_is_told_at_once() -> None:
 
 
 async def test_only_one_request_tries_a_provider_that_was_away() -> None:
-    async with providing() as provider, serving(far(provider, SHORT.replace("= 0.5", "= 30"))) as server:
+    options = CIRCUIT.format(cooldown=1, failures=2, first_byte=30)
+    async with providing() as provider, serving(far(provider, options)) as server:
         provider.plans.extend([Plan(500), Plan(500), Plan(hang=True)])
         for _ in range(2):
             assert (await ask(server, "Hello.", model="far")).status == 502

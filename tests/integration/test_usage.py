@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,12 +23,15 @@ from tests.support.upstream import Plan, providing
 from tests.support.wire import wire
 
 CONFIG = FAKE + "slots = 16\nqueue_places = 200\n[usage]\nfold_seconds = 0.1\n[batches]\nsegment_seconds = 0.2\n"
+DAY, LEFT_SECONDS = 86_400, 120
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server() -> AsyncIterator[Server]:
+    # What is used is counted by the day, so none may end in the middle.
+    await eventually(lambda: DAY - time.time() % DAY > LEFT_SECONDS, within_seconds=LEFT_SECONDS + 10, what="a new day")
     async with serving(CONFIG, environment={"FOREBAY_LOG_FORMAT": "json"}) as running:
         yield running
 
