@@ -18,7 +18,7 @@ import sys
 import time
 
 _GRACE_SECONDS = 0.5
-_SWEEP_LOOKS = 1_000
+_SWEEP_LOOKS = 300
 _LOOK_SECONDS = 0.001
 _CANNOT_START = 78
 _PAUSE, _RESUME = b"P", b"R"
