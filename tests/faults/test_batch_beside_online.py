@@ -43,7 +43,7 @@ WORKERS = 2 * SLOTS
 SETTINGS = SchedulerSettings(headroom_seconds=0.4, batch_floor_seconds=4.8)
 # One turn of a busy event loop and one round trip to the engine, which is what taking a place back costs.
 NOISE_SECONDS = 0.002
-ROUNDS_MAX = 4
+ROUNDS_MAX = 3
 SEED = 20_260_609
 
 
@@ -147,8 +147,8 @@ def eventually_idle(engine: Engine) -> bool:
 async def test_online_requests_wait_no_longer_beside_a_batch_and_the_batch_is_finished(prove: bool) -> None:
     seconds, lines = (60.0, 600) if prove else (12.0, 150)
     rounds: list[tuple[float, float]] = []
-    # Further rounds where it is not so at once: somebody else may have kept the machine busy.
-    while len(rounds) < ROUNDS_MAX and not (rounds and no_longer(*rounds[-1])):
+    # Two more rounds where it is not so at once: somebody else may have kept the machine busy.
+    while len(rounds) < ROUNDS_MAX and not in_most(rounds):
         # At the same moments, on an engine each: what else the machine does meets both alike.
         (alone, _), (beside, ended) = await asyncio.gather(measure(seconds, 0), measure(seconds, lines))
         rounds.append((beside.p99(), alone.p99()))
@@ -161,12 +161,13 @@ async def test_online_requests_wait_no_longer_beside_a_batch_and_the_batch_is_fi
         assert len(alone.waits) == len(beside.waits)
         assert len(beside.lines) == lines
         assert during > 0
-    assert no_longer(*rounds[-1]), rounds
+    assert in_most(rounds), rounds
 
 
-def no_longer(beside: float, alone: float) -> bool:
-    """Whether the p99 of the waits is the same but for noise."""
-    return beside <= max(1.25 * alone, alone + NOISE_SECONDS)
+def in_most(rounds: list[tuple[float, float]]) -> bool:
+    """Whether the p99 of the waits beside a batch is that of those alone but for noise in more than half of the rounds."""
+    same = [beside <= max(1.25 * alone, alone + NOISE_SECONDS) for beside, alone in rounds]
+    return sum(same) > len(same) / 2
 
 
 @pytest.mark.parametrize(

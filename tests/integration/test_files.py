@@ -333,7 +333,7 @@ async def test_a_sender_without_a_key_is_answered_before_the_body(server: Server
 async def test_a_slow_but_steady_sender_may_take_longer_than_a_body(server: Server, path: str) -> None:
     body = upload(bytes(300_000)) if path == "/v1/files" else form(("data", "d", bytes(300_000)))
     target = path.format(upload=await new_upload(server, 300_000))
-    for _ in range(3):  # a sender that was held up was not steady
+    for _ in range(3):
         async with wire(server.url) as line:
             began = asyncio.get_running_loop().time()
             await line.send(post(body, TYPE, path=target)[: -len(body)])
@@ -341,7 +341,7 @@ async def test_a_slow_but_steady_sender_may_take_longer_than_a_body(server: Serv
             await line.send_slowly(body, 60_000)
             reply = await replying
             took = asyncio.get_running_loop().time() - began
-        if reply.status != 408:
+        if took < 7:  # else this sender was held up, and was not steady
             break
     assert reply.status == 200, reply
     assert took > 4.5  # the deadline of a body is 2 s

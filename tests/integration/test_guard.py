@@ -213,13 +213,13 @@ def test_the_death_of_a_paused_child_is_seen() -> None:
 def test_a_grandchild_in_a_session_of_its_own_is_killed_too() -> None:
     with family(child=f"os.setsid(); {STUBBORN}") as (guard, pids):
         closed(guard)
-        guard.wait(30)
+        guard.wait(5)
         assert gone(pids)
 
 
 def test_what_a_finished_child_leaves_behind_is_killed() -> None:
     with family(child=STUBBORN, after="sys.exit(3)") as (guard, pids):
-        assert guard.wait(30) == 3
+        assert guard.wait(5) == 3
         assert gone(pids)
 
 
@@ -228,7 +228,7 @@ def test_what_a_finished_child_leaves_behind_is_killed_in_whatever_session() -> 
     with guarding(*PYTHON, STRAYS) as guard:
         assert guard.stdout
         pids = [int(pid) for pid in guard.stdout.readline().split()]
-        assert guard.wait(30) == 0
+        assert guard.wait(5) == 0
         assert len(pids) == 3
         assert gone(pids)
 

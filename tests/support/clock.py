@@ -30,8 +30,8 @@ class FakeClock:
         await future
 
     def timeout(self, seconds: float | None) -> asyncio.Timeout:
-        timeout = asyncio.timeout(None)
-        if seconds is not None:
+        timeout = asyncio.timeout(0 if seconds == 0 else None)
+        if seconds:
             self._timeouts.append((self._monotonic + seconds, timeout))
         return timeout
 

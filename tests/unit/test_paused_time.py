@@ -161,6 +161,43 @@ async def test_what_came_while_this_process_was_held_up_is_read_and_no_silence()
     assert await reading == b"here"
 
 
+async def test_what_came_at_the_end_of_a_silence_is_read() -> None:
+    clock, engine = FakeClock(), asyncio.StreamReader()
+    reading = asyncio.create_task(Pauses().within(8, clock, lambda: engine.read(100)))
+    for _ in range(7):
+        await _moment()
+        clock.advance(1)
+    await _moment()
+    clock.advance(600)
+    engine.feed_data(b"here")
+    assert await reading == b"here"
+
+
+async def test_who_is_interrupted_while_he_reads_looks_no_more() -> None:
+    """At the very moment at which a look ends, too."""
+    clock, engine = FakeClock(), asyncio.StreamReader()
+    reading = asyncio.create_task(Pauses().within(8, clock, lambda: engine.read(100)))
+    await _moment()
+    clock.advance(1)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
+async def test_the_limit_of_the_whole_ends_a_reading() -> None:
+    clock, engine = FakeClock(), asyncio.StreamReader()
+
+    async def whole() -> None:
+        async with clock.timeout(1):
+            await Pauses().within(8, clock, lambda: engine.read(100))
+
+    reading = asyncio.create_task(whole())
+    await _moment()
+    clock.advance(1)  # a look ends at this moment, too
+    with pytest.raises(TimeoutError):
+        await reading
+
+
 async def test_a_silence_ends_a_reading() -> None:
     clock, engine = FakeClock(), asyncio.StreamReader()
     reading = asyncio.create_task(Pauses().within(8, clock, lambda: engine.read(100)))

@@ -18,8 +18,8 @@ import sys
 import time
 
 _GRACE_SECONDS = 0.5
-_SWEEP_LOOKS = 300
-_LOOK_SECONDS = 0.001
+_SWEEP_SECONDS = 1.0
+_LOOK_SECONDS_MAX = 0.05  # what takes longer is time in which this process itself was held up
 _CANNOT_START = 78
 _PAUSE, _RESUME = b"P", b"R"
 _LOOKS_MAX = 8
@@ -186,20 +186,28 @@ def _signal(processes: set[int], number: int) -> None:
 
 
 def _sweep(child: int) -> None:
-    """Kill what the child left behind: its group, then everything below us, until nothing is left or nobody dies any more."""
+    """Kill what the child left behind: its group, then everything below us, until nothing is left or a second has passed."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
-    looks = 0  # not seconds: these pass while the guard itself is held up
-    while looks < _SWEEP_LOOKS:
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0]:
-                looks = 0
-                continue
-        except ChildProcessError:
+    spent, looked_at = 0.0, time.monotonic()
+    while spent < _SWEEP_SECONDS:
+        if _nothing_left():
             return
         _signal(_elsewhere(child), signal.SIGKILL)
-        looks += 1
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(0.001)
+        now = time.monotonic()
+        spent += min(now - looked_at, _LOOK_SECONDS_MAX)
+        looked_at = now
+
+
+def _nothing_left() -> bool:
+    """Bury what has died; whether that was all."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            continue
+    except ChildProcessError:
+        return True
+    return False
 
 
 def _elsewhere(child: int) -> set[int]:

@@ -82,7 +82,7 @@ class EngineStream:
 
     @property
     def silent_seconds(self) -> float:
-        """How long nothing has come for who reads, or did until he was interrupted, while the engine did not stand still."""
+        """How long nothing has come for who reads, or read when he was interrupted, while the engine did not stand still."""
         return 0.0 if self._reads_since is None else self._own_seconds() - self._reads_since
 
     def header(self, name: str) -> str | None:

@@ -19,7 +19,7 @@ _GUARD = Path(forebay.__file__).parent / "engines" / "guard.py"
 _READ_BYTES = 16_384
 _PIPE_GRACE_SECONDS = 1.0
 _PAUSE, _RESUME = b"P", b"R"  # as the guard knows them
-_LEASH_SECONDS = 4.0  # the guard itself needs about two at most
+_LEASH_SECONDS = 4.0  # the guard itself needs two at most
 
 
 class LocalProcess:

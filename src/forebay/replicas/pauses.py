@@ -62,11 +62,11 @@ class Pauses:
         """What `read` gives, which loses nothing by being cancelled. Raises TimeoutError when that takes so long.
 
         Neither pauses count nor, but for an eighth, time in which this process itself was held up: what has come meanwhile
-        lies ready at the next look.
+        lies ready at the next look, the last of which does not wait.
         """
-        for _ in range(_LOOKS):
+        for left in range(_LOOKS, -1, -1):
             with contextlib.suppress(TimeoutError):
-                async with self.limit(clock.timeout(seconds / _LOOKS)):
+                async with self.limit(clock.timeout(seconds / _LOOKS if left else 0)):
                     return await read()
         raise TimeoutError
 
