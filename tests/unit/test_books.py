@@ -118,6 +118,17 @@ async def test_a_model_that_has_come_up_keeps_what_it_was_estimated_to_need_unti
     assert desk.held == desk.need == 500 * MIB
 
 
+async def test_what_one_holds_that_already_gives_its_memory_back_says_nothing_of_work() -> None:
+    desk = Desk(options={"ballast_bytes": GIB})
+    await desk.measure(60 * MIB)
+    desk.clock.advance(1)
+    desk.come_up()
+    desk.work(1000)
+    desk.stand.leaving = True
+    await desk.measure(20 * MIB)
+    assert desk.need == GIB + FIXED, "the next start is not to count on 60 MiB"
+
+
 async def test_what_work_came_to_stays_reserved() -> None:
     desk = Desk()
     desk.come_up()

@@ -311,7 +311,9 @@ class MeasuredBooks:
         return untold
 
     def _learn(self, model: str, keeper: Keeper, held: Bytes, peaks: Bytes, since: float) -> None:
-        """What it came to since the last reading. Where that was its start as well, work is known only by what it holds."""
+        """What it came to since the last reading. Where that was its start as well, work is known only by what it holds,
+        and by nothing once it may have given some of that back.
+        """
         replica = keeper.replica
         if replica is None:
             return
@@ -323,7 +325,7 @@ class MeasuredBooks:
             return  # this reading began before it was up: what it has worked on meanwhile counts in the next one
         size = input_class(replica.largest_input)
         replica.largest_input = largest(request.body for request in replica.in_flight.values())
-        if up_at is not None and size:
+        if up_at is not None and size and not (started and keeper.leaving):
             self._observe(model, keeper, size, held if started else peaks)
 
     def _observe(self, model: str, keeper: Keeper, size_class: int, counts: Bytes) -> None:
